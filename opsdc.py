@@ -113,14 +113,14 @@ WRAPPER_HEAD = f"Solve the following math problem step by step. {FORMAT}\n\n"  #
 WRAPPER_TAIL = '\n\nRemember to put your answer on its own line after "Answer:".'
 
 INSTRUCTIONS = {  # versions 1 and 2 of the paper, word for word
-    "v1": "Solve the following math problem concisely and correctly. Be direct: avoid unnecessary elaboration, "
-          "redundant steps, or restating the problem. Focus only on the key reasoning steps needed to reach the "
-          "answer.",
-    "v2": "Solve the following math problem concisely and correctly. Prioritize a correct final answer above "
-          "brevity. For straightforward problems, be direct: avoid unnecessary elaboration, redundant steps, or "
-          "restating the problem. For difficult or multi-step problems, do NOT over-compress: keep every "
-          "reasoning step needed for correctness, including case analysis, edge cases, and a brief check of the "
-          "final answer. Never omit a step that the answer depends on.",
+    "v1": "Solve the following math problem concisely and correctly. Be direct: avoid unnecessary "
+          "elaboration, redundant steps, or restating the problem. Focus only on the key reasoning steps "
+          "needed to reach the answer.",
+    "v2": "Solve the following math problem concisely and correctly. Prioritize a correct final answer "
+          "above brevity. For straightforward problems, be direct: avoid unnecessary elaboration, "
+          "redundant steps, or restating the problem. For difficult or multi-step problems, do NOT "
+          "over-compress: keep every reasoning step needed for correctness, including case analysis, edge "
+          "cases, and a brief check of the final answer. Never omit a step that the answer depends on.",
 }
 
 
@@ -150,7 +150,7 @@ def teacher_prompt(tokenizer, problem, instruction, thinking=True):
 
 
 # --------------------------------------------------------------------------------------------- THE OBJECTIVE
-# loss = sum over tokens of w KL(p || q), w = 1 / (B |y|). With s the student's logits, a_v = log p_v - log q_v:
+# loss = sum over tokens of w KL(p || q), w = 1 / (B |y|). With the student's logits s and a = log p - log q:
 #     KL = sum_v p_v a_v          dKL/ds_v = p_v (a_v - KL)
 # Logits are float32 even where hidden states and heads are bfloat16: at a KL of 0.0017 nats/token, bfloat16
 # logits put an error of 12 % on the loss and of 47 % on the head's gradient (README, The objective).
@@ -183,7 +183,7 @@ class ChunkedDivergence(torch.autograd.Function):
     ROWS = dict(cpu=4, cuda=64)  # of one softmax: its temporaries stay in a CPU's cache, or fill a GPU
 
     @staticmethod
-    def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weights, tokens, kind, chunk):
+    def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, kind, chunk):
         N, (V, d), device = len(student_hidden), student_head.shape, student_head.device
         new, rows = dict(device=device, dtype=torch.float32), ChunkedDivergence.ROWS[device.type]
         grad_hidden, grad_head = torch.zeros(N, d, **new), torch.zeros(V, d, **new)
@@ -201,7 +201,7 @@ class ChunkedDivergence(torch.autograd.Function):
                     p = log_p.exp()
                     value, gradient = divergence_and_gradient(p, log_p, log_q, kind)
                     entropies = -(p * log_p).sum(-1), -(log_q.exp() * log_q).sum(-1)
-                    logprob = log_p.gather(-1, tokens[at, None])[:, 0]
+                    logprob = log_p.gather(-1, ids[at, None])[:, 0]
                     per_token[:, at] = torch.stack([value, *entropies, logprob])
                     torch.mul(gradient, weights[at, None], out=s[r:r + rows])
                 for v in vocabulary_blocks(student_head):
@@ -359,7 +359,7 @@ def refresh(model, thetabar, step, cfg):
 
 
 def read_rows(source):
-    """Rows (dicts) of a .jsonl or .parquet file or of a hub data set's train split. ValueError names the line."""
+    """Rows (dicts) of a .jsonl or .parquet file or of a hub data set's train split. ValueError: with the line."""
     import datasets
     path = Path(source)
     if path.suffix not in (".jsonl", ".parquet"):
@@ -436,13 +436,13 @@ def load_held_out(cfg, tokenizer):
     check(longest <= cfg.max_prompt_tokens, f"--eval_data {cfg.eval_data}: a prompt has {longest} tokens, "
           f"more than --max_prompt_tokens {cfg.max_prompt_tokens}; raise it")
     engines = dist.get_world_size() // cfg.vllm_tp
-    check(len(problems) >= engines, f"--eval_data {cfg.eval_data}: expected a problem for each of the {engines} "
-          f"engines, found {len(problems)}")
+    check(len(problems) >= engines, f"--eval_data {cfg.eval_data}: expected a problem for each of the "
+          f"{engines} engines, found {len(problems)}")
     return problems
 
 
 def batch_at(n, step, batch_size, seed):
-    """Indices of step 0, 1, ...: slices of one permutation of range(n) after another. A pure function, so that
+    """Indices of step 0, 1, ...: slices of one permutation of range(n) after another. A pure function, so
     resuming needs no sampler. n=3, batch_size=2: step 1 takes an epoch's last and the next one's first."""
     def problem(k):
         return epochs.setdefault(k // n, random.Random(f"{seed} {k // n}").sample(range(n), n))[k % n]
@@ -484,7 +484,7 @@ class RolloutEngine:
         self.sleep()
 
     def sync(self, model):
-        """theta into the engine's own tensors (CUDA graphs stay valid), a whole tensor at a time; collective."""
+        """theta into the engine's own tensors (CUDA graphs stay valid), a tensor at a time; collective."""
         model.reshard()
         weights = ((name, p.detach().to(compute_dtype()).full_tensor())
                    for name, p in model.lm.state_dict().items())  # named_parameters() lacks a tied lm_head
@@ -638,8 +638,8 @@ def make_micro_batches(rollouts, problems, device, cfg):
     lengths = [len(problems[r.index].teacher) + len(r.ids) for r in rollouts]
     idle = collate(rollouts[:1], [[0.0] * len(rollouts[0].ids)], problems, device)
     groups = micro_batches(lengths, cfg.micro_batch_tokens, dist.get_rank(), dist.get_world_size())
-    return [collate([rollouts[i] for i in mine], [weights[i] for i in mine], problems, device) if mine else idle
-            for mine in groups]
+    return [collate([rollouts[i] for i in group], [weights[i] for i in group], problems, device)
+            if group else idle for group in groups]
 
 
 def teacher_pass(model, thetabar, batches):
@@ -838,7 +838,7 @@ def open_run(cfg, problems):
 
 
 def prepare(cfg):
-    """All checks -> tokenizer, problems to train and evaluate on, the run's folder; or a message and exit 1."""
+    """All checks -> tokenizer, problems to train and evaluate on, the run's folder; or exit status 1."""
     try:
         check_settings(cfg)
         tokenizer = load_tokenizer(cfg)
@@ -913,11 +913,12 @@ def append(path, rows):
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-CONSOLE = dict(step="step {:4d}", loss="loss {:8.5f}", grad_norm="grad {:7.3f}",
-               response_tokens="tokens {:7.1f}", truncated="cut {:4.0%}", accuracy="right {:6.1%}", student_entropy="entropy {:.3f}",
-               logprob_gap="gap {:.1e}", teacher_age="age {:2d}", seconds_step="{:6.1f} s",
-               tokens_per_second="{:6.0f} tok/s", peak_memory_gib="{:5.1f} GiB", eval_accuracy="eval {:6.1%}",
-               eval_tokens="at {:.0f} tokens")
+CONSOLE = dict(
+    step="step {:4d}", loss="loss {:8.5f}", grad_norm="grad {:7.3f}", response_tokens="tokens {:7.1f}",
+    truncated="cut {:4.0%}", accuracy="right {:6.1%}", student_entropy="entropy {:.3f}",
+    logprob_gap="gap {:.1e}", teacher_age="age {:2d}", seconds_step="{:6.1f} s",
+    tokens_per_second="{:6.0f} tok/s", peak_memory_gib="{:5.1f} GiB", eval_accuracy="eval {:6.1%}",
+    eval_tokens="at {:.0f} tokens")
 
 
 def log_step(out, metrics, rollouts, correct, problems, tokenizer, cfg):
