@@ -359,7 +359,7 @@ def refresh(model, thetabar, step, cfg):
 
 
 def read_rows(source):
-    """Rows (dicts) of a .jsonl or .parquet file or of a hub data set's train split. ValueError: with the line."""
+    """Rows (dicts) of a .jsonl or .parquet file, or of the train split of a data set of the hub."""
     import datasets
     path = Path(source)
     if path.suffix not in (".jsonl", ".parquet"):
@@ -602,7 +602,7 @@ def micro_batches(lengths, budget, rank, world):
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     widths = [lengths[i] for i in order[::world]]  # of the deals; the longest sequence of each is rank 0's
     groups = []  # of deals
-    for deal, width in enumerate(widths):
+    for deal in range(len(widths)):
         group = [*(groups[-1] if groups else []), deal]
         padded = widths[group[0]] * len(group)
         if groups and padded <= budget and padded - sum(widths[d] for d in group) <= budget / 20:
@@ -743,13 +743,14 @@ def whole_checkpoint(out):
         say(f"skipping {path}, which is not whole: {broken[0]}")
 
 
-def resume(out, model, optimizer, thetabar):
+def resume(out, model, optimizer, thetabar, cfg):
     """Fill theta, Adam's state and thetabar from the newest whole checkpoint; returns the steps done."""
     path, step = whole_checkpoint(out), 0
     if path:
         state = training_state(model, optimizer, thetabar)
         dcp.load(state, checkpoint_id=path)
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        optimizer.param_groups[0].update(lr=cfg.lr, weight_decay=cfg.weight_decay)  # not the checkpoint's
         step = json.loads((path / "state.json").read_text())["step"]
     if dist.get_rank() == 0:
         forget_later_steps(out, step)
@@ -815,15 +816,15 @@ def load_tokenizer(cfg):
 
 
 # What makes two runs different ones: --resume needs these as they were. All else may change on the way.
-IDENTITY = ("model", "data", "data_sha256", "instruction", "batch_size", "seed", "keep", "divergence",
+IDENTITY = ("model", "data", "instruction", "problems_sha256", "batch_size", "seed", "keep", "divergence",
             "refresh_every")
 
 
 def open_run(cfg, problems):
     """The folder --out with its config.json: a new one, or the run to resume."""
     out, old = Path(cfg.out), None
-    digest = hashlib.sha256(repr([(p.text, p.answer) for p in problems]).encode()).hexdigest()[:16]
-    settings = asdict(cfg) | {"data_sha256": digest, "torch": torch.__version__}
+    digest = hashlib.sha256(repr(problems).encode()).hexdigest()[:16]  # prompts and answers
+    settings = asdict(cfg) | {"problems_sha256": digest, "torch": torch.__version__}
     if (out / "config.json").exists():
         check(cfg.resume, f"--out {out} holds a run already; add --resume to go on with it, or name another")
         old = json.loads((out / "config.json").read_text())
@@ -977,7 +978,7 @@ def main():
     model = load_model(cfg, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     thetabar = snapshot(model)
-    start = resume(out, model, optimizer, thetabar) if cfg.resume else 0
+    start = resume(out, model, optimizer, thetabar, cfg) if cfg.resume else 0
     announce(cfg, model, problems, start)
     terminated, skipped = [], 0  # SIGTERM received (a scheduler takes the machine); updates skipped in a row
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
@@ -986,7 +987,8 @@ def main():
         clock = Stopwatch()
         engine.sync(model)
         clock.lap("sync")
-        metrics = dict(step=step, lr=cfg.lr, teacher_age=(step - 1) % (cfg.refresh_every or cfg.steps))
+        metrics = dict(step=step, lr=optimizer.param_groups[0]["lr"],
+                       teacher_age=(step - 1) % (cfg.refresh_every or cfg.steps))
         if cfg.eval_every and (step - 1) % cfg.eval_every == 0:
             metrics |= validate(engine, tokenizer, held_out, cfg)
             clock.lap("eval")

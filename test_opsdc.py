@@ -25,8 +25,8 @@ import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig,
+                          LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
 import eval as ev
 import opsdc
@@ -39,9 +39,10 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # as it was before a test j
 def run(*arguments, ranks=0, timeout=300, script="opsdc.py"):
     """`python SCRIPT ARGUMENTS`, or under torchrun with `ranks` processes -> the finished process, output as
     one text."""
-    launcher = [sys.executable] + ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] * (ranks > 0)
-    return subprocess.run([*launcher, str(HERE / script), *map(str, arguments)], timeout=timeout, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env=ENVIRONMENT)
+    launcher = [sys.executable] + ["-m", "torch.distributed.run", "--nproc_per_node",
+                                   str(ranks)] * (ranks > 0)
+    return subprocess.run([*launcher, str(HERE / script), *map(str, arguments)], timeout=timeout, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT)
 
 
 def succeed(*arguments, **options):
@@ -50,19 +51,22 @@ def succeed(*arguments, **options):
     return done.stdout
 
 
-TOY_RUN = ("--steps 40 --lr 1e-4 --refresh_every 20 --save_every 20 --max_prompt_tokens 256 --max_response_tokens 160").split()
-TOY_EVAL = "--samples 2 --max-tokens 160 --temperature 1 --top-p 1 --top-k 0 --block 500".split()  # as in training
+TOY_RUN = ("--steps 40 --lr 1e-4 --refresh_every 20 --save_every 20 --max_prompt_tokens 256 "
+           "--max_response_tokens 160").split()
+# as in training
+TOY_EVAL = "--samples 2 --max-tokens 160 --temperature 1 --top-p 1 --top-k 0 --block 500".split()
 
 
 def metrics_of(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
-# ----------------------------------------------------------------------------------------------------- small models
+# ----------------------------------------------------------------------------------------------- small models
 
 QWEN_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
                  "{% if add_generation_prompt %}<|im_start|>assistant\n"
-                 "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
+                 "{% if enable_thinking is defined and not enable_thinking %}"
+                 "<think>\n\n</think>\n\n{% endif %}{% endif %}")
 R1_TEMPLATE = ("{% for m in messages %}<|User|>{{ m.content }}{% endfor %}"
                "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}")
 
@@ -71,9 +75,10 @@ def make_tokenizer(texts, template, size=400):
     """A byte-level BPE tokenizer trained on `texts`: it encodes anything, as real models' tokenizers do."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=size, show_progress=False,
-                            special_tokens=["<|pad|>", "<|im_end|>", "<|im_start|>", "<|User|>", "<|Assistant|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>",
-                                   chat_template=template)
+                            special_tokens=["<|pad|>", "<|im_end|>", "<|im_start|>", "<|User|>",
+                                            "<|Assistant|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<|pad|>",
+                                   eos_token="<|im_end|>", chat_template=template)
 
 
 def make_model(directory, family, texts=tuple(opsdc.INSTRUCTIONS.values()), vocabulary=400, seed=0, **shape):
@@ -82,10 +87,11 @@ def make_model(directory, family, texts=tuple(opsdc.INSTRUCTIONS.values()), voca
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(texts, QWEN_TEMPLATE if family == "qwen3" else R1_TEMPLATE, vocabulary)
     config, model = dict(qwen3=(Qwen3Config, Qwen3ForCausalLM), llama=(LlamaConfig, LlamaForCausalLM))[family]
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                 head_dim=32, max_position_embeddings=2048) | shape
-    model = model(config(vocab_size=len(tokenizer), tie_word_embeddings=family == "qwen3", initializer_range=0.1,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, **shape))
+    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, head_dim=32, max_position_embeddings=2048) | shape
+    model = model(config(vocab_size=len(tokenizer), tie_word_embeddings=family == "qwen3",
+                         initializer_range=0.1, eos_token_id=tokenizer.eos_token_id,
+                         pad_token_id=tokenizer.pad_token_id, bos_token_id=None, **shape))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return Path(directory)
@@ -252,7 +258,7 @@ def make_toy(directory="toy", seed=0, steps=(700, 600), batch_size=32, lr=7e-3, 
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
-# ---------------------------------------------------------------------------------------------------- the objective
+# ---------------------------------------------------------------------------------------------- the objective
 
 
 def exact_divergence(s, t, kind):
@@ -266,8 +272,8 @@ def exact_divergence(s, t, kind):
 def objective_inputs(N=37, V=301, d=16, dtype=torch.float32, apart=0.1):
     torch.manual_seed(0)
     hidden, head = torch.randn(N, d), torch.randn(V, d) / 2
-    return [x.to(dtype) for x in (hidden, head, hidden + apart * torch.randn(N, d), head + apart * torch.randn(V, d) / 2)] + [
-        torch.rand(N) / N]
+    return [x.to(dtype) for x in (hidden, head, hidden + apart * torch.randn(N, d),
+                                  head + apart * torch.randn(V, d) / 2)] + [torch.rand(N) / N]
 
 
 def exact_loss(inputs, kind):
@@ -322,7 +328,8 @@ def test_stats():
     tokens = torch.randint(301, (37,))
     loss, stats = opsdc.distill_loss(*inputs, tokens=tokens)
     p, q = (torch.distributions.Categorical(logits=(inputs[i] @ inputs[i + 1].T).double()) for i in (0, 2))
-    assert stats["kl"].item() == pytest.approx(torch.distributions.kl_divergence(p, q).mean().item(), rel=1e-5)
+    assert stats["kl"].item() == pytest.approx(torch.distributions.kl_divergence(p, q).mean().item(),
+                                               rel=1e-5)
     assert stats["student_entropy"].item() == pytest.approx(p.entropy().mean().item(), rel=1e-5)
     assert stats["teacher_entropy"].item() == pytest.approx(q.entropy().mean().item(), rel=1e-5)
     assert torch.allclose(stats["logprob"].double(), p.log_prob(tokens), atol=1e-5)
@@ -340,29 +347,35 @@ def test_never_holds_logits_of_all_tokens():
 
     inputs = objective_inputs(N=256, V=301)
     with Largest() as largest:
-        opsdc.distill_loss(inputs[0].requires_grad_(), inputs[1].requires_grad_(), *inputs[2:], chunk=16)[0].backward()
+        opsdc.distill_loss(inputs[0].requires_grad_(), inputs[1].requires_grad_(), *inputs[2:],
+                           chunk=16)[0].backward()
     assert largest.numel == 2 * 16 * 301  # the logits of one chunk, student's and teacher's
 
 
-# ----------------------------------------------------------------------------------------------- prompts and data
+# ------------------------------------------------------------------------------------------- prompts and data
 
 
 def test_prompts_are_the_papers(tmp_path):
     tokenizer = make_tokenizer(["text"], QWEN_TEMPLATE)
-    form = "The last line of your response should be of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem."
+    form = ("The last line of your response should be of the form Answer: $Answer (without quotes) where "
+            "$Answer is the answer to the problem.")
     remember = 'Remember to put your answer on its own line after "Answer:".'
     chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     student = f"Solve the following math problem step by step. {form}\n\n1+1?\n\n{remember}"
     assert tokenizer.decode(opsdc.student_prompt(tokenizer, "1+1?")) == chat.format(student)
-    v1 = ("Solve the following math problem concisely and correctly. Be direct: avoid unnecessary elaboration, redundant steps, or restating "
-          "the problem. Focus only on the key reasoning steps needed to reach the answer.")
+    v1 = ("Solve the following math problem concisely and correctly. Be direct: avoid unnecessary "
+          "elaboration, redundant steps, or restating the problem. Focus only on the key reasoning steps "
+          "needed to reach the answer.")
     teacher = f"{v1}\n\n{form}\n\n1+1?\n\n{remember}"
-    assert tokenizer.decode(opsdc.teacher_prompt(tokenizer, "1+1?", opsdc.read_instruction("v1"))) == chat.format(teacher)
+    assert (tokenizer.decode(opsdc.teacher_prompt(tokenizer, "1+1?", opsdc.read_instruction("v1")))
+            == chat.format(teacher))
     v2 = opsdc.read_instruction("v2")
-    assert v2.startswith("Solve the following math problem concisely and correctly. Prioritize a correct final answer above brevity. For straightforward")
+    assert v2.startswith("Solve the following math problem concisely and correctly. Prioritize a correct "
+                         "final answer above brevity. For straightforward")
     assert v2.endswith("and a brief check of the final answer. Never omit a step that the answer depends on.")
     (tmp_path / "c.txt").write_text("Be brief.\n")
-    assert opsdc.read_instruction(f"@{tmp_path / 'c.txt'}") == opsdc.read_instruction("Be brief.") == "Be brief."
+    assert (opsdc.read_instruction(f"@{tmp_path / 'c.txt'}") == opsdc.read_instruction("Be brief.")
+            == "Be brief.")
 
 
 def test_thinking_reaches_templates_that_know_it():
@@ -376,7 +389,8 @@ def test_thinking_reaches_templates_that_know_it():
 def test_rows_of_all_kinds_give_the_bare_problem():
     wrapped = opsdc.WRAPPER_HEAD + "1+1?" + opsdc.WRAPPER_TAIL
     rows = [dict(problem="1+1?", answer="2", solution="1+1 makes 2"), dict(question="1+1?", answer=2),
-            dict(prompt=wrapped, solution="2"), dict(prompt=[dict(role="user", content=wrapped)], reward_model=dict(ground_truth="2"))]
+            dict(prompt=wrapped, solution="2"),
+            dict(prompt=[dict(role="user", content=wrapped)], reward_model=dict(ground_truth="2"))]
     assert [opsdc.problem_and_answer(row) for row in rows] == [("1+1?", "2")] * 4
     assert opsdc.problem_and_answer(dict(prompt="1+1?")) == ("1+1?", None)
     with pytest.raises(ValueError, match="found the fields .'text'"):
@@ -388,7 +402,8 @@ def test_jsonl_and_parquet_read_alike(tmp_path):
     rows = [dict(problem=f"{i}+1?", answer=str(i + 1)) for i in range(3)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     datasets.Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
-    assert list(opsdc.read_rows(str(tmp_path / "rows.parquet"))) == opsdc.read_rows(str(tmp_path / "rows.jsonl")) == rows
+    assert (list(opsdc.read_rows(str(tmp_path / "rows.parquet")))
+            == opsdc.read_rows(str(tmp_path / "rows.jsonl")) == rows)
 
 
 @pytest.mark.parametrize("n, batch_size", [(12, 4), (10, 4), (3, 8)])
@@ -397,10 +412,11 @@ def test_batch_at_covers_each_epoch_once(n, batch_size):
     epochs = [stream[k:k + n] for k in range(0, len(stream), n)]
     assert len(stream) == n * batch_size and all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1  # shuffled anew
-    assert opsdc.batch_at(n, 5, batch_size, 1) == opsdc.batch_at(n, 5, batch_size, 1) != opsdc.batch_at(n, 5, batch_size, 2)
+    assert (opsdc.batch_at(n, 5, batch_size, 1) == opsdc.batch_at(n, 5, batch_size, 1)
+            != opsdc.batch_at(n, 5, batch_size, 2))
 
 
-# ----------------------------------------------------------------------------------------------------- micro-batches
+# ---------------------------------------------------------------------------------------------- micro-batches
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -409,14 +425,16 @@ def test_micro_batches_hold_every_sequence_once(world, budget):
     lengths = [9, 3, 8, 4, 4, 7, 1]
     ranks = [opsdc.micro_batches(lengths, budget, rank, world) for rank in range(world)]
     assert sorted(i for rank in ranks for group in rank for i in group) == list(range(7))
-    assert len({len(rank) for rank in ranks}) == 1  # FSDP's collectives are entered by all ranks equally often
+    # FSDP's collectives are entered by all ranks equally often
+    assert len({len(rank) for rank in ranks}) == 1
     for group in (group for rank in ranks for group in rank if len(group) > 1):
         assert max(lengths[i] for i in group) * len(group) <= budget
 
 
 def test_little_padding_and_even_ranks_on_a_long_tailed_batch():
     torch.manual_seed(0)
-    lengths = (torch.randn(20, 32) * 0.6 + 8.2).exp().clamp(max=8192).int().tolist()  # log-normal, mean about 4000
+    # log-normal, mean about 4000
+    lengths = (torch.randn(20, 32) * 0.6 + 8.2).exp().clamp(max=8192).int().tolist()
     padded, real, per_rank = 0, 0, []
     for batch in lengths:
         ranks = [opsdc.micro_batches(batch, 16384, rank, 8) for rank in range(8)]
@@ -433,7 +451,7 @@ def test_right_pad_marks_the_places_that_predict_the_response():
     assert predicts.tolist() == [2, 3, 4]  # 7 -> 8, 8 -> 9; in the second row 1 -> 2
 
 
-# ------------------------------------------------------------------------------------- student, teacher, gradients
+# -------------------------------------------------------------------------------- student, teacher, gradients
 # Five rollouts (a cut one, a single token, lengths far apart) under prompts of unequal length, and a teacher
 # whose weights differ from the student's. `python test_opsdc.py gradients MODEL FILE` computes loss and
 # gradients as opsdc.py does, on as many ranks as torchrun gives it; the reference is the unsharded model in
@@ -475,7 +493,8 @@ def gradients(model_path, file, dtype, *settings):
         objective = opsdc.student_pass(model, batches, hidden, head, cfg)
         grads = {name: p.grad.full_tensor() for name, p in model.lm.named_parameters()}
         model.zero_grad()
-        found.append(dict(objective=objective, grads=grads, theta_back=same, head=head, micro_batches=len(batches)))
+        found.append(dict(objective=objective, grads=grads, theta_back=same, head=head,
+                          micro_batches=len(batches)))
     if torch.distributed.get_rank() == 0:
         torch.save(found, file)
     torch.distributed.destroy_process_group()
@@ -484,7 +503,8 @@ def gradients(model_path, file, dtype, *settings):
 def exact_gradients(model_path):
     """Loss and gradients in float64, written from the formula: no padding, no shards, torch.distributions."""
     problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(model_path))
-    student, teacher = (AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64) for _ in range(2))
+    student, teacher = (AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64)
+                        for _ in range(2))
     weights = {name: value.float() for name, value in other_weights(student.named_parameters()).items()}
     with torch.no_grad():
         for name, p in teacher.named_parameters():
@@ -496,7 +516,8 @@ def exact_gradients(model_path):
         with torch.no_grad():
             t = teacher(torch.tensor([problem.teacher + y])).logits[0]
         for k in range(len(y)):
-            kl = exact_divergence(s[len(problem.student) + k - 1], t[len(problem.teacher) + k - 1], "reverse_kl")
+            kl = exact_divergence(s[len(problem.student) + k - 1], t[len(problem.teacher) + k - 1],
+                                  "reverse_kl")
             loss = loss + kl / (len(rollouts) * len(y))
     loss.backward()
     return loss.item(), {name: p.grad for name, p in student.named_parameters()}
@@ -506,7 +527,8 @@ def exact_gradients(model_path):
 def test_loss_and_gradients_of_the_sharded_model_equal_float64(random_model, ranks, tmp_path):
     exact, grads = exact_gradients(random_model)
     settings = ["1,1000", "700,7", "100000,1000"]  # one sequence a micro-batch; some; all that fit
-    succeed("gradients", random_model, tmp_path / "found.pt", "float32", *settings, ranks=ranks, script="test_opsdc.py")
+    succeed("gradients", random_model, tmp_path / "found.pt", "float32", *settings, ranks=ranks,
+            script="test_opsdc.py")
     results = torch.load(tmp_path / "found.pt", weights_only=False)
     assert len({r["micro_batches"] for r in results}) == 3
     for result in results:
@@ -522,14 +544,16 @@ def test_bfloat16_compute_keeps_float32_where_it_matters(tmp_path):
     masters."""
     model = make_model(tmp_path / "m", "qwen3")
     exact, grads = exact_gradients(model)
-    succeed("gradients", model, tmp_path / "found.pt", "bfloat16", "100000,1000", ranks=2, script="test_opsdc.py")
+    succeed("gradients", model, tmp_path / "found.pt", "bfloat16", "100000,1000", ranks=2,
+            script="test_opsdc.py")
     result, = torch.load(tmp_path / "found.pt", weights_only=False)
     assert result["theta_back"] and result["objective"]["loss"] == pytest.approx(exact, rel=1e-2)
     for name, grad in grads.items():
-        assert result["grads"][name].dtype == torch.float32 and relative_error(result["grads"][name], grad) < 0.05, name
+        assert (result["grads"][name].dtype == torch.float32
+                and relative_error(result["grads"][name], grad) < 0.05), name
 
 
-# -------------------------------------------------------------------------------------------------- engine and trainer
+# ----------------------------------------------------------------------------------------- engine and trainer
 
 
 def sync(model_path, file):
@@ -573,23 +597,26 @@ def test_weight_sync_is_seen_in_the_logprob_gap(random_model, tmp_path):
     assert ids != new_ids  # the same seeds, other weights
 
 
-# --------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 
 
 def write_rows(path, n=40):
-    path.write_text("".join(json.dumps(dict(problem=f"What is {i} + {i}?", answer=str(2 * i))) + "\n" for i in range(n)))
+    path.write_text("".join(json.dumps(dict(problem=f"What is {i} + {i}?", answer=str(2 * i))) + "\n"
+                            for i in range(n)))
     return path
 
 
 def small_run(model, data, out, **options):
-    settings = dict(model=model, data=data, out=out, steps=6, batch_size=4, lr=1e-3, refresh_every=2, save_every=2,
-                    max_prompt_tokens=512, max_response_tokens=24) | options
-    return [word for name, value in settings.items() for word in ([f"--{name}"] if value is True else [f"--{name}", value])]
+    settings = dict(model=model, data=data, out=out, steps=6, batch_size=4, lr=1e-3, refresh_every=2,
+                    save_every=2, max_prompt_tokens=512, max_response_tokens=24) | options
+    return [word for name, value in settings.items()
+            for word in ([f"--{name}"] if value is True else [f"--{name}", value])]
 
 
 def same_metrics(a, b):
     """All that is not a measurement of time or memory."""
-    names = [key for key in a if not key.startswith("seconds") and key not in ("tokens_per_second", "peak_memory_gib")]
+    names = [key for key in a
+             if not key.startswith("seconds") and key not in ("tokens_per_second", "peak_memory_gib")]
     return {key: a[key] for key in names} == {key: b.get(key) for key in names}
 
 
@@ -622,7 +649,8 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path)
     with open(log, "a") as file:
         file.write('{"step": 4, "lo')  # what a kill in the middle of a line leaves
     succeed(*small_run(model, data, tmp_path / "out", resume=True))
-    assert all(same_metrics(a, b) for a, b in zip(metrics_of(whole), metrics_of(tmp_path / "out"), strict=True))
+    assert all(same_metrics(a, b) for a, b in zip(metrics_of(whole), metrics_of(tmp_path / "out"),
+                                                  strict=True))
     assert [line["teacher_age"] for line in metrics_of(whole)] == [0, 1, 0, 1, 0, 1]
     assert sorted(p.name for p in (tmp_path / "out").glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
     a, b = (AutoModelForCausalLM.from_pretrained(x / "model").state_dict() for x in (whole, tmp_path / "out"))
@@ -638,7 +666,8 @@ def test_damaged_checkpoint_is_skipped_and_ranks_may_change(whole_run, tmp_path)
     output = succeed(*small_run(model, data, tmp_path / "out", resume=True), ranks=2)
     assert f"checkpoint-6, which is not whole: {shard.name}" in output and "4 steps are done" in output
     for a, b in zip(metrics_of(whole), metrics_of(tmp_path / "out"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["response_tokens"] == b["response_tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["response_tokens"] == b["response_tokens"]
 
 
 def test_sigterm_saves_and_exits_with_0(whole_run, tmp_path):
@@ -686,8 +715,8 @@ def trained(toy, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "out"
     few = out.parent / "few.jsonl"
     few.write_text("".join((toy / "eval.jsonl").read_text().splitlines(keepends=True)[:41]))
-    succeed(*TOY_RUN, "--model", toy / "model", "--data", toy / "train.jsonl", "--out", out, "--eval_every", 39, "--eval_data", few,
-            "--eval_samples", 2, ranks=2)
+    succeed(*TOY_RUN, "--model", toy / "model", "--data", toy / "train.jsonl", "--out", out,
+            "--eval_every", 39, "--eval_data", few, "--eval_samples", 2, ranks=2)
     return out
 
 
@@ -695,9 +724,12 @@ def test_toy_learns_to_be_brief_and_stays_right(toy, trained, tmp_path):
     """The claim of the paper, end to end: at least 45 % fewer tokens, accuracy at most a point below the
     base."""
     for name, model in (("base", toy / "model"), ("ours", trained / "model")):
-        succeed("--model", model, "--data", toy / "eval.jsonl", "--out", tmp_path / name, *TOY_EVAL, script="eval.py")
-    base, ours = (json.loads((tmp_path / name / "summary.json").read_text())["benchmarks"]["eval"] for name in ("base", "ours"))
-    print(f"tokens {base['tokens']:.1f} -> {ours['tokens']:.1f}, accuracy {base['accuracy']:.1%} -> {ours['accuracy']:.1%}")
+        succeed("--model", model, "--data", toy / "eval.jsonl", "--out", tmp_path / name, *TOY_EVAL,
+                script="eval.py")
+    base, ours = (json.loads((tmp_path / name / "summary.json").read_text())["benchmarks"]["eval"]
+                  for name in ("base", "ours"))
+    print(f"tokens {base['tokens']:.1f} -> {ours['tokens']:.1f}, "
+          f"accuracy {base['accuracy']:.1%} -> {ours['accuracy']:.1%}")
     assert base["problems"] >= 300 and base["accuracy"] > 0.95
     assert ours["tokens"] <= 0.55 * base["tokens"] and ours["accuracy"] >= base["accuracy"] - 0.01
 
@@ -705,12 +737,14 @@ def test_toy_learns_to_be_brief_and_stays_right(toy, trained, tmp_path):
 def test_metrics_of_the_toy_run(trained):
     lines = metrics_of(trained)
     assert [line["step"] for line in lines] == list(range(1, 41))
-    assert max(line["logprob_gap_max"] for line in lines) < 1e-4 and all(line["skipped_updates"] == 0 for line in lines)
+    assert max(line["logprob_gap_max"] for line in lines) < 1e-4
+    assert all(line["skipped_updates"] == 0 for line in lines)
     assert [line["teacher_age"] for line in lines] == [*range(20), *range(20)]
     assert lines[20]["loss"] > 2 * lines[19]["loss"]  # the refresh: the teacher is brief from a briefer model
-    known = {"loss", "grad_norm", "lr", "response_tokens", "response_tokens_min", "response_tokens_max", "truncated", "accuracy",
-             "student_entropy", "teacher_entropy", "logprob_gap", "seconds_sync", "seconds_generate", "seconds_teacher",
-             "seconds_student", "seconds_step", "tokens_per_second", "peak_memory_gib"}
+    known = {"loss", "grad_norm", "lr", "response_tokens", "response_tokens_min", "response_tokens_max",
+             "truncated", "accuracy", "student_entropy", "teacher_entropy", "logprob_gap", "seconds_sync",
+             "seconds_generate", "seconds_teacher", "seconds_student", "seconds_step", "tokens_per_second",
+             "peak_memory_gib"}
     assert all(line[name] is not None for line in lines for name in known)
     assert [line["step"] for line in lines if "eval_tokens" in line] == [1, 40]
     assert lines[39]["eval_tokens"] < 0.6 * lines[0]["eval_tokens"] and lines[39]["eval_accuracy"] > 0.85
@@ -719,7 +753,8 @@ def test_metrics_of_the_toy_run(trained):
 
 
 def test_exported_model_is_a_plain_hugging_face_model(toy, trained):
-    model, tokenizer = (kind.from_pretrained(trained / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (kind.from_pretrained(trained / "model")
+                        for kind in (AutoModelForCausalLM, AutoTokenizer))
     row = json.loads((toy / "eval.jsonl").read_text().splitlines()[0])
     prompt = torch.tensor([opsdc.student_prompt(tokenizer, row["problem"])])
     text = tokenizer.decode(model.generate(prompt, max_new_tokens=160, do_sample=False)[0, prompt.shape[1]:])
@@ -733,14 +768,15 @@ def test_real_problems(tmp_path):
     long prompts."""
     texts = [json.loads(line)["problem"] for line in MATH500.read_text().splitlines()]
     model = make_model(tmp_path / "m", "qwen3", texts, vocabulary=2000)
-    output = succeed(*small_run(model, MATH500, tmp_path / "out", steps=2, max_prompt_tokens=400, instruction="v2"), ranks=2)
+    output = succeed(*small_run(model, MATH500, tmp_path / "out", steps=2, max_prompt_tokens=400,
+                                instruction="v2"), ranks=2)
     dropped = int(re.search(r"(\d+) dropped \(a prompt longer than 400", output)[1])
     assert 0 < dropped < 250 and "500 with an answer" not in output
     for line in metrics_of(tmp_path / "out"):
         assert line["loss"] > 0 and line["logprob_gap_max"] < 1e-4 and line["accuracy"] == 0
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.fixture
@@ -754,8 +790,8 @@ def one_rank():
 def good(tmp_path_factory):
     """A model and a data file with which every check passes."""
     directory = tmp_path_factory.mktemp("good")
-    return dict(model=str(make_model(directory / "m", "qwen3")), data=str(write_rows(directory / "rows.jsonl")),
-                max_prompt_tokens=512, max_response_tokens=24)
+    return dict(model=str(make_model(directory / "m", "qwen3")),
+                data=str(write_rows(directory / "rows.jsonl")), max_prompt_tokens=512, max_response_tokens=24)
 
 
 def broken_data(directory, text):
@@ -772,17 +808,22 @@ def no_template(directory, good):
 
 
 BAD_INPUT = {
-    "model": (lambda d, good: dict(model=str(d / "nowhere")), "--model .*nowhere: expected a folder with a model or the id"),
+    "model": (lambda d, good: dict(model=str(d / "nowhere")),
+              "--model .*nowhere: expected a folder with a model or the id"),
     "template": (no_template, "no chat template"),
     "no data": (lambda d, good: dict(data=str(d / "no.jsonl")), "no.jsonl: no such file"),
     "empty data": (lambda d, good: broken_data(d, ""), "expected problems, found 0,"),
-    "malformed line": (lambda d, good: broken_data(d, '{"problem": "x"}\n{"problem"\n'), "line 2: expected a JSON object, found"),
-    "no problem field": (lambda d, good: broken_data(d, '{"text": "x"}\n'), r"row 1: expected a field problem, prompt or question.*\['text'\]"),
+    "malformed line": (lambda d, good: broken_data(d, '{"problem": "x"}\n{"problem"\n'),
+                       "line 2: expected a JSON object, found"),
+    "no problem field": (lambda d, good: broken_data(d, '{"text": "x"}\n'),
+                         r"row 1: expected a field problem, prompt or question.*\['text'\]"),
     "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "none with prompts of at most 5 tokens"),
-    "context": (lambda d, good: dict(max_response_tokens=4000), "= 4512 is more than the model's context of 2048"),
+    "context": (lambda d, good: dict(max_response_tokens=4000),
+                "= 4512 is more than the model's context of 2048"),
     "batch size": (lambda d, good: dict(batch_size=0), "--batch_size 0: expected at least 1"),
     "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2 does not divide the 1 ranks"),
-    "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"), "--keep correct: 1 of the 1 problems"),
+    "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
+                   "--keep correct: 1 of the 1 problems"),
     "instruction": (lambda d, good: dict(instruction="@nowhere.txt"), "found no file 'nowhere.txt'"),
     "wandb": (lambda d, good: dict(report_to="wandb"), "wandb is not installed"),
 }
@@ -797,6 +838,13 @@ def test_bad_input_stops_with_a_clear_message(case, good, one_rank, tmp_path, ca
     assert exit.value.code == 1 and not (tmp_path / "out").exists()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and re.search(message, lines[0]), lines
+
+
+def test_missing_vllm_is_named_with_what_to_install(good, one_rank, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
+    with pytest.raises(SystemExit):
+        opsdc.prepare(opsdc.Config(**good))
+    assert "error: vllm is not installed: on a machine with GPUs" in capsys.readouterr().out
 
 
 def test_resume_refuses_another_model_or_data(good, one_rank, tmp_path, capsys):
@@ -814,23 +862,27 @@ def test_resume_refuses_another_model_or_data(good, one_rank, tmp_path, capsys):
     write_rows(Path(good["data"]), 41)  # the same name, another content
     with pytest.raises(SystemExit):
         opsdc.prepare(opsdc.Config(**settings, resume=True))
-    assert "data_sha256" in capsys.readouterr().out
+    assert "problems_sha256" in capsys.readouterr().out
     write_rows(Path(good["data"]))
 
 
 def test_bad_input_under_torchrun_exits_once_and_not_0(good, tmp_path):
     done = run(*small_run(good["model"], good["data"], tmp_path / "out", batch_size=3), ranks=2)
-    assert done.returncode != 0 and done.stdout.count("error: --batch_size 3 is not divisible by the 2 engines") == 1
+    assert done.returncode != 0
+    assert done.stdout.count("error: --batch_size 3 is not divisible by the 2 engines") == 1
 
 
 def test_command_line_takes_dashes_and_underscores():
     parse = opsdc.HfArgumentParser(opsdc.Config).parse_args_into_dataclasses
-    assert parse(["--micro-batch-tokens", "5", "--no-thinking"])[0] == opsdc.Config(micro_batch_tokens=5, thinking=False)
-    assert parse(["--micro_batch_tokens", "5", "--no_thinking"])[0] == opsdc.Config(micro_batch_tokens=5, thinking=False)
+    assert (parse(["--micro-batch-tokens", "5", "--no-thinking"])[0]
+            == opsdc.Config(micro_batch_tokens=5, thinking=False))
+    assert (parse(["--micro_batch_tokens", "5", "--no_thinking"])[0]
+            == opsdc.Config(micro_batch_tokens=5, thinking=False))
 
 
 def test_imports_without_vllm_or_gpu_and_without_side_effects():
-    code = ("import sys, os; before = dict(os.environ); import opsdc, eval; assert dict(os.environ) == before; "
+    code = ("import sys, os; before = dict(os.environ); import opsdc, eval; "
+            "assert dict(os.environ) == before; "
             "assert 'vllm' not in sys.modules and not opsdc.dist.is_initialized()")
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
 
@@ -866,32 +918,38 @@ def test_every_format_takes_the_right_value_and_refuses_a_wrong_one(name, value)
 
 
 @pytest.mark.parametrize("answer, gold", [
-    ("055", "55"), ("-8", "-08"), ("1,234", "1234"), ("3{,}600", "3600"), ("11,\\!000", "11000"), (".75", "0.750"), ("+6", "6"),
-    ("0.75", "\\frac34"), ("\\dfrac{2}{9}", "\\tfrac29"), ("\\frac 38", "\\frac{3}{8}"), ("1\\frac{1}{4}", "5/4"),
-    ("30^\\circ", "30"), ("30°", "30^{\\circ}"), ("\\$7.50", "7.5"), ("25\\%", "0.25"), ("25\\%", "25%"), ("25 percent", "25\\%"),
-    ("\\text{blue}", "Blue"), ("\\mathrm{north}", "\\text{north}"), ("x=9", "9"), ("9", "x=9"), ("2\\sqrt{3}", "\\sqrt{12}"),
-    ("2√3", "2\\sqrt3"), ("3π", "3\\pi"), ("−4", "-4"), ("5sqrt(2)", "5\\sqrt{2}"), ("\\left(1,\\,2\\right)", "(1,2)"),
-    ("3, 8", "8, 3"), ("[-1,4]", "-1 \\le x \\le 4"), ("-1 \\le x \\le 4", "[-1,4]"), ("(t-2)(t+2)", "t^2-4"), ("4x+6y=2", "2x+3y=1"), ("12_{7}", "12_7"),
-    ("0.333333333", "\\frac13"), ("2 \\text{ or } 5", "2, 5"), ("8 \\text{ cm}", "8"), ("\\boxed{8}", "8"), ("1.0\\times10^{-4}", "0.0001"),
+    ("055", "55"), ("-8", "-08"), ("1,234", "1234"), ("3{,}600", "3600"), ("11,\\!000", "11000"),
+    (".75", "0.750"), ("+6", "6"), ("0.75", "\\frac34"), ("\\dfrac{2}{9}", "\\tfrac29"),
+    ("\\frac 38", "\\frac{3}{8}"), ("1\\frac{1}{4}", "5/4"), ("30^\\circ", "30"), ("30°", "30^{\\circ}"),
+    ("\\$7.50", "7.5"), ("25\\%", "0.25"), ("25\\%", "25%"), ("25 percent", "25\\%"),
+    ("\\text{blue}", "Blue"), ("\\mathrm{north}", "\\text{north}"), ("x=9", "9"), ("9", "x=9"),
+    ("2\\sqrt{3}", "\\sqrt{12}"), ("2√3", "2\\sqrt3"), ("3π", "3\\pi"), ("−4", "-4"),
+    ("5sqrt(2)", "5\\sqrt{2}"), ("\\left(1,\\,2\\right)", "(1,2)"), ("3, 8", "8, 3"),
+    ("[-1,4]", "-1 \\le x \\le 4"), ("-1 \\le x \\le 4", "[-1,4]"), ("(t-2)(t+2)", "t^2-4"),
+    ("4x+6y=2", "2x+3y=1"), ("12_{7}", "12_7"), ("0.333333333", "\\frac13"), ("2 \\text{ or } 5", "2, 5"),
+    ("8 \\text{ cm}", "8"), ("\\boxed{8}", "8"), ("1.0\\times10^{-4}", "0.0001"),
 ])
 def test_equal(answer, gold):
     assert ev.grade(f"Answer: {answer}", gold).correct
 
 
 @pytest.mark.parametrize("answer, gold", [
-    ("42 or 43", "42"), ("$42$ or $43$", "42"), ("42, 43", "42"), ("42 (or 43)", "42"), ("not 42", "42"), ("42 43", "42"),
-    ("3 5", "35"), ("42", "-42"), ("42.5", "42"), ("3.21", "3.2100001"), ("1/2^{99}", "1/2^{98}"), ("(1/2^{99},0)", "(1/2^{98},0)"),
-    ("\\sqrt{10^{40}+1}", "10^{20}"), ("6.74\\times10^{-5}", ".0000672"), ("10\\%", "10"), ("10", "10\\%"), ("52_9", "52_8"),
-    ("52", "52_8"), ("52_8", "52"), ("seat", "\\text{east}"), ("(2,1)", "(1,2)"), ("[1,2]", "(1,2)"), ("x=2", "y=2"), ("0.33", "1/3"),
-    ("2k", "2k+1"), ("", "42"), ("\\frac{1}{23}", "\\frac{1}{2}3"),
+    ("42 or 43", "42"), ("$42$ or $43$", "42"), ("42, 43", "42"), ("42 (or 43)", "42"), ("not 42", "42"),
+    ("42 43", "42"), ("3 5", "35"), ("42", "-42"), ("42.5", "42"), ("3.21", "3.2100001"),
+    ("1/2^{99}", "1/2^{98}"), ("(1/2^{99},0)", "(1/2^{98},0)"), ("\\sqrt{10^{40}+1}", "10^{20}"),
+    ("6.74\\times10^{-5}", ".0000672"), ("10\\%", "10"), ("10", "10\\%"), ("52_9", "52_8"), ("52", "52_8"),
+    ("52_8", "52"), ("seat", "\\text{east}"), ("(2,1)", "(1,2)"), ("[1,2]", "(1,2)"), ("x=2", "y=2"),
+    ("0.33", "1/3"), ("2k", "2k+1"), ("", "42"), ("\\frac{1}{23}", "\\frac{1}{2}3"),
 ])
 def test_not_equal(answer, gold):
     assert not ev.grade(f"Answer: {answer}", gold).correct
 
 
-@pytest.mark.parametrize("answer, right", [("C", True), ("(C)", True), ("C)", True), ("C.", True), ("C) 14 m", True), ("(C) 14", True),
-                                           ("\\text{C}", True), ("**C**", True), ("B", False), ("c", False), ("B or C", False),
-                                           ("C) or B)", False), ("B, C", False), ("Carbon", False), ("14 m", False)])
+@pytest.mark.parametrize("answer, right", [("C", True), ("(C)", True), ("C)", True), ("C.", True),
+                                           ("C) 14 m", True), ("(C) 14", True), ("\\text{C}", True),
+                                           ("**C**", True), ("B", False), ("c", False), ("B or C", False),
+                                           ("C) or B)", False), ("B, C", False), ("Carbon", False),
+                                           ("14 m", False)])
 def test_multiple_choice_by_exact_letter(answer, right):
     assert ev.grade(f"Answer: {answer}", "C").correct is right
     assert ev.grade(f"So \\boxed{{{answer}}}", "\\text{(C)}").correct is right
@@ -901,27 +959,35 @@ def test_where_the_answer_is():
     def taken(text):
         return ev.grade(text, "5").answer
     assert taken("Answer: 4\nNo, wait.\nAnswer: 5") == "5"  # the last line
-    assert taken("\\boxed{4}\nAnswer: 5") == "5" and taken("Answer: 4\nso \\boxed{5}") == "5"  # the later of the two
+    # the later of the two
+    assert taken("\\boxed{4}\nAnswer: 5") == "5" and taken("Answer: 4\nso \\boxed{5}") == "5"
     assert taken("\\boxed{5}, then \\boxed{unbalanced") == "5" and taken("\\boxed{5}\nAnswer:") == "5"
     assert taken("\\boxed{\\{5\\}}") == "\\{5\\}" and taken("\\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
-    assert taken("The final answer: 5") == "5" and taken("## Final Answer: $5$") == "5" and taken("\\textbf{Answer: 5}") == "5"
-    assert taken("Answer: $\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}$\nas said") == "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"
+    assert taken("The final answer: 5") == "5" and taken("## Final Answer: $5$") == "5"
+    assert taken("\\textbf{Answer: 5}") == "5"
+    assert (taken("Answer: $\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}$\nas said")
+            == "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}")
     assert taken("Answer: 5\nThat was it.") == "5" and taken("Answer: $5.00\nand $x$ is free") == "5.00"
     assert taken("Answer: 5<｜end▁of▁sentence｜>") == "5" and taken("Answer: 5</s>") == "5"
     for nothing in ("The result is 5", "= 5", "5", "", "answered: 5", "Answer: \n", "Answer: **"):
         verdict = ev.grade(nothing, "5")
-        assert verdict.answer is None and verdict.no_answer and not verdict.correct and not verdict.truncated, nothing
-    assert ev.grade("Answer: 1/2", "We find $x=\\boxed{3}$, so the answer is \\boxed{\\frac{1}{2}}.").correct  # a reference solution
+        assert (verdict.answer is None and verdict.no_answer and not verdict.correct
+                and not verdict.truncated), nothing
+    # a reference solution
+    assert ev.grade("Answer: 1/2", "We find $x=\\boxed{3}$, so the answer is \\boxed{\\frac{1}{2}}.").correct
 
 
 def test_only_the_text_after_the_last_think_counts():
     inside = "<think>\nAnswer: 5, \\boxed{5}\n</think>\nAnswer: 6"
     verdict = ev.grade(inside, "5")
-    assert (verdict.correct, verdict.answer_only, verdict.boxed_only, verdict.either_full_text) == (False, False, False, True)
-    assert ev.grade(inside, "6").correct and ev.grade("opened by the template \\boxed{4}</think>Answer: 5", "5").correct
+    assert ((verdict.correct, verdict.answer_only, verdict.boxed_only, verdict.either_full_text)
+            == (False, False, False, True))
+    assert ev.grade(inside, "6").correct
+    assert ev.grade("opened by the template \\boxed{4}</think>Answer: 5", "5").correct
     for cut in (ev.grade("Answer: 5", "5", finished=False), ev.grade("<think> \\boxed{5} Answer: 5", "5"),
                 ev.grade("<think>a</think>\nAnswer: 5\n<think> again", "5")):
-        assert (cut.correct, cut.answer, cut.truncated, cut.no_answer, cut.either_full_text) == (False, None, True, False, True)
+        assert ((cut.correct, cut.answer, cut.truncated, cut.no_answer, cut.either_full_text)
+                == (False, None, True, False, True))
     only_line, only_box = ev.grade("\\boxed{4}\nAnswer: 5", "5"), ev.grade("Answer: 4\n\\boxed{5}", "5")
     assert (only_line.correct, only_line.answer_only, only_line.boxed_only) == (True, True, False)
     assert (only_box.correct, only_box.answer_only, only_box.boxed_only) == (True, False, True)
@@ -929,12 +995,14 @@ def test_only_the_text_after_the_last_think_counts():
 
 def test_hostile_input_is_wrong_within_seconds_and_others_are_not_touched():
     ev.grade("Answer: \\sqrt{4}", "2")  # the worker's start is not what is measured
-    text = ["[" * 10**6, "\\boxed{" * 10**5, "{" * 10**6 + "}" * 10**6, "Answer" + " " * 10**6, "*" * 10**6, "Answer:" * 10**4,
-            "Answer: " + "(" * 900, "Answer: " + "9" * 10**6, "Answer: 9^9^9^9", "Answer: \\frac{1}{0}"]
+    text = ["[" * 10**6, "\\boxed{" * 10**5, "{" * 10**6 + "}" * 10**6, "Answer" + " " * 10**6, "*" * 10**6,
+            "Answer:" * 10**4, "Answer: " + "(" * 900, "Answer: " + "9" * 10**6, "Answer: 9^9^9^9",
+            "Answer: \\frac{1}{0}"]
     start = time.time()
     assert not any(v.correct for v in ev.grade_all(text, ["7"] * len(text)))
     assert time.time() - start < 30
-    stuck = ["Answer: $9^{9^{9^9}}$", "Answer: \\sqrt{49}", "Answer: $8^{8^{8^8}}$", "Answer: 14/2", "Answer: 8/2"]
+    stuck = ["Answer: $9^{9^{9^9}}$", "Answer: \\sqrt{49}", "Answer: $8^{8^{8^8}}$", "Answer: 14/2",
+             "Answer: 8/2"]
     start = time.time()
     assert [v.correct for v in ev.grade_all(stuck, ["7"] * 5, workers=2)] == [False, True, False, True, False]
     assert time.time() - start < 60
@@ -943,7 +1011,8 @@ def test_hostile_input_is_wrong_within_seconds_and_others_are_not_touched():
 
 def test_one_worker_and_three_give_the_same_verdicts_in_order_and_quickly():
     rng = random.Random(0)
-    pairs = [(f"Answer: \\frac{{{rng.randint(1, 9)}}}{{{rng.randint(1, 9)}}}", str(rng.randint(1, 3))) for _ in range(32)]
+    pairs = [(f"Answer: \\frac{{{rng.randint(1, 9)}}}{{{rng.randint(1, 9)}}}", str(rng.randint(1, 3)))
+             for _ in range(32)]
     texts, golds = zip(*pairs)
     one = ev.grade_all(texts, golds, workers=1)
     ev.grade_all(texts, golds, workers=3)
@@ -971,11 +1040,14 @@ def test_whole_math500_file():
     # tested)
     wrong = [next(g for g in golds[i + 1:] + golds if value(g) != value(golds[i])) for i in range(len(golds))]
     figures = {"references": sum(accepted(solutions)),
-               "cut before the last box": sum(accepted([s[:s.rfind("\\boxed")] for s in solutions], [False] * len(rows))),
-               "nothing but cut before the first box": sum(accepted([s[:s.find("\\boxed")] for s in solutions])),
+               "cut before the last box": sum(accepted([s[:s.rfind("\\boxed")] for s in solutions],
+                                                       [False] * len(rows))),
+               "nothing but cut before the first box":
+                   sum(accepted([s[:s.find("\\boxed")] for s in solutions])),
                "contradictory": sum(accepted([f"<think>\nIt is \\boxed{{{g}}}.\n</think>\nAnswer: {w}"
                                               for g, w in zip(golds, wrong)]))}
-    texts = [text.replace("X", x) for text in FORMATS.values() for x in golds + wrong]  # one call: equal pairs are asked once
+    # one call: equal pairs are asked once
+    texts = [text.replace("X", x) for text in FORMATS.values() for x in golds + wrong]
     verdicts = iter(v.correct for v in ev.grade_all(texts, (golds + golds) * len(FORMATS)))
     for name in FORMATS:
         figures[name] = sum(next(verdicts) for _ in golds), sum(next(verdicts) for _ in wrong)
@@ -989,7 +1061,8 @@ def test_whole_math500_file():
 
 def value(gold):
     """Plain reading of a gold, independent of eval.py, to tell which other rows hold an equal one."""
-    gold = re.sub(r"\s|\\[,!;]|\\left|\\right|\\text|\\mbox|\^\\circ|\\\$|[{}]", "", gold.replace("dfrac", "frac")).rpartition("=")[2]
+    gold = re.sub(r"\s|\\[,!;]|\\left|\\right|\\text|\\mbox|\^\\circ|\\\$|[{}]", "",
+                  gold.replace("dfrac", "frac")).rpartition("=")[2]
     try:
         return float(re.sub(r"^\\frac(\d)(\d+)$|^\\frac(\d\d)(\d\d)$", r"\1\3/\2\4", gold).replace(",", ""))
     except ValueError:
@@ -1005,33 +1078,40 @@ def hub_copy(folder, rows, split, configuration=None):
     folder.mkdir()
     datasets.Dataset.from_list(rows).to_parquet(str(folder / f"{split}.parquet"))
     if configuration:
-        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {configuration}\n  data_files:\n  - split: {split}\n"
-                                          f"    path: {split}.parquet\n---\n")
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {configuration}\n  data_files:\n"
+                                          f"  - split: {split}\n    path: {split}.parquet\n---\n")
     return folder
 
 
 def test_benchmarks_load_with_the_fields_of_the_hub(tmp_path):
-    math_row = {"problem": "What is $1+1$?", "solution": "\\boxed{2}", "answer": "2", "subject": "Algebra", "level": 3, "unique_id": "a/1.json"}
+    math_row = {"problem": "What is $1+1$?", "solution": "\\boxed{2}", "answer": "2", "subject": "Algebra",
+                "level": 3, "unique_id": "a/1.json"}
     got = ev.load_problems(f"math500={hub_copy(tmp_path / 'm', [math_row], 'test')}")
     assert got == [{"id": "a/1.json", "problem": "What is $1+1$?", "answer": "2", "level": 3, "kind": "math"}]
-    rows = [{"id": i, "problem": f"p{i}", "solution": "s", "answer": f"0{i}", "url": "u", "year": "2024"} for i in (60, 61)]
-    assert [p["answer"] for p in ev.load_problems(f"aime24={hub_copy(tmp_path / 'a', rows, 'train')}")] == ["060", "061"]
+    rows = [{"id": i, "problem": f"p{i}", "solution": "s", "answer": f"0{i}", "url": "u", "year": "2024"}
+            for i in (60, 61)]
+    assert ([p["answer"] for p in ev.load_problems(f"aime24={hub_copy(tmp_path / 'a', rows, 'train')}")]
+            == ["060", "061"])
     rows = [{"problem": "p", "answer": 70, "id": "0"}]
     assert ev.load_problems(f"aime25={hub_copy(tmp_path / 'b', rows, 'test')}")[0]["answer"] == "70"
 
 
 def test_multiple_choice_is_shuffled_by_the_question_and_keeps_its_letter(tmp_path):
-    rows = [{"Question": f"Which is {i}?", "Correct Answer": f"it is {i}\n", "Incorrect Answer 1": "red", "Incorrect Answer 2": "green",
-             "Incorrect Answer 3": "blue", "Record ID": f"rec{i}"} for i in range(40)]
+    rows = [{"Question": f"Which is {i}?", "Correct Answer": f"it is {i}\n", "Incorrect Answer 1": "red",
+             "Incorrect Answer 2": "green", "Incorrect Answer 3": "blue", "Record ID": f"rec{i}"}
+            for i in range(40)]
     gpqa = ev.load_problems(f"gpqa_diamond={hub_copy(tmp_path / 'g', rows, 'train', 'gpqa_diamond')}")
-    rows = [{"question": f"Which is {i}?", "subject": "s", "choices": ["red", "green", f"it is {i}", "blue"], "answer": 2} for i in range(40)]
+    rows = [{"question": f"Which is {i}?", "subject": "s", "choices": ["red", "green", f"it is {i}", "blue"],
+             "answer": 2} for i in range(40)]
     mmlu = ev.load_problems(f"mmlu={hub_copy(tmp_path / 'u', rows, 'test', 'all')}")
     for problems in (gpqa, mmlu):
         assert {p["answer"] for p in problems} == set("ABCD") and len({p["id"] for p in problems}) == 40
         for i, p in enumerate(problems):
             lines = p["problem"].split("\n")
-            assert lines[0] == f"Which is {i}?" and p["kind"] == "choice" and f"({p['answer']}) it is {i}" in lines
-            assert sorted(line[4:] for line in lines if line[:1] == "(") == sorted(["red", "green", "blue", f"it is {i}"])
+            assert lines[0] == f"Which is {i}?" and p["kind"] == "choice"
+            assert f"({p['answer']}) it is {i}" in lines
+            assert (sorted(line[4:] for line in lines if line[:1] == "(")
+                    == sorted(["red", "green", "blue", f"it is {i}"]))
     again = ev.load_problems(f"mmlu={tmp_path / 'u'}")
     assert again == mmlu
 
@@ -1039,10 +1119,13 @@ def test_multiple_choice_is_shuffled_by_the_question_and_keeps_its_letter(tmp_pa
 def test_problem_files_and_their_faults(tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"problem": "a", "answer": 3}\n{"question": "b", "solution": "so \\\\boxed{4}"}\n')
-    assert [(p["problem"], p["answer"]) for p in ev.load_problems(str(file))] == [("a", "3"), ("b", "so \\boxed{4}")]
-    for text, message in (('{"problem": "a", "answer": 3}\n{"problem"\n', "line 2"), ('{"task": "a"}\n', "found task"), ("5\n", "line 1: expected a JSON object"), ("", "no rows"),
-                          ('{"problem": "a"}\n', "no answer|expected a field answer"),
-                          ('{"problem": "a", "answer": 3, "id": 1}\n{"problem": "b", "answer": 3, "id": 1}\n', "id 1 occurs twice")):
+    assert ([(p["problem"], p["answer"]) for p in ev.load_problems(str(file))]
+            == [("a", "3"), ("b", "so \\boxed{4}")])
+    for text, message in (('{"problem": "a", "answer": 3}\n{"problem"\n', "line 2"),
+                          ('{"task": "a"}\n', "found task"), ("5\n", "line 1: expected a JSON object"),
+                          ("", "no rows"), ('{"problem": "a"}\n', "no answer|expected a field answer"),
+                          ('{"problem": "a", "answer": 3, "id": 1}\n{"problem": "b", "answer": 3, "id": 1}\n',
+                           "id 1 occurs twice")):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             ev.load_problems(str(file))
@@ -1056,18 +1139,22 @@ def test_problem_files_and_their_faults(tmp_path):
 
 
 def record(problem, sample, correct, tokens, level=None, answer="7", **more):
-    return {"id": problem, "sample": sample, "correct": correct, "tokens": tokens, "level": level, "answer": answer, "gold": "5",
-            "think_tokens": tokens - 2, "answer_tokens": 2, "truncated": False, "no_answer": answer is None, "answer_only": correct,
-            "boxed_only": False, "either_full_text": correct, "problem_hash": ev.digest(problem), **more}
+    return {"id": problem, "sample": sample, "correct": correct, "tokens": tokens, "level": level,
+            "answer": answer, "gold": "5", "think_tokens": tokens - 2, "answer_tokens": 2, "truncated": False,
+            "no_answer": answer is None, "answer_only": correct, "boxed_only": False,
+            "either_full_text": correct, "problem_hash": ev.digest(problem), **more}
 
 
 def test_summary_against_values_worked_out_by_hand():
-    records = [record("a", 0, True, 10, 1), record("a", 1, False, 30, 1), record("b", 0, True, 20, 2), record("b", 1, True, 40, 2),
-               record("c", 0, False, 60, 2, answer=None), record("c", 1, False, 80, 2, truncated=True)]
+    records = [record("a", 0, True, 10, 1), record("a", 1, False, 30, 1), record("b", 0, True, 20, 2),
+               record("b", 1, True, 40, 2), record("c", 0, False, 60, 2, answer=None),
+               record("c", 1, False, 80, 2, truncated=True)]
     s = ev.summarise(records)
     assert (s["problems"], s["samples"], s["k"]) == (3, 2, 2)
-    assert s["accuracy"] == pytest.approx(0.5) and s["accuracy_se"] == pytest.approx(0.5 / math.sqrt(3))  # means 0.5, 1, 0
-    assert (s["tokens"], s["tokens_median"], s["tokens_correct"], s["tokens_correct_median"]) == (40, 35, 70 / 3, 20)
+    # means 0.5, 1, 0
+    assert s["accuracy"] == pytest.approx(0.5) and s["accuracy_se"] == pytest.approx(0.5 / math.sqrt(3))
+    assert ((s["tokens"], s["tokens_median"], s["tokens_correct"], s["tokens_correct_median"])
+            == (40, 35, 70 / 3, 20))
     assert (s["think_tokens"], s["answer_tokens"]) == (38, 2)
     assert s["truncated"] == s["no_answer"] == pytest.approx(1 / 6) and s["pass_at_k"] == pytest.approx(2 / 3)
     assert s["majority_at_k"] == pytest.approx((0.5 + 1 + 0) / 3)  # a: one vote each
@@ -1093,8 +1180,10 @@ def test_pass_at_k_equals_the_count_over_all_subsets():
 def test_majority():
     def share(*votes):
         return ev.majority([record("a", i, v == "5", 1, answer=v) for i, v in enumerate(votes)])
-    assert share("5", "7", "5") == 1 and share("7", "7", "5") == 0 and share("5", "7") == 0.5 and share(None, None, "5") == 1
-    assert share(None) == 0 and share("\\frac12", "\\frac{1}{2}", "5") == 0  # one answer in two spellings outvotes the right one
+    assert share("5", "7", "5") == 1 and share("7", "7", "5") == 0 and share("5", "7") == 0.5
+    assert share(None, None, "5") == 1
+    # one answer in two spellings outvotes the right one
+    assert share(None) == 0 and share("\\frac12", "\\frac{1}{2}", "5") == 0
 
 
 def test_paired_bootstrap():
@@ -1106,25 +1195,30 @@ def test_paired_bootstrap():
             base.append(record(str(i), j, rng.random() < p, length))
             ours.append(record(str(i), j, rng.random() < p, length * rng.uniform(0.49, 0.51)))
     value, low, high = ev.paired(base, ours)["reduction"]
-    assert low < value < high and value == pytest.approx(0.5, abs=0.01) and high - low < 0.01  # pairing takes the spread out
+    # pairing takes the spread out
+    assert low < value < high and value == pytest.approx(0.5, abs=0.01) and high - low < 0.01
     change, low, high = ev.paired(base, ours)["change"]
-    half = {i: sum(r["correct"] for r in ours if r["id"] == i) / 4 - sum(r["correct"] for r in base if r["id"] == i) / 4
+    half = {i: sum(r["correct"] for r in ours if r["id"] == i) / 4
+                - sum(r["correct"] for r in base if r["id"] == i) / 4
             for i in {r["id"] for r in base}}
     width = 1.96 * statistics.stdev(half.values()) / 10  # what the normal approximation says
     assert low < change < high and (high - low) / 2 == pytest.approx(width, rel=0.1)
     assert ev.paired(base, base) == {"reduction": (0, 0, 0), "change": (0, 0, 0)}
-    assert ev.paired(base, list(reversed(ours))) == ev.paired(base, ours)  # matched by problem, not by position
+    # matched by problem, not by position
+    assert ev.paired(base, list(reversed(ours))) == ev.paired(base, ours)
 
 
 # ----------------------------------------------------------------------------------------- compare and curves
 
-SETTINGS = {"version": ev.VERSION, "model": "Qwen/Qwen3-8B", "instruction": None, "prompt": "p", "k": 2, "samples": 2, "max_tokens": 100,
-            "temperature": 0.6, "top_p": 0.95, "top_k": 20, "seed": 0, "thinking": True}
+SETTINGS = {"version": ev.VERSION, "model": "Qwen/Qwen3-8B", "instruction": None, "prompt": "p", "k": 2,
+            "samples": 2, "max_tokens": 100, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "seed": 0,
+            "thinking": True}
 
 
 def fake_run(folder, shorter=1.0, problems=30, name="math500", finished=True, **settings):
     rng = random.Random(3)
-    records = [record(f"p{i}", j, rng.random() < 0.9 - 0.1 * (i % 3), round(rng.uniform(900, 1100) * (1 + i % 3) * shorter ** (3 - i % 3)), 1 + i % 3)
+    records = [record(f"p{i}", j, rng.random() < 0.9 - 0.1 * (i % 3),
+                      round(rng.uniform(900, 1100) * (1 + i % 3) * shorter ** (3 - i % 3)), 1 + i % 3)
                for i in range(problems) for j in range(2)]
     ev.write_summary(folder, {**SETTINGS, **settings}, {name: records}, finished)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -1142,8 +1236,10 @@ def test_compare_prints_table_published_rows_and_picture(tmp_path, capsys):
     more = fake_run(tmp_path / "more", 0.7, model="out2/model", instruction="c", seed=1)
     ev.main(["compare", base, ours, more, "--plot", str(tmp_path / "x.png"), "--show", "2"])
     text = capsys.readouterr().out
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    assert len({len(line) for line in lines}) == 1 and {line[1] for line in lines[2:]} == {"all", "1", "2", "3"}
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+             if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+    assert {line[1] for line in lines[2:]} == {"all", "1", "2", "3"}
     a, b = (ev.read_run(run)[1]["math500"] for run in (base, ours))
     expected = 1 - sum(r["tokens"] for r in b) / sum(r["tokens"] for r in a)
     assert lines[2][6].startswith(f"{100 * expected:.1f} [") and lines[2][0] == ours
@@ -1154,16 +1250,20 @@ def test_compare_prints_table_published_rows_and_picture(tmp_path, capsys):
 
 
 def test_compare_shows_what_was_won_and_lost(tmp_path):
-    base = [record("a", 0, True, 10), record("b", 0, False, 20), record("c", 0, True, 30), record("d", 0, False, 40)]
-    ours = [record("a", 0, False, 5), record("b", 0, True, 6), record("c", 0, True, 7), record("d", 0, False, 8)]
+    base = [record("a", 0, True, 10), record("b", 0, False, 20), record("c", 0, True, 30),
+            record("d", 0, False, 40)]
+    ours = [record("a", 0, False, 5), record("b", 0, True, 6), record("c", 0, True, 7),
+            record("d", 0, False, 8)]
     assert ev.won_and_lost(base, ours, 1).splitlines() == [
-        "1 problems won, 1 lost, 2 as before", "  +100.0 points, 20 -> 6 tokens: b (gold 5)", "  -100.0 points, 10 -> 5 tokens: a (gold 5)"]
+        "1 problems won, 1 lost, 2 as before", "  +100.0 points, 20 -> 6 tokens: b (gold 5)",
+        "  -100.0 points, 10 -> 5 tokens: a (gold 5)"]
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"temperature": 1.0}, "temperature is 0.6 and 1.0"), ({"max_tokens": 50, "top_k": 1}, "max_tokens is 100 and 50; top_k"),
-    ({"problems": 29}, "1 problems only in the first.*p29"), ({"name": "aime24"}, "math500.*aime24"), ({"version": 0}, "version 0"),
-    ({"finished": False}, "not finished")])
+    ({"temperature": 1.0}, "temperature is 0.6 and 1.0"),
+    ({"max_tokens": 50, "top_k": 1}, "max_tokens is 100 and 50; top_k"),
+    ({"problems": 29}, "1 problems only in the first.*p29"), ({"name": "aime24"}, "math500.*aime24"),
+    ({"version": 0}, "version 0"), ({"finished": False}, "not finished")])
 def test_compare_refuses(tmp_path, change, message):
     base, ours = fake_run(tmp_path / "base"), fake_run(tmp_path / "ours", **change)
     with pytest.raises(SystemExit, match=message):
@@ -1192,15 +1292,18 @@ def test_curves_of_two_training_runs(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         with open(tmp_path / name / "metrics.jsonl", "w") as file:
             for step in range(60):
-                row = {"step": step, "loss": 0.3 * 0.97 ** step, "grad_norm": 1 / (1 + step), "response_tokens": 70 - step / 2,
-                       "truncated": 0.0, "student_entropy": 0.3, "teacher_entropy": 0.31, "accuracy": None if name == "two" else 0.9,
-                       "teacher_age": step % 20, **({"eval_accuracy": 0.9, "eval_tokens": 60} if step % 10 == 0 else {})}
+                row = {"step": step, "loss": 0.3 * 0.97 ** step, "grad_norm": 1 / (1 + step),
+                       "response_tokens": 70 - step / 2, "truncated": 0.0, "student_entropy": 0.3,
+                       "teacher_entropy": 0.31, "accuracy": None if name == "two" else 0.9,
+                       "teacher_age": step % 20,
+                       **({"eval_accuracy": 0.9, "eval_tokens": 60} if step % 10 == 0 else {})}
                 file.write(json.dumps(row) + "\n")
             file.write('{"step": 60, "lo')  # a run that is still writing
     runs = [str(tmp_path / name) for name in ("one", "two")]
     ax = ev.pyplot().figure().add_subplot()
     ev.draw_run(ax, ev.read_lines(tmp_path / "one" / "metrics.jsonl"), ("loss", "eval_accuracy"), "C0", "one")
-    assert [list(line.get_xdata()) for line in ax.lines[2:]] == [[19.5, 19.5], [39.5, 39.5]]  # refreshes after steps 19 and 39
+    # refreshes after steps 19 and 39
+    assert [list(line.get_xdata()) for line in ax.lines[2:]] == [[19.5, 19.5], [39.5, 39.5]]
     assert [len(line.get_xdata()) for line in ax.lines[:2]] == [60, 6]
     ev.main(["curves", *runs, "--plot", str(tmp_path / "c.png")])
     assert is_picture(tmp_path / "c.png")
@@ -1218,14 +1321,16 @@ def test_curves_of_two_training_runs(tmp_path, monkeypatch):
 def command(toy, out, *more):
     data = out.parent / "few.jsonl"
     data.write_text("".join((toy / "eval.jsonl").read_text().splitlines(keepends=True)[:40]))
-    return [sys.executable, str(HERE / "eval.py"), "--model", str(toy / "model"), "--data", str(data), "--out", str(out),
-            "--samples", "2", "--max-tokens", "60", "--temperature", "1", "--block", "8", *more]
+    return [sys.executable, str(HERE / "eval.py"), "--model", str(toy / "model"), "--data", str(data),
+            "--out", str(out), "--samples", "2", "--max-tokens", "60", "--temperature", "1", "--block", "8",
+            *more]
 
 
 def test_eval_end_to_end_killed_resumed_compared(toy, tmp_path, capsys):
     base, concise, file = tmp_path / "base", tmp_path / "concise", tmp_path / "base/few.jsonl"
     problems = [json.loads(line) for line in (toy / "eval.jsonl").read_text().splitlines()[:40]]
-    killed = subprocess.Popen(command(toy, base), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    killed = subprocess.Popen(command(toy, base), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              start_new_session=True)
     deadline = time.time() + 120
     while not (file.is_file() and file.stat().st_size) and killed.poll() is None and time.time() < deadline:
         time.sleep(0.02)
@@ -1237,26 +1342,33 @@ def test_eval_end_to_end_killed_resumed_compared(toy, tmp_path, capsys):
     assert not json.loads((base / "summary.json").read_text())["finished"]
     with open(file, "ab") as f:
         f.write(b'{"id": "half a li')
-    for out, more in ((base, ()), (concise, ("--instruction", "v1", "--block", "40"))):  # a block that vLLM takes in several steps
+    # a block that vLLM takes in several steps
+    for out, more in ((base, ()), (concise, ("--instruction", "v1", "--block", "40"))):
         done = subprocess.run(command(toy, out, *more), capture_output=True, text=True, timeout=180)
         assert done.returncode == 0 and "| few" in done.stdout, done.stderr[-2000:]
     after = file.read_bytes().splitlines()
     complete = len(before) // 2 * 2
     assert after[:complete] == before[:complete]  # nothing was made twice
     records = [json.loads(line) for line in after]
-    assert [(r["id"], r["sample"]) for r in records] == [(str(p.get("id", i)), j) for i, p in enumerate(problems) for j in (0, 1)]
-    assert len({r["seed"] for r in records}) == len(records) and len({r["prompt_hash"] for r in records}) == len({p["problem"] for p in problems})
+    assert ([(r["id"], r["sample"]) for r in records]
+            == [(str(p.get("id", i)), j) for i, p in enumerate(problems) for j in (0, 1)])
+    assert len({r["seed"] for r in records}) == len(records)
+    assert len({r["prompt_hash"] for r in records}) == len({p["problem"] for p in problems})
     for r, p in zip(records[::2], problems):
         assert r["gold"] == str(p["answer"]) and r["tokens"] == r["think_tokens"] + r["answer_tokens"] <= 60
-        assert (r["finish_reason"] == "length") <= r["truncated"] and r["correct"] == ev.grade(r["response"], r["gold"], r["finish_reason"] == "stop").correct
+        assert (r["finish_reason"] == "length") <= r["truncated"]
+        assert r["correct"] == ev.grade(r["response"], r["gold"], r["finish_reason"] == "stop").correct
     summary = json.loads((base / "summary.json").read_text())
-    assert summary["finished"] and summary["benchmarks"]["few"] == json.loads(json.dumps(ev.summarise(records, 2)))
+    assert summary["finished"]
+    assert summary["benchmarks"]["few"] == json.loads(json.dumps(ev.summarise(records, 2)))
     other = [json.loads(line) for line in (concise / "few.jsonl").read_text().splitlines()]
-    assert all(a["prompt_hash"] != b["prompt_hash"] and a["problem_hash"] == b["problem_hash"] for a, b in zip(records, other))
+    assert all(a["prompt_hash"] != b["prompt_hash"] and a["problem_hash"] == b["problem_hash"]
+               for a, b in zip(records, other))
     ev.main(["compare", str(base), str(concise), "--plot", str(tmp_path / "x.png")])
     assert f"| {concise}" in capsys.readouterr().out and is_picture(tmp_path / "x.png")
     untouched = file.read_bytes(), (base / "summary.json").read_bytes()
-    for more, message in ((["--temperature", "0.9"], "temperature: there 1.0, here 0.9"), (["--instruction", "v2"], "instruction")):
+    for more, message in ((["--temperature", "0.9"], "temperature: there 1.0, here 0.9"),
+                          (["--instruction", "v2"], "instruction")):
         with pytest.raises(SystemExit, match=message):
             ev.main(command(toy, base, *more)[2:])
     assert untouched == (file.read_bytes(), (base / "summary.json").read_bytes())
@@ -1264,9 +1376,13 @@ def test_eval_end_to_end_killed_resumed_compared(toy, tmp_path, capsys):
 
 def test_bad_input_is_said_before_the_engine_starts(toy, tmp_path):
     out = tmp_path / "out"
-    for more, message in ((["--samples", "0"], "samples >= 1, .* --samples 0"), (["--k", "3"], "k <= --samples"), (["--benchmarks", "math501", "--data", ""], "aime25"),
-                          (["--data", str(tmp_path / "no.jsonl")], "no.jsonl"), (["--model", str(tmp_path / "no")], "hub id or the directory"),
-                          (["--max-tokens", "100000"], "lower --max-tokens"), (["--instruction", "@nofile"], "nofile")):
+    for more, message in ((["--samples", "0"], "samples >= 1, .* --samples 0"),
+                          (["--k", "3"], "k <= --samples"),
+                          (["--benchmarks", "math501", "--data", ""], "aime25"),
+                          (["--data", str(tmp_path / "no.jsonl")], "no.jsonl"),
+                          (["--model", str(tmp_path / "no")], "hub id or the directory"),
+                          (["--max-tokens", "100000"], "lower --max-tokens"),
+                          (["--instruction", "@nofile"], "nofile")):
         with pytest.raises(SystemExit, match=message):
             ev.main(command(toy, out, *more)[2:])
     assert not out.exists()
@@ -1282,7 +1398,8 @@ def test_evaluate_reads_think_blocks_opened_by_the_template(toy):
     by hand."""
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-    answers = ["<think> 3 </think>\nAnswer: 4", "<think> Answer: 4", "Answer: 4", "<think> 3 </think>\nAnswer: 5"]
+    answers = ["<think> 3 </think>\nAnswer: 4", "<think> Answer: 4", "Answer: 4",
+               "<think> 3 </think>\nAnswer: 5"]
     seen = []
 
     def generate(prompts, seeds, **sampling):
@@ -1291,18 +1408,21 @@ def test_evaluate_reads_think_blocks_opened_by_the_template(toy):
     problems = [{"id": "p", "problem": "a1 b3", "answer": "4", "level": None, "kind": "math"}]
     sampling = dict(max_tokens=9, temperature=0.5, top_p=0.9, top_k=3)
     records = ev.evaluate(generate, tokenizer, problems, samples=4, seed=5, **sampling)
-    assert seen[0][2] == sampling and len(set(seen[0][1])) == 4 and all(p == seen[0][0][0] for p in seen[0][0])
-    assert [r["correct"] for r in records] == [True, False, True, False] and [r["truncated"] for r in records] == [False, True, False, False]
-    assert [r["think_tokens"] for r in records] == [len(encode(text)) for text in
-                                                         ("<think> 3 </think>", answers[1] + " 7", "", "<think> 3 </think>")]
+    assert seen[0][2] == sampling and len(set(seen[0][1])) == 4
+    assert all(p == seen[0][0][0] for p in seen[0][0])
+    assert [r["correct"] for r in records] == [True, False, True, False]
+    assert [r["truncated"] for r in records] == [False, True, False, False]
+    assert [r["think_tokens"] for r in records] == [
+        len(encode(text)) for text in ("<think> 3 </think>", answers[1] + " 7", "", "<think> 3 </think>")]
     tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
     answers[:] = ["3 </think>\nAnswer: 4", "Answer: 4", "4", "<think> </think>\nAnswer: 4"]
     records = ev.evaluate(generate, tokenizer, problems, samples=4, seed=5, **sampling)
-    assert [r["correct"] for r in records] == [True, False, False, True] and [r["truncated"] for r in records] == [False, True, True, False]
+    assert [r["correct"] for r in records] == [True, False, False, True]
+    assert [r["truncated"] for r in records] == [False, True, True, False]
     assert seen[0][1] == seen[1][1] and ev.summarise(records)["accuracy"] == 0.5
 
 
-# -------------------------------------------------------------------------------------------------------------- bench
+# ------------------------------------------------------------------------------------------------------ bench
 # The objective at the shapes of a 0.6B Qwen3's head, on one thread, a fresh process for each row.
 
 VOCABULARY, HIDDEN = 151936, 1024
@@ -1319,8 +1439,8 @@ def bench_inputs(N, dtype):
 
 
 def naive_loss(hs, ws, ht, wt, weights):
-    """What one writes first: logits of all tokens in the inputs' dtype, autograd for the rest. (bfloat16 products are taken
-    in float32 and rounded, as a GPU does; a CPU's own bfloat16 kernels take minutes.)"""
+    """What one writes first: logits of all tokens in the inputs' dtype, autograd for the rest. (bfloat16
+    products are taken in float32 and rounded, as a GPU does; a CPU's own bfloat16 kernels take minutes.)"""
     logits = lambda h, w: (h.float() @ w.float().T).to(h.dtype)
     log_p, log_q = logits(hs, ws).log_softmax(-1), logits(ht, wt).log_softmax(-1)
     return (weights * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
@@ -1328,7 +1448,8 @@ def naive_loss(hs, ws, ht, wt, weights):
 
 def four_matmuls(hs, ws, ht, wt, weights, chunk=256):
     """The arithmetic that cannot be avoided, into buffers made once: both logits and both gradients."""
-    logits, gh, gw = torch.empty(chunk, VOCABULARY), torch.empty(chunk, HIDDEN), torch.zeros(VOCABULARY, HIDDEN)
+    logits, gh, gw = (torch.empty(chunk, VOCABULARY), torch.empty(chunk, HIDDEN),
+                      torch.zeros(VOCABULARY, HIDDEN))
     with torch.no_grad():
         for i in range(0, len(hs), chunk):
             torch.mm(ht[i:i + chunk], wt.T, out=logits)
@@ -1339,7 +1460,8 @@ def four_matmuls(hs, ws, ht, wt, weights, chunk=256):
 
 def exact_in_chunks(hs, ws, ht, wt, weights):
     """KL and the head's gradient in float64, 64 tokens at a time."""
-    ws64, wt64, kl, grad = ws.detach().double(), wt.double(), 0.0, torch.zeros(VOCABULARY, HIDDEN, dtype=torch.float64)
+    ws64, wt64, kl, grad = (ws.detach().double(), wt.double(), 0.0,
+                            torch.zeros(VOCABULARY, HIDDEN, dtype=torch.float64))
     for i in range(0, len(hs), 64):
         h = hs[i:i + 64].detach().double()
         log_p, log_q = (h @ ws64.T).log_softmax(-1), (ht[i:i + 64].double() @ wt64.T).log_softmax(-1)
@@ -1363,25 +1485,29 @@ def bench_row(method, N, dtype):
     found = dict(seconds=time.process_time() - start, mib=peak() - before)
     if dtype == "bfloat16":
         kl, grad = exact_in_chunks(*inputs)
-        found |= dict(kl=kl, loss_error=abs(loss.item() / kl - 1), grad_error=relative_error(inputs[1].grad, grad))
+        found |= dict(kl=kl, loss_error=abs(loss.item() / kl - 1),
+                      grad_error=relative_error(inputs[1].grad, grad))
     print(json.dumps(found))
 
 
 def bench():
-    print(f"V={VOCABULARY}, d={HIDDEN}, one thread, torch {torch.__version__}; MiB above the inputs (head's gradient: "
-          f"{VOCABULARY * HIDDEN * 4 / 2**20:.0f} in float32)\n\n| | N | CPU s | x four matmuls | peak MiB | loss error | head gradient error |\n"
+    print(f"V={VOCABULARY}, d={HIDDEN}, one thread, torch {torch.__version__}; MiB above the inputs (head's "
+          f"gradient: {VOCABULARY * HIDDEN * 4 / 2**20:.0f} in float32)\n\n"
+          "| | N | CPU s | x four matmuls | peak MiB | loss error | head gradient error |\n"
           "|---|---|---|---|---|---|---|")
-    row = lambda *words: json.loads(succeed("bench_row", *words, script="test_opsdc.py", timeout=1800).splitlines()[-1])
+    row = lambda *words: json.loads(succeed("bench_row", *words, script="test_opsdc.py",
+                                            timeout=1800).splitlines()[-1])
     for N in (1024, 2048):
         floor = row("four_matmuls", N, "float32")["seconds"]
         print(f"| four bare matmuls | {N} | {floor:.1f} | 1 | | | |")
         for method, name in (("opsdc", "`distill_loss`"), ("naive", "naive autograd")):
             found = row(method, N, "float32")
-            print(f"| {name}, float32 | {N} | {found['seconds']:.1f} | {found['seconds'] / floor:.2f} | {found['mib']:.0f} | | |", flush=True)
+            print(f"| {name}, float32 | {N} | {found['seconds']:.1f} | {found['seconds'] / floor:.2f} | "
+                  f"{found['mib']:.0f} | | |", flush=True)
     for method, name in (("opsdc", "`distill_loss`"), ("naive", "naive autograd")):
         found = row(method, 1024, "bfloat16")
-        print(f"| {name}, bfloat16, KL {found['kl']:.4f} | 1024 | {found['seconds']:.1f} | | {found['mib']:.0f} | "
-              f"{found['loss_error']:.4%} | {found['grad_error']:.2%} |", flush=True)
+        print(f"| {name}, bfloat16, KL {found['kl']:.4f} | 1024 | {found['seconds']:.1f} | | "
+              f"{found['mib']:.0f} | {found['loss_error']:.4%} | {found['grad_error']:.2%} |", flush=True)
 
 
 if __name__ == "__main__":
