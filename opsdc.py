@@ -32,10 +32,12 @@ asynchronous rollouts. The README shows where a fork would add them.
 Differences from the paper's text (P) and the authors' code (A):
  1. A: logits are float32 whatever the model's dtype; bfloat16 drowns the small KL (see THE OBJECTIVE).
  2. A: the line "Remember to put your answer ..." stands once in the teacher's prompt, not twice.
- 3. A: loss and gradient do not depend on micro-batches, padding or ranks: a token's weight is 1 / (B |y|).
- 4. A: --resume goes on as if the run had not stopped; thetabar is part of the checkpoint.
- 5. P: the data set's wrapper is taken off and put on here, so any set of bare problems is trained on alike.
- 6. P: a problem whose teacher's prompt is longer than max_prompt_tokens is dropped, counted and said.
+ 3. A: a token weighs 1 / (B |y|), as in P. A averages the tokens of a micro-batch, then the micro-batches, so
+    that its loss depends on how the batch is cut.
+ 4. A: the sampled ids are trained on; A decodes a response and tokenises the text again.
+ 5. A: --resume goes on as if the run had not stopped; thetabar is part of the checkpoint.
+ 6. P: the data set's wrapper is taken off and put on here, so any set of bare problems is trained on alike.
+ 7. P: a problem whose teacher's prompt is longer than max_prompt_tokens is dropped, counted and said.
 """
 import contextlib
 import hashlib
@@ -829,8 +831,8 @@ def open_run(cfg, problems):
         check(cfg.resume, f"--out {out} holds a run already; add --resume to go on with it, or name another")
         old = json.loads((out / "config.json").read_text())
     for name in IDENTITY if old else ():
-        check(old[name] == settings[name], f"--resume: the run in {out} has {name} {old[name]!r}, found "
-              f"{settings[name]!r}; give the same, or another --out")
+        check(old.get(name) == settings[name], f"--resume: the run in {out} has {name} {old.get(name)!r}, "
+              f"found {settings[name]!r}; give the same, or another --out")
     dist.barrier()  # all have read before one writes
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
