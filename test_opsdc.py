@@ -6,6 +6,7 @@ float64 or with a second real run.
     python test_opsdc.py toy [DIR]                  a tiny reasoning model that overthinks, and its problems
     python test_opsdc.py bench                      CPU time and memory of the objective beside naive autograd
 """
+import dataclasses
 import itertools
 import json
 import math
@@ -15,10 +16,12 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -494,7 +497,8 @@ def gradients(model_path, file, dtype, *settings):
         grads = {name: p.grad.full_tensor() for name, p in model.lm.named_parameters()}
         model.zero_grad()
         found.append(dict(objective=objective, grads=grads, theta_back=same, head=head,
-                          micro_batches=len(batches)))
+                          micro_batches=len(batches),
+                          mesh=next(model.parameters()).device_mesh.mesh_dim_names))
     if torch.distributed.get_rank() == 0:
         torch.save(found, file)
     torch.distributed.destroy_process_group()
@@ -523,20 +527,45 @@ def exact_gradients(model_path):
     return loss.item(), {name: p.grad for name, p in student.named_parameters()}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_loss_and_gradients_of_the_sharded_model_equal_float64(random_model, ranks, tmp_path):
-    exact, grads = exact_gradients(random_model)
-    settings = ["1,1000", "700,7", "100000,1000"]  # one sequence a micro-batch; some; all that fit
-    succeed("gradients", random_model, tmp_path / "found.pt", "float32", *settings, ranks=ranks,
-            script="test_opsdc.py")
-    results = torch.load(tmp_path / "found.pt", weights_only=False)
-    assert len({r["micro_batches"] for r in results}) == 3
+def check_gradients(file, exact, grads):
+    results = torch.load(file, weights_only=False)
     for result in results:
         assert result["theta_back"]
         assert result["objective"]["loss"] == pytest.approx(exact, rel=1e-5)
         assert result["grads"].keys() == grads.keys()
         for name, grad in grads.items():
             assert relative_error(result["grads"][name], grad) < 1e-4, name
+    return results
+
+
+# One sequence a micro-batch; some; all that fit: each with another chunk of the loss.
+CUTS = "1,1000", "700,7", "100000,1000"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_loss_and_gradients_of_the_sharded_model_equal_float64(random_model, ranks, tmp_path):
+    succeed("gradients", random_model, tmp_path / "found.pt", "float32", *CUTS, ranks=ranks,
+            script="test_opsdc.py")
+    results = check_gradients(tmp_path / "found.pt", *exact_gradients(random_model))
+    assert len({r["micro_batches"] for r in results}) == 3
+
+
+def test_two_nodes_shard_within_and_replicate_across(tmp_path):
+    """2 x 2 ranks on this machine, each pair under a torchrun of its own, give the same gradients."""
+    model = make_model(tmp_path / "m", "qwen3")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2",
+              "--master_addr", "127.0.0.1", "--master_port", str(port), "--node_rank"]
+    worker = [str(HERE / "test_opsdc.py"), "gradients", str(model), str(tmp_path / "found.pt"), "float32",
+              CUTS[1]]
+    nodes = [subprocess.Popen([*launch, str(node), *worker], env=ENVIRONMENT, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for node in range(2)]
+    outputs = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    result, = check_gradients(tmp_path / "found.pt", *exact_gradients(model))
+    assert result["mesh"] == ("replicate", "shard")
 
 
 def test_bfloat16_compute_keeps_float32_where_it_matters(tmp_path):
@@ -721,11 +750,13 @@ def trained(toy, tmp_path_factory):
 
 
 def test_toy_learns_to_be_brief_and_stays_right(toy, trained, tmp_path):
-    """The claim of the paper, end to end: at least 45 % fewer tokens, accuracy at most a point below the
-    base."""
-    for name, model in (("base", toy / "model"), ("ours", trained / "model")):
-        succeed("--model", model, "--data", toy / "eval.jsonl", "--out", tmp_path / name, *TOY_EVAL,
+    """The paper's claim, end to end: at least 45 % fewer tokens, accuracy at most a point below the base."""
+    def evaluate(name, model):
+        succeed("--model", model / "model", "--data", toy / "eval.jsonl", "--out", tmp_path / name, *TOY_EVAL,
                 script="eval.py")
+
+    with ThreadPoolExecutor() as pool:  # a core each
+        list(pool.map(evaluate, ("base", "ours"), (toy, trained)))
     base, ours = (json.loads((tmp_path / name / "summary.json").read_text())["benchmarks"]["eval"]
                   for name in ("base", "ours"))
     print(f"tokens {base['tokens']:.1f} -> {ours['tokens']:.1f}, "
@@ -870,6 +901,14 @@ def test_bad_input_under_torchrun_exits_once_and_not_0(good, tmp_path):
     done = run(*small_run(good["model"], good["data"], tmp_path / "out", batch_size=3), ranks=2)
     assert done.returncode != 0
     assert done.stdout.count("error: --batch_size 3 is not divisible by the 2 engines") == 1
+
+
+def test_readme_names_every_option_and_the_lines_of_the_sections():
+    readme, lines = (HERE / "README.md").read_text(), (HERE / "opsdc.py").read_text().splitlines()
+    assert [f.name for f in dataclasses.fields(opsdc.Config) if f"`--{f.name}`" not in readme] == []
+    guide = re.findall(r"^\| (\d+) \| ([A-Z][a-z ]+):", readme, re.MULTILINE)
+    assert len(guide) == 11
+    assert [title for n, title in guide if not lines[int(n) - 1].endswith(f"- {title.upper()}")] == []
 
 
 def test_command_line_takes_dashes_and_underscores():
