@@ -386,7 +386,7 @@ def think_length(tokenizer, ids, text):
 
 def vllm_generate(model, tensor_parallel, context, seed):
     """`generate` of a vLLM engine."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # else the table drowns
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else the table drowns
     try:
         import torch
         options = {}
@@ -510,7 +510,7 @@ PUBLISHED = {  # arXiv 2603.05433: accuracy mean@8, % / mean response tokens, in
         "base": "71.3/3313 33.3/11042 25.0/11983 47.0/8609 71.5/1923",
         "trained v1": "82.1/2267 39.2/10351 27.1/11131 48.3/7731 71.7/1585"},
 }
-MAY_DIFFER = ("model", "instruction", "prompt", "seed", "k")  # settings of two comparable runs
+MAY_DIFFER = ("model", "weights", "instruction", "prompt", "seed", "k")  # settings of two comparable runs
 
 
 def read_lines(path):
@@ -690,6 +690,7 @@ def curves(args):
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize="small")
     figure.savefig(args.plot, dpi=150)
+    print(f"wrote {args.plot}; dotted lines: thetabar <- theta")
 
 
 def draw_run(ax, rows, metrics, color, label):
@@ -718,6 +719,12 @@ def load_tokenizer(model):
     if not tokenizer.chat_template:
         raise ValueError(f"--model {model}: its tokenizer has no chat template; use a chat model")
     return tokenizer, getattr(config, "max_position_embeddings", None)
+
+
+def fingerprint(model):
+    """Of the weight files of a local model, None for a hub id: a model trained further is another model."""
+    files = [(path.name, path.stat()) for path in sorted(Path(model).glob("*.safetensors"))]
+    return digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]) if files else None
 
 
 def replace_file(path, text):
@@ -774,8 +781,8 @@ def run(args):
     names = ("samples", "max_tokens", "temperature", "top_p", "top_k", "seed", "thinking")
     sampling = {name: getattr(args, name) for name in names}
     probe = digest(prompt_ids(tokenizer, "x", instruction, args.thinking))  # template, wrapper, instruction
-    settings = {"version": VERSION, "model": args.model, "instruction": instruction, "prompt": probe,
-                "k": args.k or args.samples, **sampling}
+    settings = {"version": VERSION, "model": args.model, "weights": fingerprint(args.model),
+                "instruction": instruction, "prompt": probe, "k": args.k or args.samples, **sampling}
     out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if instruction else ""))
     done = done_before(out, settings, problems)
     write_summary(out, settings, {}, finished=False)
@@ -784,6 +791,8 @@ def run(args):
         path, held = out / f"{name}.jsonl", {r["id"] for r in done[name]}
         replace_file(path, "".join(json.dumps(r) + "\n" for r in done[name]))  # whole problems only
         todo = [p for p in wanted if p["id"] not in held]
+        if held:
+            print(f"{name}: {len(held)} of {len(wanted)} problems were done before, read from {path}")
         for start in range(0, len(todo), args.block):
             block, room = todo[start:start + args.block], longest + args.max_tokens
             generate = generate or vllm_generate(args.model, args.vllm_tp, room, args.seed)
@@ -826,10 +835,11 @@ def parse_args(argv):
     for flag, default, text in (
             ("--benchmarks", "math500,aime24,aime25", ", ".join(BENCHMARKS) + "; NAME=DIR reads a copy"),
             ("--samples", 8, "per problem"), ("--max-tokens", 30000, "of a response"),
-            ("--temperature", 0.6, ""), ("--top-p", 0.95, ""), ("--top-k", 20, ""), ("--seed", 0, ""),
+            ("--temperature", 0.6, "of sampling"), ("--top-p", 0.95, "of sampling"),
+            ("--top-k", 20, "of sampling, 0: all"), ("--seed", 0, "of sampling"),
             ("--vllm-tp", 1, "GPUs of the engine"),
-            ("--block", 128, "problems per call of the engine: what a kill can lose")):
-        parser.add_argument(flag, type=type(default), default=default, help=text)
+            ("--block", 128, "problems generated, then written, at a time: a kill loses at most these")):
+        parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default: {default})")
     parser.add_argument("--model", required=True, help="hub id or directory")
     parser.add_argument("--data", help=".jsonl or .parquet with problem and answer, instead of benchmarks")
     parser.add_argument("--out", help="directory of the records and the summary")

@@ -807,13 +807,15 @@ def load_tokenizer(cfg):
         config = AutoConfig.from_pretrained(cfg.model)
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     except (OSError, ValueError) as error:
+        found = "there is a folder" if Path(cfg.model).is_dir() else "there is no folder"
         raise ValueError(f"--model {cfg.model}: expected a folder with a model or the id of one on the hub; "
-                         f"configuration or tokenizer do not load ({str(error).splitlines()[0]})") from None
+                         f"{found} of that name, and: {str(error).splitlines()[0]}") from None
     check(tokenizer.chat_template, f"--model {cfg.model}: the tokenizer has no chat template; take a model "
           "tuned to instructions, or save a tokenizer with one beside the weights")
     length, context = cfg.max_prompt_tokens + cfg.max_response_tokens, config.max_position_embeddings
     check(length <= context, f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_response_tokens "
-          f"{cfg.max_response_tokens} = {length} is more than the model's context of {context}; lower one")
+          f"{cfg.max_response_tokens} = {length} is more than the model's context of {context}; lower one "
+          "(a resumed run needs its own options again: config.json in --out has them)")
     return tokenizer
 
 

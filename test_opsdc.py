@@ -1413,6 +1413,19 @@ def test_eval_end_to_end_killed_resumed_compared(toy, tmp_path, capsys):
     assert untouched == (file.read_bytes(), (base / "summary.json").read_bytes())
 
 
+def test_results_of_older_weights_are_not_taken_for_those_of_newer_ones(toy, tmp_path):
+    """Train on, evaluate again into the same folder: the old records must not pass for the new model's."""
+    shutil.copytree(toy / "model", tmp_path / "model")
+    problems = ev.load_problems(str(toy / "eval.jsonl"))
+    settings = {"version": ev.VERSION, "weights": ev.fingerprint(tmp_path / "model"), "samples": 2}
+    ev.replace_file(tmp_path / "out/summary.json", json.dumps({"settings": settings}))
+    assert ev.done_before(tmp_path / "out", settings, {"eval": problems}) == {"eval": []}
+    (tmp_path / "model/model.safetensors").touch()
+    settings = settings | {"weights": ev.fingerprint(tmp_path / "model")}
+    with pytest.raises(ValueError, match="holds another run .weights: there"):
+        ev.done_before(tmp_path / "out", settings, {"eval": problems})
+
+
 def test_bad_input_is_said_before_the_engine_starts(toy, tmp_path):
     out = tmp_path / "out"
     for more, message in ((["--samples", "0"], "samples >= 1, .* --samples 0"),
