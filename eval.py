@@ -267,6 +267,9 @@ BENCHMARKS = {  # name: hub id, configuration, split
 }
 
 
+SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # the paper's; opsdc.py evaluates with it too
+
+
 def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
@@ -835,8 +838,9 @@ def parse_args(argv):
     for flag, default, text in (
             ("--benchmarks", "math500,aime24,aime25", ", ".join(BENCHMARKS) + "; NAME=DIR reads a copy"),
             ("--samples", 8, "per problem"), ("--max-tokens", 30000, "of a response"),
-            ("--temperature", 0.6, "of sampling"), ("--top-p", 0.95, "of sampling"),
-            ("--top-k", 20, "of sampling, 0: all"), ("--seed", 0, "of sampling"),
+            ("--temperature", SAMPLING["temperature"], "of sampling"),
+            ("--top-p", SAMPLING["top_p"], "of sampling"),
+            ("--top-k", SAMPLING["top_k"], "of sampling, 0: all"), ("--seed", 0, "of sampling"),
             ("--vllm-tp", 1, "GPUs of the engine"),
             ("--block", 128, "problems generated, then written, at a time: a kill loses at most these")):
         parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default: {default})")

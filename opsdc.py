@@ -32,9 +32,9 @@ asynchronous rollouts. The README shows where a fork would add them.
 Differences from the paper's text (P) and the authors' code (A):
  1. A: logits are float32 whatever the model's dtype; bfloat16 drowns the small KL (see THE OBJECTIVE).
  2. A: the line "Remember to put your answer ..." stands once in the teacher's prompt, not twice.
- 3. A: a token weighs 1 / (B |y|), as in P. A averages the tokens of a micro-batch, then the micro-batches, so
-    that its loss depends on how the batch is cut.
- 4. A: the sampled ids are trained on; A decodes a response and tokenises the text again.
+ 3. A: a token weighs 1 / (B |y|) as in P, and not by the mean over its micro-batch, then over micro-batches,
+    which makes the loss depend on how the batch is cut.
+ 4. A: the sampled ids are trained on, not the response's text tokenised again.
  5. A: --resume goes on as if the run had not stopped; thetabar is part of the checkpoint.
  6. P: the data set's wrapper is taken off and put on here, so any set of bare problems is trained on alike.
  7. P: a problem whose teacher's prompt is longer than max_prompt_tokens is dropped, counted and said.
@@ -154,8 +154,8 @@ def teacher_prompt(tokenizer, problem, instruction, thinking=True):
 # --------------------------------------------------------------------------------------------- THE OBJECTIVE
 # loss = sum over tokens of w KL(p || q), w = 1 / (B |y|). With the student's logits s and a = log p - log q:
 #     KL = sum_v p_v a_v          dKL/ds_v = p_v (a_v - KL)
-# Logits are float32 even where hidden states and heads are bfloat16: at a KL of 0.0017 nats/token, bfloat16
-# logits put an error of 12 % on the loss and of 47 % on the head's gradient (README, The objective).
+# Logits are float32 even where hidden states and heads are bfloat16: at a KL of 0.0016 nats/token, bfloat16
+# logits put an error of 20 % on the loss and of 63 % on the head's gradient (README, The objective).
 
 
 def divergence_and_gradient(p, log_p, log_q, kind):
@@ -560,15 +560,12 @@ def grade_rollouts(rollouts, problems, tokenizer, cfg):
     return gather_shares(correct, cfg)
 
 
-EVAL_SAMPLING = dict(temperature=0.6, top_p=0.95, top_k=20)  # the paper's, and eval.py's defaults
-
-
 def validate(engine, tokenizer, problems, cfg):
     """eval.py's evaluation of the engine's weights on `problems`, for the metrics."""
-    from eval import evaluate, summarise
+    from eval import SAMPLING, evaluate, summarise
     generate = lambda *jobs, **sampling: [y[:2] for y in engine.generate(*jobs, **sampling)]
     records = evaluate(generate, tokenizer, share_out(problems, cfg), samples=cfg.eval_samples, seed=cfg.seed,
-                       max_tokens=cfg.max_response_tokens, thinking=cfg.thinking, **EVAL_SAMPLING)
+                       max_tokens=cfg.max_response_tokens, thinking=cfg.thinking, **SAMPLING)
     by_problem = [records[i:i + cfg.eval_samples] for i in range(0, len(records), cfg.eval_samples)]
     found = summarise(sum(gather_shares(by_problem, cfg), []))
     return {f"eval_{name}": found[name] for name in ("accuracy", "accuracy_se", "tokens", "truncated")}
@@ -814,8 +811,8 @@ def load_tokenizer(cfg):
           "tuned to instructions, or save a tokenizer with one beside the weights")
     length, context = cfg.max_prompt_tokens + cfg.max_response_tokens, config.max_position_embeddings
     check(length <= context, f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_response_tokens "
-          f"{cfg.max_response_tokens} = {length} is more than the model's context of {context}; lower one "
-          "(a resumed run needs its own options again: config.json in --out has them)")
+          f"{cfg.max_response_tokens} = {length} is more than the model's context of {context}; lower one"
+          + cfg.resume * " (a resumed run needs its own options again: config.json in --out has them)")
     return tokenizer
 
 
