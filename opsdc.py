@@ -189,7 +189,7 @@ class ChunkedDivergence(torch.autograd.Function):
         N, (V, d), device = len(student_hidden), student_head.shape, student_head.device
         new, rows = dict(device=device, dtype=torch.float32), ChunkedDivergence.ROWS[device.type]
         grad_hidden, grad_head = torch.zeros(N, d, **new), torch.zeros(V, d, **new)
-        per_token = torch.empty(4, N, **new)  # divergence, both entropies, log p(sampled token)
+        per_token = torch.empty(5, N, **new)  # divergence, both entropies, log p(sampled token), weight
         s_chunk, t_chunk = torch.empty(2, min(chunk, N), V, **new)
         with tf32(student_head):
             for i in range(0, N, chunk):
@@ -204,14 +204,15 @@ class ChunkedDivergence(torch.autograd.Function):
                     value, gradient = divergence_and_gradient(p, log_p, log_q, kind)
                     entropies = -(p * log_p).sum(-1), -(log_q.exp() * log_q).sum(-1)
                     logprob = log_p.gather(-1, ids[at, None])[:, 0]
-                    per_token[:, at] = torch.stack([value, *entropies, logprob])
-                    torch.mul(gradient, weights[at, None], out=s[r:r + rows])
+                    w = weights[at]  # here a fork weighs tokens by their entropies or divergence
+                    per_token[:, at] = torch.stack([value, *entropies, logprob, w])
+                    torch.mul(gradient, w[:, None], out=s[r:r + rows])
                 for v in vocabulary_blocks(student_head):
                     grad_hidden[i:i + chunk].addmm_(s[:, v], student_head[v].float())
                 grad_head.addmm_(s.T, h)
         ctx.gradients = grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype)
         ctx.mark_non_differentiable(per_token)
-        return (weights * per_token[0]).sum(), per_token
+        return (per_token[4] * per_token[0]).sum(), per_token
 
     @staticmethod
     def backward(ctx, grad_loss, _):
@@ -460,6 +461,7 @@ class Rollout(NamedTuple):
     ids: list  # y as sampled, with the end-of-turn token unless it was cut; never decoded and tokenised again
     logprobs: list  # the engine's, of each of these tokens
     finished: bool
+    correct: bool | None = None  # None where no answer is known
 
 
 class RolloutEngine:
@@ -522,7 +524,7 @@ class RolloutEngine:
 
 
 def request_seed(*key):
-    """32 bits from (run seed, step, problem): the same rollout whichever rank makes it."""
+    """32 bits from (run seed, step, problem, which of its rollouts): whichever rank makes it, it is the same."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
 
 
@@ -541,23 +543,23 @@ def gather_shares(mine, cfg):
 
 def sample_rollouts(engine, problems, indices, step, cfg):
     """One rollout of each problem of `indices`, in order and on every rank; the engines share the work."""
+    seeds = [request_seed(cfg.seed, step, i, indices[:k].count(i)) for k, i in enumerate(indices)]
     mine = share_out(indices, cfg)
-    samples = engine.generate([problems[i].student for i in mine],
-                              [request_seed(cfg.seed, step, i) for i in mine],
+    samples = engine.generate([problems[i].student for i in mine], share_out(seeds, cfg),
                               max_tokens=cfg.max_response_tokens, temperature=cfg.temperature)
     rollouts = [Rollout(i, ids, logprobs, finished) for i, (ids, finished, logprobs) in zip(mine, samples)]
     return gather_shares(rollouts, cfg)
 
 
 def grade_rollouts(rollouts, problems, tokenizer, cfg):
-    """Whether each rollout is right, None where the answer is not known; the engines share the work."""
+    """The rollouts with `correct` filled in; the engines share the work."""
     from eval import grade_all, readable
     mine = [(r, problems[r.index]) for r in share_out(rollouts, cfg)]
     known = [(readable(tokenizer, problem.student, r.ids), problem.answer, r.finished)
              for r, problem in mine if problem.answer is not None]
     verdicts = iter(grade_all(*zip(*known))) if known else None
     correct = [None if problem.answer is None else next(verdicts).correct for _, problem in mine]
-    return gather_shares(correct, cfg)
+    return [r._replace(correct=right) for r, right in zip(rollouts, gather_shares(correct, cfg))]
 
 
 def validate(engine, tokenizer, problems, cfg):
@@ -571,9 +573,9 @@ def validate(engine, tokenizer, problems, cfg):
     return {f"eval_{name}": found[name] for name in ("accuracy", "accuracy_se", "tokens", "truncated")}
 
 
-def keep_rollouts(rollouts, correct, cfg):
+def keep_rollouts(rollouts, cfg):
     """The rollouts to train on, by default all: cut and wrong ones too."""
-    return [r for r, right in zip(rollouts, correct) if cfg.keep == "all" or right]
+    return [r for r in rollouts if cfg.keep == "all" or r.correct]
 
 
 # --------------------------------------------------------------------------------------------- TRAINING STEP
@@ -666,7 +668,7 @@ def student_pass(model, batches, hidden, head, cfg):
         gap_max = torch.cat([gap, gap_max]).max(0, keepdim=True).values
     dist.all_reduce(sums)
     dist.all_reduce(gap_max, op=dist.ReduceOp.MAX)
-    loss, student_entropy, teacher_entropy, gap, n = sums.tolist()
+    loss, student_entropy, teacher_entropy, gap, n = sums[:4].tolist() + [max(sums[4].item(), 1)]
     if math.isfinite(loss) and not gap / n <= MAX_GAP:
         raise RuntimeError(f"engine and trainer differ by {gap / n:.3f} nats/token on the sampled tokens, "
                            f"expected at most {MAX_GAP}: the weight sync failed. No update was made.")
@@ -892,9 +894,9 @@ def announce(cfg, model, problems, start):
         wandb.init(project="opsdc", config=asdict(cfg))
 
 
-def rollout_metrics(rollouts, correct):
+def rollout_metrics(rollouts):
     lengths = [len(r.ids) for r in rollouts]
-    known = [right for right in correct if right is not None]
+    known = [r.correct for r in rollouts if r.correct is not None]
     return dict(response_tokens=sum(lengths) / len(lengths), response_tokens_min=min(lengths),
                 response_tokens_max=max(lengths),
                 truncated=sum(not r.finished for r in rollouts) / len(rollouts),
@@ -923,7 +925,7 @@ CONSOLE = dict(
     eval_tokens="at {:.0f} tokens")
 
 
-def log_step(out, metrics, rollouts, correct, problems, tokenizer, cfg):
+def log_step(out, metrics, rollouts, problems, tokenizer, cfg):
     """A line of metrics.jsonl, four of samples.jsonl, one on the console."""
     if dist.get_rank() != 0:
         return
@@ -931,8 +933,8 @@ def log_step(out, metrics, rollouts, correct, problems, tokenizer, cfg):
     append(out / "metrics.jsonl", [metrics])
     append(out / "samples.jsonl", [
         dict(step=metrics["step"], problem=problems[r.index].text, response=tokenizer.decode(r.ids),
-             answer=problems[r.index].answer, correct=right, finished=r.finished)
-        for r, right in zip(rollouts[:4], correct)])
+             answer=problems[r.index].answer, correct=r.correct, finished=r.finished)
+        for r in rollouts[:4]])
     if cfg.report_to == "wandb":
         import wandb
         wandb.log(metrics, step=metrics["step"])
@@ -997,19 +999,19 @@ def main():
         rollouts = sample_rollouts(engine, problems, indices, step, cfg)
         engine.sleep()
         clock.lap("generate")
-        correct = grade_rollouts(rollouts, problems, tokenizer, cfg)
+        rollouts = grade_rollouts(rollouts, problems, tokenizer, cfg)
         clock.lap("grade")
-        kept = keep_rollouts(rollouts, correct, cfg)
+        kept = keep_rollouts(rollouts, cfg)
         metrics |= train_step(model, thetabar, optimizer, kept, problems, device, clock, cfg)
         thetabar = refresh(model, thetabar, step, cfg)
 
         norm = metrics["grad_norm"]
         skipped = skipped + 1 if norm is not None and not math.isfinite(norm) else 0
-        metrics |= rollout_metrics(rollouts, correct) | clock.seconds
+        metrics |= rollout_metrics(rollouts) | clock.seconds
         sampled = sum(len(r.ids) for r in rollouts)
         metrics |= dict(skipped_updates=skipped, peak_memory_gib=peak_memory(),
                         tokens_per_second=sampled / clock.seconds["seconds_generate"])
-        log_step(out, metrics, rollouts, correct, problems, tokenizer, cfg)
+        log_step(out, metrics, rollouts, problems, tokenizer, cfg)
         if skipped == 3:
             sys.exit("error: three gradients in a row were not finite; the checkpoints are as they were")
         stop = any_rank(terminated)

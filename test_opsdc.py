@@ -4,9 +4,13 @@ float64 or with a second real run.
 
     python -m pytest test_opsdc.py                  all tests
     python test_opsdc.py toy [DIR]                  a tiny reasoning model that overthinks, and its problems
+    python test_opsdc.py claims [DIR]               the paper's claims on it, three seeds each: README's tables
+    python test_opsdc.py fork NAME FILE             opsdc.py with the patch of another paper's idea
     python test_opsdc.py bench                      CPU time and memory of the objective beside naive autograd
 """
 import dataclasses
+import difflib
+import importlib.util
 import itertools
 import json
 import math
@@ -36,7 +40,8 @@ import opsdc
 
 HERE = Path(__file__).resolve().parent
 MATH500 = HERE.parent / "shared/data/math500.jsonl"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # as it was before a test joined a process group
+# as it was before a test joined a process group; a forked script elsewhere finds eval.py
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 
 
 def run(*arguments, ranks=0, timeout=300, script="opsdc.py"):
@@ -54,9 +59,8 @@ def succeed(*arguments, **options):
     return done.stdout
 
 
-TOY_RUN = ("--steps 40 --lr 1e-4 --refresh_every 20 --save_every 20 --max_prompt_tokens 256 "
-           "--max_response_tokens 160").split()
-# as in training
+# README's quick start: chosen on validation.jsonl of the toy; eval.jsonl is reported
+TOY_RUN = "--steps 40 --lr 1e-4 --refresh_every 20 --max_prompt_tokens 256 --max_response_tokens 160".split()
 TOY_EVAL = "--samples 2 --max-tokens 160 --temperature 1 --top-p 1 --top-k 0 --block 500".split()
 
 
@@ -161,10 +165,10 @@ def toy_tokenizer():
 
 
 def toy_rows(rng, n):
-    """n rows of the product's data format, no problem twice."""
+    """n rows of the product's data format, no problem twice, every level as often."""
     rows = {}
     while len(rows) < n:
-        k = rng.choice(LEVELS)
+        k = LEVELS[len(rows) % len(LEVELS)]
         digits = [rng.randrange(10) for _ in range(k)]
         terms = (f"{letter}{digit}" for letter, digit in zip(reversed(LETTERS[:k]), digits))
         problem = "Add modulo 10: " + " ".join(terms)
@@ -231,13 +235,15 @@ def toy_model(tokenizer):
     return model
 
 
-def make_toy(directory="toy", seed=0, steps=(700, 600), batch_size=32, lr=7e-3, n_train=2500, n_eval=500):
-    """Write directory/model with its tokenizer, and train.jsonl and eval.jsonl (no problem is in both)."""
+def make_toy(directory="toy", seed=0, steps=(700, 600), batch_size=32, lr=7e-3, sizes=(2500, 200, 500)):
+    """Write directory/model with its tokenizer, and train.jsonl, validation.jsonl (to choose settings on) and
+    eval.jsonl (to report); no problem is in two of them."""
     directory, rng = Path(directory), random.Random(seed)
     torch.manual_seed(seed)
     tokenizer = toy_tokenizer()
-    rows = toy_rows(rng, n_train + n_eval)
-    train, held_out = rows[:n_train], rows[n_train:]
+    rows = toy_rows(rng, sum(sizes))
+    parts = [rows[sum(sizes[:i]):sum(sizes[:i + 1])] for i in range(3)]
+    train = parts[0]
     prompts = {(i, kind): toy_prompt(tokenizer, row, kind) for i, row in enumerate(train) for kind in RECHECK}
     model = toy_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -257,8 +263,165 @@ def make_toy(directory="toy", seed=0, steps=(700, 600), batch_size=32, lr=7e-3, 
             print(f"toy: step {step + 1}/{sum(steps)}  loss {loss.item():.4f} nats/token", flush=True)
     model.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
-    for name, part in (("train", train), ("eval", held_out)):
+    for name, part in zip(("train", "validation", "eval"), parts):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+
+# ------------------------------------------------------------------------------------------------------ forks
+# Ideas of neighbouring papers as patches of opsdc.py: (line there, what takes its place). `python test_opsdc.py
+# fork NAME FILE` writes the patched script, to be run from this folder in place of opsdc.py.
+
+WEIGHT = "w = weights[at]  # here a fork weighs tokens by their entropies or divergence"
+FORKS = {
+    "incorrect": [('cfg.keep == "all" or r.correct', "not r.correct")],  # the damage of wrong rollouts
+    # arXiv 2605.13255: the more certain the teacher, the more a token weighs, with a floor
+    "egrsd": [(WEIGHT, "w = weights[at] * torch.exp(-entropies[1]).clamp(min=0.1)")],
+    # arXiv 2604.14084: only tokens where the student is uncertain, or certain and far from the teacher
+    "tip": [(WEIGHT, "w = weights[at] * ((entropies[0] > 0.1) | (value > 0.1))")],
+    # four rollouts a problem, weighted by p (1 - p) of its pass rate p
+    "paced": [
+        ("[problem(step * batch_size + j) for j in range(batch_size)]",
+         "[problem((step * batch_size + j) // 4) for j in range(batch_size)]"),
+        ("    return [[1 / (len(rollouts) * len(r.ids))] * len(r.ids) for r in rollouts]",
+         "    passed = {i: [r.correct for r in rollouts if r.index == i] for i in {r.index for r in rollouts}}\n"
+         "    p = {i: sum(known) / len(known) for i, known in passed.items()}\n"
+         "    return [[p[r.index] * (1 - p[r.index]) / (len(rollouts) * len(r.ids))] * len(r.ids)\n"
+         "            for r in rollouts]")],
+    # thetabar follows theta at every step; float32, since bfloat16 would round a hundredth away
+    "ema": [
+        ("p.detach().to(compute_dtype(), copy=True) for name", "p.detach().clone() for name"),
+        ("    due = cfg.refresh_every and step % cfg.refresh_every == 0\n"
+         "    return snapshot(model) if due else thetabar",
+         "    theta = snapshot(model)\n"
+         "    return {name: q.lerp(theta[name], 0.01) for name, q in thetabar.items()}")],
+    # a larger model of the family, told to be brief, teaches (same tokenizer; run with --refresh_every 0)
+    "larger": [
+        ("    with teacher_weights(model, thetabar), torch.no_grad():\n"
+         "        return [model(*batch.teacher) for batch in batches], head_of(model, thetabar)",
+         "    with torch.no_grad():\n"
+         "        return [larger(*batch.teacher) for batch in batches], head_of(larger, snapshot(larger))"),
+        ("    model = load_model(cfg, device)\n",
+         "    model = load_model(cfg, device)\n"
+         "    globals()[\"larger\"] = load_model(Config(model=\"Qwen/Qwen3-14B\"), device)\n")],
+    # a teacher sharpened by a temperature of its own
+    "temperature": [(", teacher_head)\n                for r in", ", teacher_head)\n                t /= 0.7\n                for r in")],
+    # the teacher is told the answer
+    "answer": [("teacher_prompt(tokenizer, text, instruction, cfg.thinking))",
+                "teacher_prompt(tokenizer, text, f\"{instruction}\\n\\nThe answer is {answer}.\", cfg.thinking))")],
+}
+
+
+def fork(names, file):
+    """Write opsdc.py with the patches of `names` (joined by +) to `file`; returns the number of new lines."""
+    source = before = (HERE / "opsdc.py").read_text()
+    for old, new in (patch for name in names.split("+") for patch in FORKS[name]):
+        assert source.count(old) == 1, f"{names}: opsdc.py has {source.count(old)} times: {old}"
+        source = source.replace(old, new)
+    Path(file).write_text(source)
+    return sum(line[0] == "+" for line in difflib.ndiff(before.splitlines(), source.splitlines()))
+
+
+# ----------------------------------------------------------------------------------------------------- claims
+# The paper's claims at toy scale. `python test_opsdc.py claims toy` trains and evaluates every row with three
+# seeds, by the commands a user would type, and prints the tables. What is finished already is not run again.
+
+SEEDS = (0, 1, 2)
+V2 = "--instruction v2 --lr 5e-5"  # half of the quick start's rate, to see the middle of the way
+CLAIMS = {  # row: options of opsdc.py after TOY_RUN, or None where nothing is trained; "told" is for eval.py
+    "base": None, "base, told v1": None, "base, told v2": None, "OPSDC v1, quick start": "--instruction v1",
+    "OPSDC v1": "--instruction v1 --lr 5e-5", "OPSDC v2": V2, "OPSDC v2, told v2": None,
+    "M = 1": f"{V2} --refresh_every 1", "M = 1, lr 1e-4": "--instruction v2 --refresh_every 1",
+    "M = 10": f"{V2} --refresh_every 10", "frozen teacher": f"{V2} --refresh_every 0",
+    "JSD": f"{V2} --divergence jsd", "forward KL": f"{V2} --divergence forward_kl",
+    "rollouts cut at 25 %": f"{V2} --max_response_tokens 20",
+    "rollouts cut at 50 %": f"{V2} --max_response_tokens 40",
+    "rollouts cut at 100 %": f"{V2} --max_response_tokens 79",
+    "temperature 0.3": f"{V2} --temperature 0.3", "temperature 1.5": f"{V2} --temperature 1.5",
+    "temperature 1.5, correct": f"{V2} --temperature 1.5 --keep correct",
+    "temperature 1.5, incorrect": f"{V2} --temperature 1.5",  # by the fork
+    "frozen, 3 x longer": "--instruction v2 --lr 3e-4 --steps 120 --refresh_every 0",
+    "M = 60, 3 x longer": "--instruction v2 --lr 3e-4 --steps 120 --refresh_every 60",
+}
+
+
+def claim_folder(toy, row, seed):
+    return toy / "claims" / f"{re.sub('[^a-zA-Z0-9.]+', '-', row)}-{seed}"
+
+
+def train_claim(toy, row, seed, *more):
+    out, script = claim_folder(toy, row, seed), "opsdc.py"
+    if CLAIMS[row] and not (out / "run/model").exists():
+        shutil.rmtree(out / "run", ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        if "incorrect" in row:
+            fork("incorrect", script := out / "fork.py")
+        succeed(*TOY_RUN, *CLAIMS[row].split(), "--model", toy / "model", "--data", toy / "train.jsonl",
+                "--out", out / "run", "--seed", seed, "--save_every", 1000, *more, script=script)
+
+
+def evaluate_claim(toy, row, seed):
+    """(settings, records) of the row's model on eval.jsonl."""
+    out, (trained, _, told) = claim_folder(toy, row, seed) / "eval", row.partition(", told ")
+    model = toy / "model" if trained == "base" else claim_folder(toy, trained, seed) / "run/model"
+    succeed("--model", model, "--data", toy / "eval.jsonl", "--out", out, *TOY_EVAL, "--seed", seed,
+            *["--instruction", told] * bool(told), script="eval.py")
+    return ev.read_run(out)[1]["eval"]
+
+
+def entropy_over_training(toy, row):
+    """Student's entropy, nats/token, mean of all seeds: first five steps -> last five."""
+    runs = [metrics_of(claim_folder(toy, row, seed) / "run") for seed in SEEDS] if CLAIMS[row] else []
+    found = [[line["student_entropy"] for run in runs for line in part(run) if line["loss"] is not None]
+             for part in (lambda run: run[:5], lambda run: run[-5:])]
+    return " -> ".join(f"{statistics.fmean(values):.3f}" for values in found if values)
+
+
+def claims(directory="toy"):
+    toy = Path(directory)
+    if not (toy / "model").exists():
+        make_toy(toy)
+    jobs, watched = [(row, seed) for row in CLAIMS for seed in SEEDS], ("M = 10", "OPSDC v2", "frozen teacher")
+    evaluated = ["--eval_every", 3, "--eval_data", toy / "validation.jsonl", "--eval_samples", 1]  # the picture
+    with ThreadPoolExecutor(2) as pool:  # a core each
+        list(pool.map(lambda job: train_claim(toy, *job, *evaluated * (job[0] in watched and job[1] == 0)),
+                      jobs))
+        records = dict(zip(jobs, pool.map(lambda job: evaluate_claim(toy, *job), jobs)))
+    table, levels = [], []
+    for row in CLAIMS:
+        base, ours = ([r for seed in SEEDS for r in records[name, seed]] for name in ("base", row))
+        spread = lambda values: (f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}")
+        tokens, right = ([[ev.mean(records[name, seed], column) for seed in SEEDS] for name in ("base", row)]
+                         for column in ("tokens", "correct"))
+        parts = ev.contrast(base, ours)
+        cuts = [ev.percent(*versus["reduction"]) for *_, versus in parts]
+        table.append([row, f"`{CLAIMS[row]}`" if CLAIMS[row] else "", spread([100 * x for x in right[1]]),
+                      ev.percent(*parts[0][3]["change"], sign="+"), spread(tokens[1]),
+                      spread([100 * (1 - y / x) for x, y in zip(*tokens)]), entropy_over_training(toy, row)])
+        levels.append([row, *cuts])
+    print(f"{len(SEEDS)} seeds, mean ± standard deviation; in brackets 95 % paired bootstrap intervals over the "
+          f"{parts[0][1]['problems']} problems, all seeds together\n")
+    print(ev.markdown(["toy", "options", "accuracy, %", "change, points", "mean tokens", "reduction, %",
+                       "entropy, nats/token"], table))
+    print("\n" + ev.markdown(["reduction, %", "all", *(f"{k} terms" for k in LEVELS)], levels))
+    for name in opsdc.INSTRUCTIONS:
+        print(f"\nKL(base || base told {name}), nats/token, by terms: "
+              + ", ".join(f"{k}: {x:.3f}" for k, x in kl_by_level(toy, name, records["base", 0]).items()))
+
+
+@torch.no_grad()
+def kl_by_level(toy, instruction, records):
+    """Mean reverse KL a token on the base's own responses, by level: what OPSDC's first step sees."""
+    model = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    rows, found = ev.load_problems(str(toy / "eval.jsonl")), {k: [] for k in LEVELS}
+    problems = {row["id"]: row["problem"] for row in rows}
+    for record in records[::2]:
+        y = tokenizer.encode(record["response"] + tokenizer.eos_token)
+        prompts = (opsdc.student_prompt(tokenizer, problems[record["id"]]),
+                   opsdc.teacher_prompt(tokenizer, problems[record["id"]], opsdc.INSTRUCTIONS[instruction]))
+        logits = [model(torch.tensor([x + y])).logits[0, len(x) - 1:-1] for x in prompts]
+        found[record["level"]].append(opsdc.reverse_kl(*logits).mean().item())
+    return {k: statistics.fmean(values) for k, values in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------- the objective
@@ -504,15 +667,8 @@ def gradients(model_path, file, dtype, *settings):
     torch.distributed.destroy_process_group()
 
 
-def exact_gradients(model_path):
-    """Loss and gradients in float64, written from the formula: no padding, no shards, torch.distributions."""
-    problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(model_path))
-    student, teacher = (AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64)
-                        for _ in range(2))
-    weights = {name: value.float() for name, value in other_weights(student.named_parameters()).items()}
-    with torch.no_grad():
-        for name, p in teacher.named_parameters():
-            p.copy_(weights[name])
+def exact_objective(student, teacher, problems, rollouts):
+    """The loss written from the formula: no padding, no shards, torch.distributions."""
     loss = 0
     for rollout in rollouts:
         problem, y = problems[rollout.index], rollout.ids
@@ -523,6 +679,19 @@ def exact_gradients(model_path):
             kl = exact_divergence(s[len(problem.student) + k - 1], t[len(problem.teacher) + k - 1],
                                   "reverse_kl")
             loss = loss + kl / (len(rollouts) * len(y))
+    return loss
+
+
+def exact_gradients(model_path):
+    """Loss and gradients in float64."""
+    problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(model_path))
+    student, teacher = (AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64)
+                        for _ in range(2))
+    weights = {name: value.float() for name, value in other_weights(student.named_parameters()).items()}
+    with torch.no_grad():
+        for name, p in teacher.named_parameters():
+            p.copy_(weights[name])
+    loss = exact_objective(student, teacher, problems, rollouts)
     loss.backward()
     return loss.item(), {name: p.grad for name, p in student.named_parameters()}
 
@@ -731,9 +900,9 @@ def test_three_bad_gradients_in_a_row_stop_the_run(whole_run, tmp_path):
 
 
 def test_keep_correct_drops_wrong_rollouts_and_nothing_left_means_no_update():
-    rollouts, correct = [opsdc.Rollout(i, [5], [-1.0], True) for i in range(3)], [True, False, None]
-    assert opsdc.keep_rollouts(rollouts, correct, opsdc.Config(keep="correct")) == rollouts[:1]
-    assert opsdc.keep_rollouts(rollouts, correct, opsdc.Config()) == rollouts
+    rollouts = [opsdc.Rollout(i, [5], [-1.0], True, correct) for i, correct in enumerate((True, False, None))]
+    assert opsdc.keep_rollouts(rollouts, opsdc.Config(keep="correct")) == rollouts[:1]
+    assert opsdc.keep_rollouts(rollouts, opsdc.Config()) == rollouts
     metrics = opsdc.train_step(None, None, None, [], [], "cpu", None, opsdc.Config())  # touches no model
     assert set(metrics.values()) == {None} and {"loss", "grad_norm"} < set(metrics)
 
@@ -924,6 +1093,109 @@ def test_imports_without_vllm_or_gpu_and_without_side_effects():
             "assert dict(os.environ) == before; "
             "assert 'vllm' not in sys.modules and not opsdc.dist.is_initialized()")
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------------ forks
+
+
+def load_fork(names, directory):
+    """The forked opsdc.py as a module."""
+    fork(names, directory / "forked.py")
+    spec = importlib.util.spec_from_file_location("forked", directory / "forked.py")
+    module = sys.modules["forked"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", FORKS)
+def test_forks_are_as_short_as_the_readme_says(name, tmp_path):
+    lines = fork(name, tmp_path / "fork.py")
+    assert lines <= 10 and re.search(rf"\| `{name}` \|.*\| {lines} \|\n", (HERE / "README.md").read_text())
+
+
+@pytest.mark.parametrize("name, factor, sharper", [
+    ("egrsd", lambda kl, student, teacher: (-teacher).exp().clamp(min=0.1), 1),
+    ("tip", lambda kl, student, teacher: ((student > 0.1) | (kl > 0.1)).double(), 1),
+    ("temperature", lambda kl, student, teacher: torch.ones_like(kl), 0.7)])
+def test_forks_of_the_objective(name, factor, sharper, tmp_path):
+    """Loss and gradients against float64, on tokens whose entropies go from nothing to log V."""
+    hs, ws, ht, wt, weights = objective_inputs(N=60, apart=0.004)
+    scale = torch.linspace(0, 12, 60)[:, None]
+    inputs = [(hs * scale).requires_grad_(), ws.requires_grad_(), ht * scale, wt, weights]
+    loss, _ = load_fork(name, tmp_path).distill_loss(*inputs)
+    loss.backward()
+    hs64, ws64, ht64, wt64, weights = (x.detach().double() for x in inputs)
+    s, t = hs64.requires_grad_() @ ws64.requires_grad_().T, ht64 @ wt64.T / sharper
+    kl = exact_divergence(s, t, "reverse_kl")
+    student, teacher = (torch.distributions.Categorical(logits=x).entropy().detach() for x in (s, t))
+    by = factor(kl.detach(), student, teacher)
+    assert sharper != 1 or len(by.unique()) > 1
+    exact = (weights * by * kl).sum()
+    exact.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
+    assert relative_error(inputs[0].grad, hs64.grad) < 1e-3 and relative_error(inputs[1].grad, ws64.grad) < 1e-3
+
+
+def test_fork_paced_weighs_four_rollouts_a_problem_by_their_pass_rate(tmp_path):
+    forked = load_fork("paced", tmp_path)
+    batch = forked.batch_at(10, 0, 8, seed=0)
+    assert batch == [batch[0]] * 4 + [batch[4]] * 4 and batch[0] != batch[4]
+    rollouts = [forked.Rollout(i, [5] * 7, [-1.0] * 7, True, correct)
+                for i, correct in zip(batch, [True, False, False, False] + [True] * 4)]
+    weights = forked.token_weights(rollouts)
+    assert [w[0] for w in weights] == pytest.approx([3 / 16 / 8 / 7] * 4 + [0] * 4)
+    assert [len(w) for w in weights] == [7] * 8
+
+
+def test_fork_incorrect_keeps_what_is_wrong(tmp_path):
+    forked = load_fork("incorrect", tmp_path)
+    rollouts = [forked.Rollout(i, [5], [-1.0], True, i == 1) for i in range(3)]
+    assert forked.keep_rollouts(rollouts, forked.Config()) == [rollouts[0], rollouts[2]]
+
+
+def test_fork_ema_moves_thetabar_a_hundredth_of_the_way(good, one_rank, tmp_path):
+    forked = load_fork("ema", tmp_path)
+    forked.compute_dtype = lambda: torch.bfloat16  # as on a GPU, where thetabar would be rounded
+    model = forked.load_model(forked.Config(model=good["model"]), torch.device("cpu"))
+    thetabar = forked.snapshot(model)
+    before = {name: q.full_tensor().clone() for name, q in thetabar.items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    for name, q in forked.refresh(model, thetabar, 1, forked.Config()).items():
+        assert torch.allclose(q.full_tensor(), before[name] + 0.01, atol=1e-6)
+
+
+def test_fork_larger_teacher(good, one_rank, tmp_path):
+    """Another width and depth, the same tokenizer: the loss is the exact divergence from that model."""
+    forked, path = load_fork("larger", tmp_path), make_model(tmp_path / "m", "qwen3", hidden_size=96,
+                                                             num_hidden_layers=3, seed=1)
+    cfg, device, forked.MAX_GAP = forked.Config(model=good["model"]), torch.device("cpu"), math.inf
+    forked.larger = forked.load_model(forked.Config(model=str(path)), device)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(x, dtype=torch.float64) for x in (cfg.model, path))
+    problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(path))
+    model = forked.load_model(cfg, device)
+    batches = forked.make_micro_batches(rollouts, problems, device, cfg)
+    objective = forked.student_pass(model, batches, *forked.teacher_pass(model, None, batches), cfg)
+    assert objective["loss"] == pytest.approx(exact_objective(student, teacher, problems, rollouts).item(),
+                                              rel=1e-5)
+
+
+def test_fork_answer_tells_the_teacher_only(good, one_rank, tmp_path):
+    forked, tokenizer = load_fork("answer", tmp_path), AutoTokenizer.from_pretrained(good["model"])
+    problem = forked.load_problems(forked.Config(**good), tokenizer)[2]
+    assert problem.text == "What is 2 + 2?" and "The answer is 4." in tokenizer.decode(problem.teacher)
+    assert problem.student == opsdc.student_prompt(tokenizer, problem.text)
+
+
+def test_forks_together_in_a_real_run(good, tmp_path):
+    fork("paced+ema+answer+temperature+egrsd", tmp_path / "fork.py")
+    data = write_rows(tmp_path / "rows.jsonl")
+    succeed(*small_run(good["model"], data, tmp_path / "out", steps=2, batch_size=8), script=tmp_path / "fork.py")
+    samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert len({row["problem"] for row in samples[:4]}) == 1  # the first four rollouts of a step
+    assert len({row["response"] for row in samples[:4]}) == 4
+    assert len(metrics_of(tmp_path / "out")) == 2
 
 
 # ---------------------------------------------------------------------------------------------------- grading
@@ -1562,8 +1834,40 @@ def bench():
               f"{found['mib']:.0f} | {found['loss_error']:.4%} | {found['grad_error']:.2%} |", flush=True)
 
 
+# ---------------------------------------------------------------------------------------------------- profile
+
+
+def profile(*arguments):
+    """opsdc.py with `arguments`, then where its seconds went; teacher_pass holds copy_into and head_of."""
+    calls = {}
+
+    def timed(owner, name):
+        function = getattr(owner, name)
+
+        def timer(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                calls.setdefault(name, []).append(time.perf_counter() - start)
+        setattr(owner, name, timer)
+    names = ("sample_rollouts", "grade_rollouts", "make_micro_batches", "teacher_pass", "copy_into", "head_of",
+             "student_pass", "update", "refresh", "log_step", "peak_memory", "save_checkpoint", "export",
+             "load_model", "prepare")
+    for owner, name in ((opsdc.RolloutEngine, "__init__"), (opsdc.RolloutEngine, "sync"),
+                        *((opsdc, name) for name in names)):
+        timed(owner, name)
+    sys.argv, start = ["opsdc.py", *arguments], time.perf_counter()
+    opsdc.main()
+    print(f"in all {time.perf_counter() - start:.1f} s\n| | calls | seconds | of the first | of each later one |"
+          "\n|---|---|---|---|---|")
+    for name, seconds in sorted(calls.items(), key=lambda item: -sum(item[1])):
+        print(f"| {name} | {len(seconds)} | {sum(seconds):.2f} | {seconds[0]:.3f} | "
+              + (f"{statistics.fmean(seconds[1:]):.3f} |" if seconds[1:] else "|"))
+
+
 if __name__ == "__main__":
-    commands = dict(toy=make_toy, bench=bench, bench_row=bench_row, gradients=gradients, sync=sync, nan=nan)
+    commands = dict(toy=make_toy, bench=bench, bench_row=bench_row, claims=claims, fork=fork, profile=profile, gradients=gradients, sync=sync, nan=nan)
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
-        sys.exit("usage: python test_opsdc.py toy [DIR] | bench; the tests: python -m pytest test_opsdc.py")
+        sys.exit("usage: python test_opsdc.py toy [DIR] | claims [DIR] | fork NAME FILE | bench; the tests: python -m pytest test_opsdc.py")
     commands[sys.argv[1]](*sys.argv[2:])
