@@ -19,9 +19,9 @@ instruction. One model, two prompts; no answers, no rewards, no length budget.
     torchrun --nproc_per_node 8 opsdc.py --model Qwen/Qwen3-8B      # the same lines run on CPUs: see README
 
 Every rank holds a shard of theta and of Adam's state (FSDP2, float32), a shard of thetabar, and a vLLM engine
-in its own process (or a part of one, --vllm_tp). A step copies theta into the engine in place and samples;
-swaps thetabar's shards into the training module for one pass that keeps the last hidden states only; swaps
-theta back, and runs the student's passes, in which logits exist for `loss_chunk` tokens at a time.
+in its process (or a part of one, --vllm_tp). A step copies theta into the engine in place and samples; swaps
+thetabar's shards into the training module for one pass that keeps the last hidden states only; swaps theta
+back, and runs the student's passes, in which logits exist for `loss_chunk` tokens at a time.
 
 Axes: B sequences of a batch, b of a micro-batch, T positions, N response tokens packed end to end, V, d.
 
@@ -68,8 +68,6 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 # ---------------------------------------------------------------------------------------------------- CONFIG
-
-
 def flag(default, help):
     return field(default=default, metadata={"help": help})
 
@@ -156,7 +154,6 @@ def teacher_prompt(tokenizer, problem, instruction, thinking=True):
 #     KL = sum_v p_v a_v          dKL/ds_v = p_v (a_v - KL)
 # Logits are float32 even where hidden states and heads are bfloat16: at a KL of 0.0016 nats/token, bfloat16
 # logits put an error of 20 % on the loss and of 63 % on the head's gradient (README, The objective).
-
 
 def divergence_and_gradient(p, log_p, log_q, kind):
     """[n, V] of student (p) and teacher (q) -> D [n] in nats and dD/ds [n, V], s the student's logits."""
@@ -262,7 +259,6 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
 # --------------------------------------------------------------------------------------- STUDENT AND TEACHER
 # One sharded module serves both: thetabar is a second set of shards, copied into the first for one pass.
 
-
 def compute_dtype():
     """Of activations, thetabar and the engine. float32 on CPU, so that tests can ask for exact agreement."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -318,10 +314,11 @@ def shard(model, device):
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def snapshot(model):
-    """theta's shards by name, in the compute dtype: thetabar at the start and after a refresh."""
+def snapshot(model, dtype=None):
+    """theta's shards by name, by default in the compute dtype: thetabar at the start and after a refresh."""
     model.reshard()
-    return {name: p.detach().to(compute_dtype(), copy=True) for name, p in model.lm.named_parameters()}
+    return {name: p.detach().to(dtype or compute_dtype(), copy=True)
+            for name, p in model.lm.named_parameters()}
 
 
 @torch.no_grad()
@@ -333,25 +330,6 @@ def copy_into(model, weights):
         p.copy_(weights[name])
 
 
-@contextlib.contextmanager
-def teacher_weights(model, thetabar):
-    """Inside, `model` computes with thetabar; afterwards theta is back, bit for bit."""
-    model.reshard()
-    theta = {name: p.detach().clone() for name, p in model.lm.named_parameters()}
-    copy_into(model, thetabar)
-    try:
-        yield
-    finally:
-        copy_into(model, theta)
-
-
-def head_of(model, thetabar):
-    """thetabar's output embedding, gathered: [V, d]. (A tied model lists it as the input embedding.)"""
-    model.reshard()
-    head = model.lm.get_output_embeddings().weight
-    return next(thetabar[name].full_tensor() for name, p in model.lm.named_parameters() if p is head)
-
-
 def refresh(model, thetabar, step, cfg):
     """thetabar <- theta after every M steps, else thetabar as it is."""
     due = cfg.refresh_every and step % cfg.refresh_every == 0
@@ -359,8 +337,6 @@ def refresh(model, thetabar, step, cfg):
 
 
 # ------------------------------------------------------------------------------------------------------ DATA
-
-
 def read_rows(source):
     """Rows (dicts) of a .jsonl or .parquet file, or of the train split of a data set of the hub."""
     import datasets
@@ -374,14 +350,13 @@ def read_rows(source):
     check(path.is_file(), f"{source}: no such file")
     if path.suffix == ".parquet":
         return datasets.Dataset.from_parquet(str(path))
-    return [read_line(line, f"{path}, line {number}") for number, line in enumerate(open(path), 1)]
-
-
-def read_line(line, place):
-    with contextlib.suppress(json.JSONDecodeError):
-        if isinstance(row := json.loads(line), dict):
-            return row
-    raise ValueError(f"{place}: expected a JSON object, found {line[:60]!r}")
+    rows = []
+    for number, line in enumerate(open(path), 1):
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+        check(len(rows) == number and isinstance(rows[-1], dict),
+              f"{path}, line {number}: expected a JSON object, found {line[:60]!r}")
+    return rows
 
 
 def problem_and_answer(row):
@@ -454,8 +429,6 @@ def batch_at(n, step, batch_size, seed):
 
 
 # -------------------------------------------------------------------------------------------------- ROLLOUTS
-
-
 class Rollout(NamedTuple):
     index: int  # of the problem
     ids: list  # y as sampled, with the end-of-turn token unless it was cut; never decoded and tokenised again
@@ -488,10 +461,14 @@ class RolloutEngine:
         self.sleep()
 
     def sync(self, model):
-        """theta into the engine's own tensors (CUDA graphs stay valid), a tensor at a time; collective."""
+        """theta into the engine's own tensors (CUDA graphs stay valid), a tensor at a time; collective. Tied
+        weights are gathered once and sent under both names: without the second vLLM's head stays stale."""
         model.reshard()
-        weights = ((name, p.detach().to(compute_dtype()).full_tensor())
-                   for name, p in model.lm.state_dict().items())  # named_parameters() lacks a tied lm_head
+        names = {}
+        for name, p in model.lm.state_dict(keep_vars=True).items():
+            names.setdefault(p, []).append(name)
+        weights = ((name, whole) for p in names
+                   for whole in [p.detach().to(compute_dtype()).full_tensor()] for name in names[p])
         if self.cuda:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
@@ -524,7 +501,7 @@ class RolloutEngine:
 
 
 def request_seed(*key):
-    """32 bits from (run seed, step, problem, which of its rollouts): whichever rank makes it, it is the same."""
+    """32 bits from (run seed, step, problem, which of its rollouts): the same whichever rank makes it."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
 
 
@@ -579,8 +556,6 @@ def keep_rollouts(rollouts, cfg):
 
 
 # --------------------------------------------------------------------------------------------- TRAINING STEP
-
-
 class MicroBatch(NamedTuple):
     student: tuple  # inputs [b, T] and predicts [N] of student prompt + response
     teacher: tuple  # inputs [b, T'] and predicts [N] of teacher prompt + the same response
@@ -624,30 +599,34 @@ def right_pad(prompts, responses, device):
     return inputs, torch.cat(predicts).to(device)
 
 
-def collate(rollouts, weights, problems, device):
-    responses = [r.ids for r in rollouts]
-    packed = [sum(lists, []) for lists in (responses, weights, [r.logprobs for r in rollouts])]
-    return MicroBatch(right_pad([problems[r.index].student for r in rollouts], responses, device),
-                      right_pad([problems[r.index].teacher for r in rollouts], responses, device),
-                      *(torch.tensor(values, device=device) for values in packed))
-
-
 def make_micro_batches(rollouts, problems, device, cfg):
     """This rank's MicroBatches, the same number on all ranks, as FSDP's collectives demand: a rank without a
     sequence for one of them computes the first rollout with weight 0."""
     weights = token_weights(rollouts)
     lengths = [len(problems[r.index].teacher) + len(r.ids) for r in rollouts]
-    idle = collate(rollouts[:1], [[0.0] * len(rollouts[0].ids)], problems, device)
-    groups = micro_batches(lengths, cfg.micro_batch_tokens, dist.get_rank(), dist.get_world_size())
-    return [collate([rollouts[i] for i in group], [weights[i] for i in group], problems, device)
-            if group else idle for group in groups]
+    batches = []
+    for group in micro_batches(lengths, cfg.micro_batch_tokens, dist.get_rank(), dist.get_world_size()):
+        ours = [rollouts[i] for i in group or [0]]
+        columns = ([r.ids for r in ours], [weights[i] for i in group] or [[0.0] * len(ours[0].ids)],
+                   [r.logprobs for r in ours])
+        batches.append(MicroBatch(
+            right_pad([problems[r.index].student for r in ours], columns[0], device),
+            right_pad([problems[r.index].teacher for r in ours], columns[0], device),
+            *(torch.tensor(sum(column, []), device=device) for column in columns)))
+    return batches
 
 
 def teacher_pass(model, thetabar, batches):
     """The teacher's last hidden states [N, d] of every micro-batch, and its head [V, d]. (Not its logits,
-    which are 37 times larger for Qwen3-8B; and the weights are swapped once a step.)"""
-    with teacher_weights(model, thetabar), torch.no_grad():
-        return [model(*batch.teacher) for batch in batches], head_of(model, thetabar)
+    which are 37 times larger for Qwen3-8B.) Afterwards theta is back, bit for bit."""
+    theta = snapshot(model, torch.float32)
+    copy_into(model, thetabar)
+    with torch.no_grad():
+        hidden = [model(*batch.teacher) for batch in batches]
+    model.reshard()
+    head = model.lm.get_output_embeddings().weight.detach().to(compute_dtype(), copy=True)  # the next line
+    copy_into(model, theta)  # writes over it
+    return hidden, head.full_tensor()
 
 
 MAX_GAP = 0.1  # nats/token on average; 2e-7 after a working sync in float32, 0.2 and more with stale weights
@@ -703,7 +682,6 @@ def train_step(model, thetabar, optimizer, rollouts, problems, device, clock, cf
 # checkpoint-K/ holds theta, Adam's state and thetabar as shards of torch.distributed.checkpoint, which any
 # number of ranks can read, and state.json with every file's size. It is tmp-checkpoint-K until it is whole.
 
-
 def training_state(model, optimizer, thetabar):
     model.reshard()
     return {"theta": dict(model.lm.named_parameters()), "thetabar": thetabar,
@@ -715,7 +693,13 @@ def save_checkpoint(out, step, model, optimizer, thetabar):
     if dist.get_rank() == 0:
         shutil.rmtree(tmp, ignore_errors=True)
     dist.barrier()
-    dcp.save(training_state(model, optimizer, thetabar), checkpoint_id=tmp)
+    try:
+        dcp.save(training_state(model, optimizer, thetabar), checkpoint_id=tmp)
+    except dcp.CheckpointException as error:  # of any rank: a full disk
+        why = "; ".join({str(cause) for cause, _ in error.failures.values()})
+        say(f"error: {final} could not be written, with {shutil.disk_usage(out).free / 2**30:.3g} GiB free "
+            f"there: {why}. Make room, then --resume goes on from the checkpoint before.")
+        sys.exit(1)
     if dist.get_rank() == 0:
         sizes = {path.name: path.stat().st_size for path in tmp.iterdir()}
         (tmp / "state.json").write_text(json.dumps({"step": step, "sizes": sizes}))
@@ -759,18 +743,15 @@ def resume(out, model, optimizer, thetabar, cfg):
 
 
 def export(model, tokenizer, out):
-    """out/model/: theta as a plain Hugging Face model in bfloat16, gathered a tensor at a time by rank 0."""
+    """out/model/: theta as a plain Hugging Face model in bfloat16, gathered in rank 0's CPU memory."""
     model.reshard()
-    weights = {}
-    for name, p in model.lm.state_dict().items():
-        whole = p.detach().to(torch.bfloat16).full_tensor()  # collective
-        if dist.get_rank() == 0:
-            weights[name] = whole.cpu()
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp_state.get_model_state_dict(model.lm, options=options)
     if dist.get_rank() == 0:
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(model.lm.config, dtype=torch.bfloat16)
         plain.generation_config = model.lm.generation_config
-        plain.save_pretrained(out / "tmp-model", state_dict=weights)
+        plain.save_pretrained(out / "tmp-model", state_dict={k: w.bfloat16() for k, w in weights.items()})
         tokenizer.save_pretrained(out / "tmp-model")
         shutil.rmtree(out / "model", ignore_errors=True)
         (out / "tmp-model").rename(out / "model")
@@ -779,7 +760,6 @@ def export(model, tokenizer, out):
 
 # ---------------------------------------------------------------------------------------------------- CHECKS
 # What can be wrong with the arguments is found before any weights load: expected, found, what to change.
-
 
 def check(condition, message):
     if not condition:
@@ -855,8 +835,6 @@ def prepare(cfg):
 
 
 # ------------------------------------------------------------------------------------------------------ LOGS
-
-
 def say(text):
     if dist.get_rank() == 0:
         tqdm.write(text)
@@ -912,11 +890,6 @@ def peak_memory():
     return peak.item()
 
 
-def append(path, rows):
-    with open(path, "a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
 CONSOLE = dict(
     step="step {:4d}", loss="loss {:8.5f}", grad_norm="grad {:7.3f}", response_tokens="tokens {:7.1f}",
     truncated="cut {:4.0%}", accuracy="right {:6.1%}", student_entropy="entropy {:.3f}",
@@ -930,11 +903,12 @@ def log_step(out, metrics, rollouts, problems, tokenizer, cfg):
     if dist.get_rank() != 0:
         return
     metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-    append(out / "metrics.jsonl", [metrics])
-    append(out / "samples.jsonl", [
-        dict(step=metrics["step"], problem=problems[r.index].text, response=tokenizer.decode(r.ids),
-             answer=problems[r.index].answer, correct=r.correct, finished=r.finished)
-        for r in rollouts[:4]])
+    samples = [dict(step=metrics["step"], problem=problems[r.index].text, response=tokenizer.decode(r.ids),
+                    answer=problems[r.index].answer, correct=r.correct, finished=r.finished)
+               for r in rollouts[:4]]
+    for name, rows in (("samples.jsonl", samples), ("metrics.jsonl", [metrics])):
+        with open(out / name, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
     if cfg.report_to == "wandb":
         import wandb
         wandb.log(metrics, step=metrics["step"])
@@ -951,8 +925,6 @@ def forget_later_steps(out, step):
 
 
 # ------------------------------------------------------------------------------------------------------ MAIN
-
-
 def start_processes():
     """Join torchrun's process group, or make one of a single rank; returns this rank's device."""
     if "RANK" not in os.environ:

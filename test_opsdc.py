@@ -4,8 +4,10 @@ float64 or with a second real run.
 
     python -m pytest test_opsdc.py                  all tests
     python test_opsdc.py toy [DIR]                  a tiny reasoning model that overthinks, and its problems
-    python test_opsdc.py claims [DIR]               the paper's claims on it, three seeds each: README's tables
+    python test_opsdc.py claims [DIR]               the paper's claims on it, three seeds a row
     python test_opsdc.py fork NAME FILE             opsdc.py with the patch of another paper's idea
+    python test_opsdc.py drill [DIR]                a rank killed at every moment of a step
+    python test_opsdc.py profile ARGUMENTS          opsdc.py with them, and where its seconds went
     python test_opsdc.py bench                      CPU time and memory of the objective beside naive autograd
 """
 import dataclasses
@@ -114,10 +116,23 @@ def random_model(family, tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("models") / family, family)
 
 
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory):
+@pytest.fixture(scope="session", autouse=True)
+def toy_in_the_making(request, tmp_path_factory):
+    """The toy takes minutes of one core: it is made beside the tests that do not need it."""
     directory = tmp_path_factory.mktemp("toy")
-    make_toy(directory)
+    if not any("toy" in item.fixturenames for item in request.session.items):
+        return (yield)
+    with (open(directory / "log", "w") as log,
+          subprocess.Popen([sys.executable, str(HERE / "test_opsdc.py"), "toy", str(directory)],
+                           env=ENVIRONMENT, stdout=log, stderr=log) as process):
+        yield directory, process
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def toy(toy_in_the_making):
+    directory, process = toy_in_the_making
+    assert process.wait() == 0, (directory / "log").read_text()
     return directory
 
 
@@ -268,8 +283,8 @@ def make_toy(directory="toy", seed=0, steps=(700, 600), batch_size=32, lr=7e-3, 
 
 
 # ------------------------------------------------------------------------------------------------------ forks
-# Ideas of neighbouring papers as patches of opsdc.py: (line there, what takes its place). `python test_opsdc.py
-# fork NAME FILE` writes the patched script, to be run from this folder in place of opsdc.py.
+# Ideas of neighbouring papers as patches of opsdc.py: (lines there, what takes their place).
+# `python test_opsdc.py fork NAME FILE` writes the patched script, to be run in place of opsdc.py.
 
 WEIGHT = "w = weights[at]  # here a fork weighs tokens by their entropies or divergence"
 FORKS = {
@@ -283,31 +298,31 @@ FORKS = {
         ("[problem(step * batch_size + j) for j in range(batch_size)]",
          "[problem((step * batch_size + j) // 4) for j in range(batch_size)]"),
         ("    return [[1 / (len(rollouts) * len(r.ids))] * len(r.ids) for r in rollouts]",
-         "    passed = {i: [r.correct for r in rollouts if r.index == i] for i in {r.index for r in rollouts}}\n"
+         "    passed = {k.index: [r.correct for r in rollouts if r.index == k.index] for k in rollouts}\n"
          "    p = {i: sum(known) / len(known) for i, known in passed.items()}\n"
          "    return [[p[r.index] * (1 - p[r.index]) / (len(rollouts) * len(r.ids))] * len(r.ids)\n"
          "            for r in rollouts]")],
     # thetabar follows theta at every step; float32, since bfloat16 would round a hundredth away
     "ema": [
-        ("p.detach().to(compute_dtype(), copy=True) for name", "p.detach().clone() for name"),
+        ("p.detach().to(dtype or compute_dtype(), copy=True) for name", "p.detach().clone() for name"),
         ("    due = cfg.refresh_every and step % cfg.refresh_every == 0\n"
          "    return snapshot(model) if due else thetabar",
          "    theta = snapshot(model)\n"
          "    return {name: q.lerp(theta[name], 0.01) for name, q in thetabar.items()}")],
     # a larger model of the family, told to be brief, teaches (same tokenizer; run with --refresh_every 0)
     "larger": [
-        ("    with teacher_weights(model, thetabar), torch.no_grad():\n"
-         "        return [model(*batch.teacher) for batch in batches], head_of(model, thetabar)",
-         "    with torch.no_grad():\n"
-         "        return [larger(*batch.teacher) for batch in batches], head_of(larger, snapshot(larger))"),
+        ("    theta = snapshot(model, torch.float32)\n    copy_into(model, thetabar)\n",
+         "    model = larger  # a module of its own, never swapped\n"),
+        ("    copy_into(model, theta)  # writes over it\n", ""),
         ("    model = load_model(cfg, device)\n",
          "    model = load_model(cfg, device)\n"
          "    globals()[\"larger\"] = load_model(Config(model=\"Qwen/Qwen3-14B\"), device)\n")],
     # a teacher sharpened by a temperature of its own
-    "temperature": [(", teacher_head)\n                for r in", ", teacher_head)\n                t /= 0.7\n                for r in")],
+    "temperature": [(", teacher_head)\n                for r in",
+                     ", teacher_head)\n                t /= 0.7\n                for r in")],
     # the teacher is told the answer
-    "answer": [("teacher_prompt(tokenizer, text, instruction, cfg.thinking))",
-                "teacher_prompt(tokenizer, text, f\"{instruction}\\n\\nThe answer is {answer}.\", cfg.thinking))")],
+    "answer": [("text, instruction, cfg.thinking)",
+                "text, f\"{instruction}\\n\\nThe answer is {answer}.\", cfg.thinking)")],
 }
 
 
@@ -380,11 +395,11 @@ def claims(directory="toy"):
     toy = Path(directory)
     if not (toy / "model").exists():
         make_toy(toy)
-    jobs, watched = [(row, seed) for row in CLAIMS for seed in SEEDS], ("M = 10", "OPSDC v2", "frozen teacher")
-    evaluated = ["--eval_every", 3, "--eval_data", toy / "validation.jsonl", "--eval_samples", 1]  # the picture
+    jobs, drawn = [(row, seed) for row in CLAIMS for seed in SEEDS], ("M = 10", "OPSDC v2", "frozen teacher")
+    evaluated = ["--eval_every", 3, "--eval_data", toy / "validation.jsonl", "--eval_samples", 1]
     with ThreadPoolExecutor(2) as pool:  # a core each
-        list(pool.map(lambda job: train_claim(toy, *job, *evaluated * (job[0] in watched and job[1] == 0)),
-                      jobs))
+        train = lambda job: train_claim(toy, *job, *evaluated * (job[0] in drawn and job[1] == 0))
+        list(pool.map(train, jobs))
         records = dict(zip(jobs, pool.map(lambda job: evaluate_claim(toy, *job), jobs)))
     table, levels = [], []
     for row in CLAIMS:
@@ -398,7 +413,7 @@ def claims(directory="toy"):
                       ev.percent(*parts[0][3]["change"], sign="+"), spread(tokens[1]),
                       spread([100 * (1 - y / x) for x, y in zip(*tokens)]), entropy_over_training(toy, row)])
         levels.append([row, *cuts])
-    print(f"{len(SEEDS)} seeds, mean ± standard deviation; in brackets 95 % paired bootstrap intervals over the "
+    print(f"{len(SEEDS)} seeds, mean ± standard deviation; in brackets 95 % paired bootstrap intervals over "
           f"{parts[0][1]['problems']} problems, all seeds together\n")
     print(ev.markdown(["toy", "options", "accuracy, %", "change, points", "mean tokens", "reduction, %",
                        "entropy, nats/token"], table))
@@ -805,7 +820,7 @@ def write_rows(path, n=40):
 
 
 def small_run(model, data, out, **options):
-    settings = dict(model=model, data=data, out=out, steps=6, batch_size=4, lr=1e-3, refresh_every=2,
+    settings = dict(model=model, data=data, out=out, steps=6, batch_size=6, lr=1e-3, refresh_every=2,
                     save_every=2, max_prompt_tokens=512, max_response_tokens=24) | options
     return [word for name, value in settings.items()
             for word in ([f"--{name}"] if value is True else [f"--{name}", value])]
@@ -875,6 +890,109 @@ def test_sigterm_saves_and_exits_with_0(whole_run, tmp_path):
     lines = metrics_of(tmp_path / "out")
     assert 2 <= len(lines) < 6 and (tmp_path / f"out/checkpoint-{len(lines)}/state.json").exists()
     assert all(same_metrics(a, b) for a, b in zip(metrics_of(whole), lines))
+
+
+def die(moment, *arguments):
+    """Worker: opsdc.py whose last rank is killed when it comes to `moment` of the third step."""
+    owner, name = dict(sync=(opsdc.RolloutEngine, "sync"), fsync=(os, "fsync")).get(moment, (opsdc, moment))
+    whole, sync, syncs = getattr(owner, name), opsdc.RolloutEngine.sync, []
+
+    def wrapper(*args, **kwargs):
+        if len(syncs) == 3 and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*args, **kwargs)
+
+    def counted(engine, model):
+        syncs.append(model)
+        (wrapper if moment == "sync" else sync)(engine, model)
+    setattr(owner, name, wrapper)
+    opsdc.RolloutEngine.sync, sys.argv = counted, ["opsdc.py", *arguments]
+    opsdc.main()
+
+
+MOMENTS = ("sync", "sample_rollouts", "grade_rollouts", "teacher_pass", "student_pass", "update", "log_step",
+           "fsync", "checkpoints")  # fsync: a shard is written, the checkpoint is not; checkpoints: it is
+
+
+def drill(directory="out-drill"):
+    """For every moment: of two ranks one dies; seconds until both are gone, what is left, the resumed run."""
+    directory = Path(directory)
+    directory.mkdir()
+    model, data = make_model(directory / "m", "qwen3"), write_rows(directory / "rows.jsonl")
+    succeed(*small_run(model, data, directory / "whole"))
+    print("| killed in | all gone after, s | left | resumed |\n|---|---|---|---|")
+    for moment in MOMENTS:
+        out = directory / moment
+        arguments = small_run(model, data, out, save_every=1)
+        log, last_words = killed_at(moment, arguments)
+        left = ", ".join(sorted(path.name for path in out.glob("*checkpoint-*")))
+        succeed(*arguments, "--resume")
+        same = all(a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+                   for a, b in zip(metrics_of(directory / "whole"), metrics_of(out), strict=True))
+        print(f"| {moment} | {last_words:.0f} | {left} | {'equal' if same else 'NOT EQUAL'} |", flush=True)
+
+
+def killed_at(moment, arguments, ranks=2):
+    """(output, seconds from the death of the last rank to the end of the launcher)."""
+    log = Path(arguments[arguments.index("--out") + 1]).with_suffix(".log")
+    with open(log, "w") as file:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
+             str(HERE / "test_opsdc.py"), "die", moment, *map(str, arguments)],
+            env=ENVIRONMENT, stdout=file, stderr=file, start_new_session=True)
+        children = lambda: subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True,
+                                          text=True).stdout.split()
+        while launcher.poll() is None and len(children()) < ranks:
+            time.sleep(0.1)
+        while launcher.poll() is None and len(children()) == ranks:
+            time.sleep(0.1)
+        start = time.time()
+        assert launcher.wait(timeout=120) != 0
+    return log.read_text(), time.time() - start
+
+
+def test_a_rank_killed_while_a_checkpoint_is_written_takes_the_others_down(whole_run, tmp_path):
+    """Of two ranks one dies when its shard of checkpoint-3 is written. Three ranks go on from step 2."""
+    model, data, whole = whole_run
+    arguments = small_run(model, data, tmp_path / "out", save_every=1)
+    log, seconds = killed_at("fsync", arguments)
+    assert seconds < 60 and "Signal 9 (SIGKILL)" in log
+    left = sorted(path.name for path in (tmp_path / "out").glob("*checkpoint-*"))
+    assert left == ["checkpoint-1", "checkpoint-2", "tmp-checkpoint-3"]
+    assert "2 steps are done" in succeed(*arguments, "--resume", ranks=3)
+    for a, b in zip(metrics_of(whole), metrics_of(tmp_path / "out"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["response_tokens"] == b["response_tokens"]
+
+
+def test_full_disk_while_saving_leaves_the_checkpoint_before(whole_run, tmp_path):
+    """The system refuses to write the second checkpoint: files of 64 KiB at most, after a run to step 2."""
+    model, data, whole = whole_run
+    out = tmp_path / "out"
+    succeed(*small_run(model, data, out, steps=2))
+    arguments = list(map(str, small_run(model, data, out, resume=True)))
+    done = subprocess.run(["bash", "-c", 'ulimit -f 64; exec "$@"', "bash", sys.executable,
+                           str(HERE / "opsdc.py"), *arguments], env=ENVIRONMENT, text=True, timeout=200,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 1 and re.search("error: .*checkpoint-4 could not be written, with .* GiB free "
+                                              "there: .*--resume goes on", done.stdout), done.stdout[-3000:]
+    assert opsdc.whole_checkpoint(out).name == "checkpoint-2" and len(metrics_of(out)) == 4
+    succeed(*arguments)
+    assert all(same_metrics(a, b) for a, b in zip(metrics_of(whole), metrics_of(out), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty"])
+def test_rollouts_of_one_token(kind, whole_run, tmp_path):
+    """All cut at once, or all nothing but the end of the turn (here every token ends it)."""
+    model, data, _ = whole_run
+    shutil.copytree(model, tmp_path / "m")
+    if kind == "empty":
+        GenerationConfig(eos_token_id=list(range(400))).save_pretrained(tmp_path / "m")
+    succeed(*small_run(tmp_path / "m", data, tmp_path / "out", steps=2,
+                       max_response_tokens=1 if kind == "cut" else 24))
+    for line in metrics_of(tmp_path / "out"):
+        assert line["response_tokens_max"] == 1 and line["truncated"] == (kind == "cut")
+        assert line["loss"] > 0 and line["grad_norm"] > 0 and line["logprob_gap_max"] < 1e-4
 
 
 def nan(*arguments):
@@ -1133,7 +1251,8 @@ def test_forks_of_the_objective(name, factor, sharper, tmp_path):
     exact = (weights * by * kl).sum()
     exact.backward()
     assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
-    assert relative_error(inputs[0].grad, hs64.grad) < 1e-3 and relative_error(inputs[1].grad, ws64.grad) < 1e-3
+    for x, exact in zip(inputs[:2], (hs64, ws64)):
+        assert relative_error(x.grad, exact.grad) < 1e-3
 
 
 def test_fork_paced_weighs_four_rollouts_a_problem_by_their_pass_rate(tmp_path):
@@ -1172,7 +1291,8 @@ def test_fork_larger_teacher(good, one_rank, tmp_path):
                                                              num_hidden_layers=3, seed=1)
     cfg, device, forked.MAX_GAP = forked.Config(model=good["model"]), torch.device("cpu"), math.inf
     forked.larger = forked.load_model(forked.Config(model=str(path)), device)
-    student, teacher = (AutoModelForCausalLM.from_pretrained(x, dtype=torch.float64) for x in (cfg.model, path))
+    student, teacher = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+                        for model in (cfg.model, path))
     problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(path))
     model = forked.load_model(cfg, device)
     batches = forked.make_micro_batches(rollouts, problems, device, cfg)
@@ -1191,7 +1311,8 @@ def test_fork_answer_tells_the_teacher_only(good, one_rank, tmp_path):
 def test_forks_together_in_a_real_run(good, tmp_path):
     fork("paced+ema+answer+temperature+egrsd", tmp_path / "fork.py")
     data = write_rows(tmp_path / "rows.jsonl")
-    succeed(*small_run(good["model"], data, tmp_path / "out", steps=2, batch_size=8), script=tmp_path / "fork.py")
+    succeed(*small_run(good["model"], data, tmp_path / "out", steps=2, batch_size=8),
+            script=tmp_path / "fork.py")
     samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     assert len({row["problem"] for row in samples[:4]}) == 1  # the first four rollouts of a step
     assert len({row["response"] for row in samples[:4]}) == 4
@@ -1838,7 +1959,7 @@ def bench():
 
 
 def profile(*arguments):
-    """opsdc.py with `arguments`, then where its seconds went; teacher_pass holds copy_into and head_of."""
+    """opsdc.py with `arguments`, then where its seconds went; teacher_pass holds copy_into."""
     calls = {}
 
     def timed(owner, name):
@@ -1851,7 +1972,7 @@ def profile(*arguments):
             finally:
                 calls.setdefault(name, []).append(time.perf_counter() - start)
         setattr(owner, name, timer)
-    names = ("sample_rollouts", "grade_rollouts", "make_micro_batches", "teacher_pass", "copy_into", "head_of",
+    names = ("sample_rollouts", "grade_rollouts", "make_micro_batches", "teacher_pass", "copy_into",
              "student_pass", "update", "refresh", "log_step", "peak_memory", "save_checkpoint", "export",
              "load_model", "prepare")
     for owner, name in ((opsdc.RolloutEngine, "__init__"), (opsdc.RolloutEngine, "sync"),
@@ -1859,15 +1980,16 @@ def profile(*arguments):
         timed(owner, name)
     sys.argv, start = ["opsdc.py", *arguments], time.perf_counter()
     opsdc.main()
-    print(f"in all {time.perf_counter() - start:.1f} s\n| | calls | seconds | of the first | of each later one |"
-          "\n|---|---|---|---|---|")
+    print(f"in all {time.perf_counter() - start:.1f} s\n\n| | calls | seconds | of the first | of a later |\n"
+          "|---|---|---|---|---|")
     for name, seconds in sorted(calls.items(), key=lambda item: -sum(item[1])):
         print(f"| {name} | {len(seconds)} | {sum(seconds):.2f} | {seconds[0]:.3f} | "
               + (f"{statistics.fmean(seconds[1:]):.3f} |" if seconds[1:] else "|"))
 
 
 if __name__ == "__main__":
-    commands = dict(toy=make_toy, bench=bench, bench_row=bench_row, claims=claims, fork=fork, profile=profile, gradients=gradients, sync=sync, nan=nan)
+    commands = dict(toy=make_toy) | {command.__name__: command for command in (
+        claims, fork, drill, profile, bench, bench_row, gradients, sync, nan, die)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
-        sys.exit("usage: python test_opsdc.py toy [DIR] | claims [DIR] | fork NAME FILE | bench; the tests: python -m pytest test_opsdc.py")
+        sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])
