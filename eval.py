@@ -689,22 +689,22 @@ def curves(args):
     for ax, (title, metrics) in zip(axes.flat, PANELS.items()):
         for i, (directory, rows) in enumerate(runs.items()):
             draw_run(ax, rows, metrics, f"C{i}", directory)
-        ax.set(title=title, xlabel="step")
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize="small")
-    figure.savefig(args.plot, dpi=150)
+        dashed = f" (dashed: {metrics[1]})" if metrics[1:] else ""
+        ax.set(title=title + dashed, xlabel="step")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(args.plot, dpi=90)
     print(f"wrote {args.plot}; dotted lines: thetabar <- theta")
 
 
 def draw_run(ax, rows, metrics, color, label):
-    for metric, line in zip(metrics, ("-", "--")):
+    for metric, line, name in zip(metrics, ("-", "--"), (label, None)):
         known = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
         if known:
             dots = "o" if metric.startswith("eval_") else ""  # known at some steps only
-            ax.plot(*zip(*known), dots + line, color=color, markersize=4, label=f"{label}: {metric}")
+            ax.plot(*zip(*known), dots + line, color=color, markersize=4, label=name)
     for row, following in zip(rows, rows[1:]):
         if following["teacher_age"] < row["teacher_age"]:
-            ax.axvline(row["step"] + 0.5, color=color, linewidth=0.5, linestyle=":")
+            ax.axvline(row["step"] + 0.5, color=color, linewidth=0.8, linestyle=":")
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -179,12 +179,13 @@ def reverse_kl(student_logits, teacher_logits):
 class ChunkedDivergence(torch.autograd.Function):
     """Loss and both gradients in one sweep over N. Logits exist for `chunk` tokens at a time and become their
     own gradient in place; the head's gradient adds up on the way; backward only hands over what is there."""
-    ROWS = dict(cpu=4, cuda=64)  # of one softmax: its temporaries stay in a CPU's cache, or fill a GPU
+    BLOCK = dict(cpu=620_000, cuda=10_000_000)  # logits of one softmax: in a CPU's cache, or filling a GPU
 
     @staticmethod
     def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, kind, chunk):
         N, (V, d), device = len(student_hidden), student_head.shape, student_head.device
-        new, rows = dict(device=device, dtype=torch.float32), ChunkedDivergence.ROWS[device.type]
+        new = dict(device=device, dtype=torch.float32)
+        rows = max(1, ChunkedDivergence.BLOCK[device.type] // V)
         grad_hidden, grad_head = torch.zeros(N, d, **new), torch.zeros(V, d, **new)
         per_token = torch.empty(5, N, **new)  # divergence, both entropies, log p(sampled token), weight
         s_chunk, t_chunk = torch.empty(2, min(chunk, N), V, **new)
@@ -419,13 +420,15 @@ def load_held_out(cfg, tokenizer):
     return problems
 
 
+@lru_cache(2)
+def epoch_order(n, epoch, seed):
+    return random.Random(f"{seed} {epoch}").sample(range(n), n)
+
+
 def batch_at(n, step, batch_size, seed):
     """Indices of step 0, 1, ...: slices of one permutation of range(n) after another. A pure function, so
     resuming needs no sampler. n=3, batch_size=2: step 1 takes an epoch's last and the next one's first."""
-    def problem(k):
-        return epochs.setdefault(k // n, random.Random(f"{seed} {k // n}").sample(range(n), n))[k % n]
-    epochs = {}
-    return [problem(step * batch_size + j) for j in range(batch_size)]
+    return [epoch_order(n, k // n, seed)[k % n] for k in range(step * batch_size, (step + 1) * batch_size)]
 
 
 # -------------------------------------------------------------------------------------------------- ROLLOUTS

@@ -298,8 +298,8 @@ FORKS = {
     "tip": [(WEIGHT, "w = weights[at] * ((entropies[0] > 0.1) | (value > 0.1))")],
     # arXiv 2603.11178: four rollouts a problem, weighted by p (1 - p) of its pass rate p
     "paced": [
-        ("[problem(step * batch_size + j) for j in range(batch_size)]",
-         "[problem((step * batch_size + j) // 4) for j in range(batch_size)]"),
+        ("for k in range(step * batch_size, (step + 1) * batch_size)]",
+         "\n            for k in (j // 4 for j in range(step * batch_size, (step + 1) * batch_size))]"),
         ("    return [[1 / (len(rollouts) * len(r.ids))] * len(r.ids) for r in rollouts]",
          "    passed = {k.index: [r.correct for r in rollouts if r.index == k.index] for k in rollouts}\n"
          "    p = {i: sum(known) / len(known) for i, known in passed.items()}\n"
@@ -307,7 +307,7 @@ FORKS = {
          "            for r in rollouts]")],
     # thetabar follows theta at every step; float32, since bfloat16 would round a hundredth away
     "ema": [
-        ("p.detach().to(dtype or compute_dtype(), copy=True) for name", "p.detach().clone() for name"),
+        ("p.detach().to(dtype or compute_dtype(), copy=True)", "p.detach().clone()"),
         ("    due = cfg.refresh_every and step % cfg.refresh_every == 0\n"
          "    return snapshot(model) if due else thetabar",
          "    theta = snapshot(model)\n"
@@ -352,6 +352,7 @@ CLAIMS = {  # row: options of opsdc.py after TOY_RUN, or None where nothing is t
     "OPSDC v1": M40.replace("v2", "v1"), "OPSDC v2": M40, "OPSDC v2, told v2": None,
     "M = 1": f"{V2} --refresh_every 1", "M = 10": f"{V2} --refresh_every 10",
     "M = 20": f"{V2} --refresh_every 20", "frozen teacher": f"{V2} --refresh_every 0",
+    "frozen teacher, step 20": "--instruction v2 --lr 3e-4 --steps 20 --refresh_every 0",
     "JSD": f"{M40} --divergence jsd", "forward KL": f"{M40} --divergence forward_kl",
     "rollouts cut at 25 %": f"{M40} --max_response_tokens 20",
     "rollouts cut at 50 %": f"{M40} --max_response_tokens 40",
@@ -395,7 +396,7 @@ def entropy_over_training(toy, row):
 
 
 def claims(directory="toy"):
-    toy = Path(directory)
+    toy = Path(directory).resolve()
     if not (toy / "model").exists():
         make_toy(toy)
     jobs, drawn = [(row, seed) for row in CLAIMS for seed in SEEDS], ("M = 20", "OPSDC v2", "frozen teacher")
@@ -1968,9 +1969,9 @@ def bench():
 
 def large(directory="out-large"):
     """A random Qwen3 of the 0.6B's shape and 40 problems, to profile; vocabulary beyond its tokenizer's."""
-    make_model(Path(directory) / "model", "qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072,
-               num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
-               initializer_range=0.02)
+    make_model(Path(directory) / "model", "qwen3", vocab_size=151936, hidden_size=1024,
+               intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+               head_dim=128, initializer_range=0.02)
     write_rows(Path(directory) / "rows.jsonl")
 
 
