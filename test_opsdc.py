@@ -965,7 +965,7 @@ def test_rank_killed_while_saving_and_a_damaged_checkpoint(whole_run, tmp_path):
 
 
 def test_full_disk_while_saving_leaves_the_checkpoint_before_and_two_ranks_go_on(whole_run, tmp_path):
-    """The system refuses to write checkpoint-6: files of 64 KiB at most. Two ranks go on from checkpoint-4."""
+    """The system refuses to write checkpoint-6: files of 64 KiB at most. Two ranks go on from 4."""
     model, data, whole = whole_run
     out = tmp_path / "out"
     shutil.copytree(whole, out, ignore=shutil.ignore_patterns("checkpoint-6", "model"))
