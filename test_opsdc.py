@@ -352,7 +352,7 @@ CLAIMS = {  # row: options of opsdc.py after TOY_RUN, or None where nothing is t
     "OPSDC v1": M40.replace("v2", "v1"), "OPSDC v2": M40, "OPSDC v2, told v2": None,
     "M = 1": f"{V2} --refresh_every 1", "M = 10": f"{V2} --refresh_every 10",
     "M = 20": f"{V2} --refresh_every 20", "frozen teacher": f"{V2} --refresh_every 0",
-    "frozen teacher, step 20": "--instruction v2 --lr 3e-4 --steps 20 --refresh_every 0",
+    "frozen teacher, step 20": f"{V2} --steps 20 --refresh_every 0",
     "JSD": f"{M40} --divergence jsd", "forward KL": f"{M40} --divergence forward_kl",
     "rollouts cut at 25 %": f"{M40} --max_response_tokens 20",
     "rollouts cut at 50 %": f"{M40} --max_response_tokens 40",
@@ -379,7 +379,7 @@ def train_claim(toy, row, seed, *more):
 
 
 def evaluate_claim(toy, row, seed):
-    """(settings, records) of the row's model on eval.jsonl."""
+    """Records of the row's model on eval.jsonl."""
     out, (trained, _, told) = claim_folder(toy, row, seed) / "eval", row.partition(", told ")
     model = toy / "model" if trained == "base" else claim_folder(toy, trained, seed) / "run/model"
     succeed("--model", model, "--data", toy / "eval.jsonl", "--out", out, *TOY_EVAL, "--seed", seed,
@@ -408,7 +408,7 @@ def claims(directory="toy"):
     table, levels = [], []
     for row in CLAIMS:
         base, ours = ([r for seed in SEEDS for r in records[name, seed]] for name in ("base", row))
-        spread = lambda values: (f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}")
+        spread = lambda values: f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
         tokens, right = ([[ev.mean(records[name, seed], column) for seed in SEEDS] for name in ("base", row)]
                          for column in ("tokens", "correct"))
         parts = ev.contrast(base, ours)
@@ -670,8 +670,7 @@ def gradients(model_path, file, *settings):
         model = opsdc.load_model(opsdc.Config(model=model_path), device)
         theta = {name: p.full_tensor().clone() for name, p in model.lm.named_parameters()}
         thetabar = other_weights(model.lm.named_parameters())
-        micro, chunk = int(micro), int(chunk)
-        cfg = opsdc.Config(model=model_path, micro_batch_tokens=micro, loss_chunk=chunk)
+        cfg = opsdc.Config(model=model_path, micro_batch_tokens=int(micro), loss_chunk=int(chunk))
         batches = opsdc.make_micro_batches(rollouts, problems, device, cfg)
         hidden, head = opsdc.teacher_pass(model, thetabar, batches)
         same = all(torch.equal(p.full_tensor(), theta[name]) for name, p in model.lm.named_parameters())
@@ -942,7 +941,7 @@ def killed_at(moment, arguments, ranks=2):
 
 
 def same_losses(whole, out):
-    """What other ranks computed, or a run resumed on other ranks."""
+    """The run in `out`, on whatever ranks it was resumed, is `whole`'s to 1e-5."""
     for a, b in zip(metrics_of(whole), metrics_of(out), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["response_tokens"] == b["response_tokens"]
