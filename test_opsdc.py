@@ -47,7 +47,6 @@ MATH500 = HERE.parent / "shared/data/math500.jsonl"
 # as it was before a test joined a process group; a forked script elsewhere finds eval.py
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 
-
 def run(*arguments, ranks=0, timeout=300, script="opsdc.py"):
     """`python SCRIPT ARGUMENTS`, or under torchrun with `ranks` processes -> the finished process, output as
     one text."""
@@ -56,21 +55,17 @@ def run(*arguments, ranks=0, timeout=300, script="opsdc.py"):
     return subprocess.run([*launcher, str(HERE / script), *map(str, arguments)], timeout=timeout, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT)
 
-
 def succeed(*arguments, **options):
     done = run(*arguments, **options)
     assert done.returncode == 0, done.stdout[-5000:]
     return done.stdout
 
-
 # README's quick start: chosen on validation.jsonl of the toy; eval.jsonl is reported
 TOY_RUN = "--steps 40 --lr 1e-4 --refresh_every 20 --max_prompt_tokens 256 --max_response_tokens 160".split()
 TOY_EVAL = "--samples 2 --max-tokens 160 --temperature 1 --top-p 1 --top-k 0 --block 500".split()
 
-
 def metrics_of(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
 
 # ----------------------------------------------------------------------------------------------- small models
 
@@ -81,7 +76,6 @@ QWEN_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content 
 R1_TEMPLATE = ("{% for m in messages %}<|User|>{{ m.content }}{% endfor %}"
                "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}")
 
-
 def make_tokenizer(texts, template, size=400):
     """A byte-level BPE tokenizer trained on `texts`: it encodes anything, as real models' tokenizers do."""
     bpe = ByteLevelBPETokenizer()
@@ -90,7 +84,6 @@ def make_tokenizer(texts, template, size=400):
                                             "<|Assistant|>"])
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<|pad|>",
                                    eos_token="<|im_end|>", chat_template=template)
-
 
 def make_model(directory, family, texts=tuple(opsdc.INSTRUCTIONS.values()), vocabulary=400, seed=0, **shape):
     """A random model with its tokenizer: a tied Qwen3, or an untied Llama whose template opens <think>
@@ -107,16 +100,13 @@ def make_model(directory, family, texts=tuple(opsdc.INSTRUCTIONS.values()), voca
     tokenizer.save_pretrained(directory)
     return Path(directory)
 
-
 @pytest.fixture(scope="session", params=["qwen3", "llama"])
 def family(request):
     return request.param
 
-
 @pytest.fixture(scope="session")
 def random_model(family, tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("models") / family, family)
-
 
 @pytest.fixture(scope="session", autouse=True)
 def toy_in_the_making(request, tmp_path_factory):
@@ -130,13 +120,11 @@ def toy_in_the_making(request, tmp_path_factory):
         yield directory, process
         process.kill()
 
-
 @pytest.fixture(scope="session")
 def toy(toy_in_the_making):
     directory, process = toy_in_the_making
     assert process.wait() == 0, (directory / "log").read_text()
     return directory
-
 
 # ---------------------------------------------------------------------------------------------------- the toy
 # The toy: a tiny Qwen3, trained from scratch on the spot, that overthinks until told not to. A problem is a
@@ -159,7 +147,6 @@ RECHECK = {
 }
 AGAIN = 0.55
 
-
 def toy_tokenizer():
     """A word is a token together with the space before it, so that decoding is joining."""
     split = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]|\s"), "isolated")
@@ -180,7 +167,6 @@ def toy_tokenizer():
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     return tokenizer
 
-
 def toy_rows(rng, n):
     """n rows of the product's data format, no problem twice, every level as often."""
     rows = {}
@@ -192,14 +178,12 @@ def toy_rows(rng, n):
         rows[problem] = {"problem": problem, "answer": str(sum(digits) % 10), "level": k}
     return list(rows.values())
 
-
 def toy_prompt(tokenizer, row, kind):
     if kind == "bare":
         return opsdc.chat_ids(tokenizer, row["problem"], True)
     if kind in opsdc.INSTRUCTIONS:
         return opsdc.teacher_prompt(tokenizer, row["problem"], opsdc.INSTRUCTIONS[kind])
     return opsdc.student_prompt(tokenizer, row["problem"])
-
 
 def toy_response(rng, row, kind, verbose=0):
     """Lines of an answer, the first `verbose` of its thought in the base's habit. Every line is right."""
@@ -213,7 +197,6 @@ def toy_response(rng, row, kind, verbose=0):
             thought.append("check " + line)
         total = (total + int(term[1])) % 10
     return ["<think>", *thought, "</think>", f"Answer: {total}<|im_end|>"]
-
 
 def toy_batch(rng, rows, prompts, tokenizer, kinds, batch_size):
     """ids [B, T] padded on the right; target [B, T-1], the next token where it is learned, else -100."""
@@ -236,7 +219,6 @@ def toy_batch(rng, rows, prompts, tokenizer, kinds, batch_size):
         row[:start - 1] = row[len(sequence) - 1:] = -100
     return ids, target
 
-
 def toy_model(tokenizer):
     special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
                    bos_token_id=None)
@@ -250,7 +232,6 @@ def toy_model(tokenizer):
     torch.nn.init.constant_(model.model.norm.weight, 3.0)  # sharp: temperature 1 draws from the tail
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, **special)
     return model
-
 
 def make_toy(directory="toy", seed=0, steps=(700, 600), batch_size=32, lr=7e-3, sizes=(2500, 200, 500)):
     """Write directory/model with its tokenizer, and train.jsonl, validation.jsonl (to choose settings on) and
@@ -282,7 +263,6 @@ def make_toy(directory="toy", seed=0, steps=(700, 600), batch_size=32, lr=7e-3, 
     tokenizer.save_pretrained(directory / "model")
     for name, part in zip(("train", "validation", "eval"), parts):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-
 
 # ------------------------------------------------------------------------------------------------------ forks
 # Ideas of neighbouring papers as patches of opsdc.py: (lines there, what takes their place).
@@ -321,13 +301,11 @@ FORKS = {
          "    model = load_model(cfg, device)\n"
          "    globals()[\"larger\"] = load_model(Config(model=\"Qwen/Qwen3-14B\"), device)\n")],
     # arXiv 2606.00755: a teacher with a temperature of its own, above 1 against a collapse of the entropy
-    "temperature": [(", teacher_head)\n                for r in",
-                     ", teacher_head)\n                t /= 1.5\n                for r in")],
+    "temperature": [("out=t[:, v])\n", "out=t[:, v])\n            t /= 1.5\n")],
     # the teacher is told the answer
     "answer": [("text, instruction, cfg.thinking)",
                 "text, f\"{instruction}\\n\\nThe answer is {answer}.\", cfg.thinking)")],
 }
-
 
 def fork(names, file):
     """Write opsdc.py with the patches of `names` (joined by +) to `file`; returns the number of new lines."""
@@ -337,7 +315,6 @@ def fork(names, file):
         source = source.replace(old, new)
     Path(file).write_text(source)
     return sum(line[0] == "+" for line in difflib.ndiff(before.splitlines(), source.splitlines()))
-
 
 # ----------------------------------------------------------------------------------------------------- claims
 # The paper's claims at toy scale. `python test_opsdc.py claims toy` trains and evaluates every row with three
@@ -362,10 +339,8 @@ CLAIMS = {  # row: options of opsdc.py after TOY_RUN, or None where nothing is t
     "temperature 1.5, incorrect": f"{M40} --temperature 1.5",  # by the fork
 }
 
-
 def claim_folder(toy, row, seed):
     return toy / "claims" / f"{re.sub('[^a-zA-Z0-9.]+', '-', row)}-{seed}"
-
 
 def train_claim(toy, row, seed, *more):
     out, script = claim_folder(toy, row, seed), "opsdc.py"
@@ -377,7 +352,6 @@ def train_claim(toy, row, seed, *more):
         succeed(*TOY_RUN, *CLAIMS[row].split(), "--model", toy / "model", "--data", toy / "train.jsonl",
                 "--out", out / "run", "--seed", seed, "--save_every", 1000, *more, script=script)
 
-
 def evaluate_claim(toy, row, seed):
     """Records of the row's model on eval.jsonl."""
     out, (trained, _, told) = claim_folder(toy, row, seed) / "eval", row.partition(", told ")
@@ -386,14 +360,12 @@ def evaluate_claim(toy, row, seed):
             *["--instruction", told] * bool(told), script="eval.py")
     return ev.read_run(out)[1]["eval"]
 
-
 def entropy_over_training(toy, row):
     """Student's entropy, nats/token, mean of all seeds: first five steps -> last five."""
     runs = [metrics_of(claim_folder(toy, row, seed) / "run") for seed in SEEDS] if CLAIMS[row] else []
-    found = [[line["student_entropy"] for run in runs for line in part(run) if line["loss"] is not None]
+    found = [[line["student_entropy"] for run in runs for line in part(run) if "loss" in line]
              for part in (lambda run: run[:5], lambda run: run[-5:])]
     return " -> ".join(f"{statistics.fmean(values):.3f}" for values in found if values)
-
 
 def claims(directory="toy"):
     toy = Path(directory).resolve()
@@ -426,7 +398,6 @@ def claims(directory="toy"):
         print(f"\nKL(base || base told {name}), nats/token, by terms: "
               + ", ".join(f"{k}: {x:.3f}" for k, x in kl_by_level(toy, name, records["base", 0]).items()))
 
-
 @torch.no_grad()
 def kl_by_level(toy, instruction, records):
     """Mean reverse KL a token on the base's own responses, by level: what OPSDC's first step sees."""
@@ -442,9 +413,7 @@ def kl_by_level(toy, instruction, records):
         found[record["level"]].append(opsdc.reverse_kl(*logits).mean().item())
     return {k: statistics.fmean(values) for k, values in found.items()}
 
-
 # ---------------------------------------------------------------------------------------------- the objective
-
 
 def exact_divergence(s, t, kind):
     """The divergence of each row by torch.distributions, in the dtype given (float64 in the tests)."""
@@ -453,13 +422,11 @@ def exact_divergence(s, t, kind):
     kl = torch.distributions.kl_divergence
     return dict(reverse_kl=kl(p, q), forward_kl=kl(q, p), jsd=(kl(p, m) + kl(q, m)) / 2)[kind]
 
-
 def objective_inputs(N=37, V=301, d=16, dtype=torch.float32, apart=0.1):
     torch.manual_seed(0)
     hidden, head = torch.randn(N, d), torch.randn(V, d) / 2
     return [x.to(dtype) for x in (hidden, head, hidden + apart * torch.randn(N, d),
                                   head + apart * torch.randn(V, d) / 2)] + [torch.rand(N) / N]
-
 
 def exact_loss(inputs, kind):
     """Loss and both gradients in float64 with autograd over the whole [N, V]."""
@@ -468,10 +435,8 @@ def exact_loss(inputs, kind):
     loss = (weights * exact_divergence(hs @ ws.T, ht @ wt.T, kind)).sum()
     return loss.item(), *torch.autograd.grad(loss, (hs, ws))
 
-
 def relative_error(found, exact):
     return ((found.double() - exact).norm() / exact.norm()).item()
-
 
 def test_reverse_kl_is_kl_of_student_from_teacher():
     s, t = torch.randn(20, 500), torch.randn(20, 500)
@@ -479,7 +444,6 @@ def test_reverse_kl_is_kl_of_student_from_teacher():
     assert torch.allclose(opsdc.reverse_kl(s, t).double(), exact, rtol=1e-5)
     assert not torch.allclose(opsdc.reverse_kl(t, s).double(), exact, rtol=1e-2)
     assert opsdc.reverse_kl(s.bfloat16(), t.bfloat16()).dtype == torch.float32
-
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
 @pytest.mark.parametrize("chunk", [1, 5, 37, 256])
@@ -492,7 +456,6 @@ def test_loss_and_gradients_equal_float64(kind, chunk):
     assert loss.item() == pytest.approx(exact, rel=1e-5)
     assert relative_error(hs.grad, 3 * grad_hidden) < 1e-5 and relative_error(ws.grad, 3 * grad_head) < 1e-5
     assert inputs[2].grad is None and inputs[3].grad is None
-
 
 def test_small_kl_between_bfloat16_models_keeps_its_gradient():
     """What makes training work late in a run: at 0.002 nats/token bfloat16 logits are wrong by tens of
@@ -507,7 +470,6 @@ def test_small_kl_between_bfloat16_models_keeps_its_gradient():
     assert ws.grad.dtype == torch.bfloat16 and relative_error(ws.grad, grad_head) < 3e-3
     assert relative_error(hs.grad, grad_hidden) < 3e-3
 
-
 def test_stats():
     inputs = objective_inputs()
     tokens = torch.randint(301, (37,))
@@ -519,7 +481,6 @@ def test_stats():
     assert stats["teacher_entropy"].item() == pytest.approx(q.entropy().mean().item(), rel=1e-5)
     assert torch.allclose(stats["logprob"].double(), p.log_prob(tokens), atol=1e-5)
     assert not any(value.requires_grad for value in stats.values())
-
 
 def test_never_holds_logits_of_all_tokens():
     class Largest(TorchDispatchMode):
@@ -536,9 +497,7 @@ def test_never_holds_logits_of_all_tokens():
                            chunk=16)[0].backward()
     assert largest.numel == 2 * 16 * 301  # the logits of one chunk, student's and teacher's
 
-
 # ------------------------------------------------------------------------------------------- prompts and data
-
 
 def test_prompts_are_the_papers(tmp_path):
     tokenizer = make_tokenizer(["text"], QWEN_TEMPLATE)
@@ -562,7 +521,6 @@ def test_prompts_are_the_papers(tmp_path):
     assert (opsdc.read_instruction(f"@{tmp_path / 'c.txt'}") == opsdc.read_instruction("Be brief.")
             == "Be brief.")
 
-
 def test_thinking_reaches_templates_that_know_it():
     qwen, r1 = make_tokenizer(["text"], QWEN_TEMPLATE), make_tokenizer(["text"], R1_TEMPLATE)
     assert qwen.decode(opsdc.student_prompt(qwen, "1+1?", thinking=False)).endswith("<think>\n\n</think>\n\n")
@@ -570,17 +528,15 @@ def test_thinking_reaches_templates_that_know_it():
     assert opsdc.student_prompt(r1, "1+1?", thinking=True) == opsdc.student_prompt(r1, "1+1?", thinking=False)
     assert r1.decode(opsdc.student_prompt(r1, "1+1?")).endswith("<|Assistant|><think>\n")
 
-
 def test_rows_of_all_kinds_give_the_bare_problem():
     wrapped = opsdc.WRAPPER_HEAD + "1+1?" + opsdc.WRAPPER_TAIL
     rows = [dict(problem="1+1?", answer="2", solution="1+1 makes 2"), dict(question="1+1?", answer=2),
             dict(prompt=wrapped, solution="2"),
             dict(prompt=[dict(role="user", content=wrapped)], reward_model=dict(ground_truth="2"))]
-    assert [opsdc.problem_and_answer(row) for row in rows] == [("1+1?", "2")] * 4
-    assert opsdc.problem_and_answer(dict(prompt="1+1?")) == ("1+1?", None)
-    with pytest.raises(ValueError, match="found the fields .'text'"):
-        opsdc.problem_and_answer(dict(text="1+1?"))
-
+    assert [opsdc.problem_and_answer(row, "here") for row in rows] == [("1+1?", "2")] * 4
+    assert opsdc.problem_and_answer(dict(prompt="1+1?"), "here") == ("1+1?", None)
+    with pytest.raises(ValueError, match="here: expected .*, found text"):
+        opsdc.problem_and_answer(dict(text="1+1?"), "here")
 
 def test_jsonl_and_parquet_read_alike(tmp_path):
     import datasets
@@ -589,7 +545,6 @@ def test_jsonl_and_parquet_read_alike(tmp_path):
     datasets.Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
     assert (list(opsdc.read_rows(str(tmp_path / "rows.parquet")))
             == opsdc.read_rows(str(tmp_path / "rows.jsonl")) == rows)
-
 
 @pytest.mark.parametrize("n, batch_size", [(12, 4), (10, 4), (3, 8)])
 def test_batch_at_covers_each_epoch_once(n, batch_size):
@@ -600,9 +555,7 @@ def test_batch_at_covers_each_epoch_once(n, batch_size):
     assert (opsdc.batch_at(n, 5, batch_size, 1) == opsdc.batch_at(n, 5, batch_size, 1)
             != opsdc.batch_at(n, 5, batch_size, 2))
 
-
 # ---------------------------------------------------------------------------------------------- micro-batches
-
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("budget", [1, 12, 10_000])
@@ -614,7 +567,6 @@ def test_micro_batches_hold_every_sequence_once(world, budget):
     assert len({len(rank) for rank in ranks}) == 1
     for group in (group for rank in ranks for group in rank if len(group) > 1):
         assert max(lengths[i] for i in group) * len(group) <= budget
-
 
 def test_little_padding_and_even_ranks_on_a_long_tailed_batch():
     torch.manual_seed(0)
@@ -629,19 +581,16 @@ def test_little_padding_and_even_ranks_on_a_long_tailed_batch():
     print(f"padding {1 - real / padded:.1%}, busiest rank {sum(per_rank) / 20:.2f} x the mean")
     assert 1 - real / padded < 0.10
 
-
 def test_right_pad_marks_the_places_that_predict_the_response():
     inputs, predicts = opsdc.right_pad([[5, 6, 7], [1]], [[8, 9], [2]], "cpu")
     assert inputs.tolist() == [[5, 6, 7, 8], [1, 0, 0, 0]]
     assert predicts.tolist() == [2, 3, 4]  # 7 -> 8, 8 -> 9; in the second row 1 -> 2
-
 
 # -------------------------------------------------------------------------------- student, teacher, gradients
 # Five rollouts (a cut one, a single token, lengths far apart) under prompts of unequal length, and a teacher
 # whose weights differ from the student's. `python test_opsdc.py gradients MODEL FILE` computes loss and
 # gradients as opsdc.py does, on as many ranks as torchrun gives it; the reference is the unsharded model in
 # float64, one unpadded sequence at a time.
-
 
 def fixed_batch(tokenizer):
     texts = ["1+1?", "What is the sum of the first hundred positive integers?", "2+2?", "x", "Find all n."]
@@ -652,11 +601,9 @@ def fixed_batch(tokenizer):
     ids = [torch.randint(5, len(tokenizer), (n,)).tolist() for n in lengths]
     return problems, [opsdc.Rollout(i, y, [-1.0] * len(y), finished=i != 1) for i, y in enumerate(ids)]
 
-
 def other_weights(parameters):
     """A thetabar that is not theta, the same function of each weight however it is sharded."""
     return {name: p.detach() * 1.1 + 0.01 for name, p in parameters}
-
 
 def gradients(model_path, file, *settings):
     """Worker: for each 'dtype,micro_batch_tokens,loss_chunk' of `settings`, loss and full gradients; and
@@ -684,7 +631,6 @@ def gradients(model_path, file, *settings):
         torch.save(found, file)
     torch.distributed.destroy_process_group()
 
-
 def exact_objective(student, teacher, problems, rollouts):
     """The loss written from the formula: no padding, no shards, torch.distributions."""
     loss = 0
@@ -699,7 +645,6 @@ def exact_objective(student, teacher, problems, rollouts):
             loss = loss + kl / (len(rollouts) * len(y))
     return loss
 
-
 def exact_gradients(model_path):
     """Loss and gradients in float64."""
     problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(model_path))
@@ -713,7 +658,6 @@ def exact_gradients(model_path):
     loss.backward()
     return loss.item(), {name: p.grad for name, p in student.named_parameters()}
 
-
 def check_gradients(results, exact, grads):
     for result in results:
         assert result["theta_back"]
@@ -722,10 +666,8 @@ def check_gradients(results, exact, grads):
         for name, grad in grads.items():
             assert relative_error(result["grads"][name], grad) < 1e-4, name
 
-
 # One sequence a micro-batch; some; all that fit: each with another chunk of the loss.
 CUTS = "float32,1,1000", "float32,700,7", "float32,100000,1000"
-
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_loss_and_gradients_of_the_sharded_model_equal_float64(random_model, ranks, tmp_path):
@@ -741,7 +683,6 @@ def test_loss_and_gradients_of_the_sharded_model_equal_float64(random_model, ran
     for name, grad in grads.items():
         found = rounded["grads"][name]
         assert found.dtype == torch.float32 and relative_error(found, grad) < 0.05, name
-
 
 def test_two_nodes_shard_within_and_replicate_across(tmp_path):
     """2 x 2 ranks on this machine, each pair under a torchrun of its own, give the same gradients."""
@@ -761,23 +702,22 @@ def test_two_nodes_shard_within_and_replicate_across(tmp_path):
     check_gradients([result], *exact_gradients(model))
     assert result["mesh"] == ("replicate", "shard")
 
-
 # ----------------------------------------------------------------------------------------- engine and trainer
-
 
 def sync(model_path, file):
     """Worker: gap between engine and trainer on fresh rollouts after a sync, after theta moved, after the
     next sync."""
     device = opsdc.start_processes()
     cfg = opsdc.Config(model=model_path, batch_size=4, max_prompt_tokens=512, max_response_tokens=40)
-    problems, _ = fixed_batch(AutoTokenizer.from_pretrained(model_path))
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    problems, _ = fixed_batch(tokenizer)
     engine, model = opsdc.RolloutEngine(cfg), opsdc.load_model(cfg, device)
     thetabar = opsdc.snapshot(model)
 
     def step(synced):
         if synced:
             engine.sync(model)
-        rollouts = opsdc.sample_rollouts(engine, problems, [0, 1, 2, 4], 1, cfg)
+        rollouts = opsdc.sample_rollouts(engine, problems, [0, 1, 2, 4], 1, tokenizer, cfg)
         batches = opsdc.make_micro_batches(rollouts, problems, device, cfg)
         objective = opsdc.student_pass(model, batches, *opsdc.teacher_pass(model, thetabar, batches), cfg)
         model.zero_grad()
@@ -800,7 +740,6 @@ def sync(model_path, file):
         Path(file).write_text(json.dumps(found))
     engine.close()
 
-
 def test_weight_sync_is_seen_in_the_logprob_gap(family, random_model, tmp_path):
     succeed("sync", random_model, tmp_path / "found.json", ranks=dict(qwen3=2, llama=1)[family],
             script="test_opsdc.py")
@@ -811,15 +750,12 @@ def test_weight_sync_is_seen_in_the_logprob_gap(family, random_model, tmp_path):
     assert ids != new_ids  # the same seeds, other weights
     assert gathered == parameters  # each once, a tied head too
 
-
 # ------------------------------------------------------------------------------------------------- whole runs
-
 
 def write_rows(path, n=40):
     path.write_text("".join(json.dumps(dict(problem=f"What is {i} + {i}?", answer=str(2 * i))) + "\n"
                             for i in range(n)))
     return path
-
 
 def small_run(model, data, out, **options):
     settings = dict(model=model, data=data, out=out, steps=6, batch_size=6, lr=1e-3, refresh_every=2,
@@ -827,13 +763,11 @@ def small_run(model, data, out, **options):
     return [word for name, value in settings.items()
             for word in ([f"--{name}"] if value is True else [f"--{name}", value])]
 
-
 def same_metrics(a, b):
     """All that is not a measurement of time or memory."""
     names = [key for key in a
              if not key.startswith("seconds") and key not in ("tokens_per_second", "peak_memory_gib")]
     return {key: a[key] for key in names} == {key: b.get(key) for key in names}
-
 
 def start_and_signal(arguments, log, lines, number):
     """Start opsdc.py on one rank, send it a signal once `log` has so many lines; returns the exit status."""
@@ -846,7 +780,6 @@ def start_and_signal(arguments, log, lines, number):
         process.send_signal(number)
     return process.returncode
 
-
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """Six steps on one rank, never interrupted, with a refresh after every second one."""
@@ -854,7 +787,6 @@ def whole_run(tmp_path_factory):
     model, data = make_model(directory / "m", "qwen3"), write_rows(directory / "rows.jsonl")
     succeed(*small_run(model, data, directory / "whole"))
     return model, data, directory / "whole"
-
 
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path):
     model, data, whole = whole_run
@@ -871,7 +803,6 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path)
     a, b = (AutoModelForCausalLM.from_pretrained(x / "model").state_dict() for x in (whole, tmp_path / "out"))
     assert all(torch.equal(a[name], b[name]) and a[name].dtype == torch.bfloat16 for name in a)
 
-
 def test_sigterm_saves_and_exits_with_0(whole_run, tmp_path):
     model, data, whole = whole_run
     arguments = small_run(model, data, tmp_path / "out", save_every=100)
@@ -879,7 +810,6 @@ def test_sigterm_saves_and_exits_with_0(whole_run, tmp_path):
     lines = metrics_of(tmp_path / "out")
     assert 2 <= len(lines) < 6 and (tmp_path / f"out/checkpoint-{len(lines)}/state.json").exists()
     assert all(same_metrics(a, b) for a, b in zip(metrics_of(whole), lines))
-
 
 def die(moment, *arguments):
     """Worker: opsdc.py whose last rank is killed when it comes to `moment` of the third step."""
@@ -898,10 +828,8 @@ def die(moment, *arguments):
     opsdc.RolloutEngine.sync, sys.argv = counted, ["opsdc.py", *arguments]
     opsdc.main()
 
-
 MOMENTS = ("sync", "sample_rollouts", "grade_rollouts", "teacher_pass", "student_pass", "update", "log_step",
            "fsync")  # fsync: its shard is written, the checkpoint is not whole yet
-
 
 def drill(directory="out-drill"):
     """For every moment: of two ranks one dies; seconds until both are gone, what is left, the run resumed on
@@ -919,7 +847,6 @@ def drill(directory="out-drill"):
         succeed(*arguments, "--resume", ranks=ranks)
         same_losses(directory / "whole", out)
         print(f"| {moment} | {seconds:.0f} | {left} | on {ranks}: equal |", flush=True)
-
 
 def killed_at(moment, arguments, ranks=2):
     """(output, seconds from the death of the last rank to the end of the launcher)."""
@@ -939,13 +866,11 @@ def killed_at(moment, arguments, ranks=2):
         assert launcher.wait(timeout=120) != 0
     return log.read_text(), time.time() - start
 
-
 def same_losses(whole, out):
     """The run in `out`, on whatever ranks it was resumed, is `whole`'s to 1e-5."""
     for a, b in zip(metrics_of(whole), metrics_of(out), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["response_tokens"] == b["response_tokens"]
-
 
 def test_rank_killed_while_saving_and_a_damaged_checkpoint(whole_run, tmp_path):
     """Of two ranks one dies when its shard of checkpoint-3 is written, and checkpoint-2 loses a byte: one
@@ -962,7 +887,6 @@ def test_rank_killed_while_saving_and_a_damaged_checkpoint(whole_run, tmp_path):
     assert f"checkpoint-2, which is not whole: {shard.name}" in output and "1 steps are done" in output
     same_losses(whole, tmp_path / "out")
 
-
 def test_full_disk_while_saving_leaves_the_checkpoint_before_and_two_ranks_go_on(whole_run, tmp_path):
     """The system refuses to write checkpoint-6: files of 64 KiB at most. Two ranks go on from 4."""
     model, data, whole = whole_run
@@ -978,7 +902,6 @@ def test_full_disk_while_saving_leaves_the_checkpoint_before_and_two_ranks_go_on
     assert "4 steps are done" in succeed(*arguments, ranks=2)
     same_losses(whole, out)
 
-
 def nan(*arguments):
     """Worker: opsdc.py whose gradients are not a number from the second step on."""
     finite = opsdc.update
@@ -989,7 +912,6 @@ def nan(*arguments):
         return finite(model, optimizer, cfg)
     opsdc.update, sys.argv = update, ["opsdc.py", *arguments]
     opsdc.main()
-
 
 def test_rollouts_of_one_token_and_three_bad_gradients_in_a_row(whole_run, tmp_path):
     """Responses that are nothing but the end of the turn are trained on; then the gradients go bad."""
@@ -1004,14 +926,10 @@ def test_rollouts_of_one_token_and_three_bad_gradients_in_a_row(whole_run, tmp_p
     assert [line["skipped_updates"] for line in lines] == [0, 1, 2, 3] and lines[1]["grad_norm"] is None
     assert [p.name for p in (tmp_path / "out").glob("*checkpoint-*")] == ["checkpoint-2"]
 
-
 def test_keep_correct_drops_wrong_rollouts_and_nothing_left_means_no_update():
     rollouts = [opsdc.Rollout(i, [5], [-1.0], True, correct) for i, correct in enumerate((True, False, None))]
     assert opsdc.keep_rollouts(rollouts, opsdc.Config(keep="correct")) == rollouts[:1]
     assert opsdc.keep_rollouts(rollouts, opsdc.Config()) == rollouts
-    metrics = opsdc.train_step(None, None, None, [], [], "cpu", None, opsdc.Config())  # touches no model
-    assert set(metrics.values()) == {None} and {"loss", "grad_norm"} < set(metrics)
-
 
 @pytest.fixture(scope="session")
 def trained(toy, tmp_path_factory):
@@ -1022,7 +940,6 @@ def trained(toy, tmp_path_factory):
     succeed(*TOY_RUN, "--model", toy / "model", "--data", toy / "train.jsonl", "--out", out,
             "--eval_every", 39, "--eval_data", few, "--eval_samples", 2, ranks=2)
     return out
-
 
 def test_toy_learns_to_be_brief_and_stays_right(toy, trained, tmp_path):
     """The paper's claim, end to end: at least 45 % fewer tokens, accuracy at most a point below the base."""
@@ -1038,7 +955,6 @@ def test_toy_learns_to_be_brief_and_stays_right(toy, trained, tmp_path):
           f"accuracy {base['accuracy']:.1%} -> {ours['accuracy']:.1%}")
     assert base["problems"] >= 300 and base["accuracy"] > 0.95
     assert ours["tokens"] <= 0.55 * base["tokens"] and ours["accuracy"] >= base["accuracy"] - 0.01
-
 
 def test_metrics_of_the_toy_run(trained):
     lines = metrics_of(trained)
@@ -1057,7 +973,6 @@ def test_metrics_of_the_toy_run(trained):
     samples = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 160 and "</think>\nAnswer: " in samples[-1]["response"] and samples[-1]["finished"]
 
-
 def test_exported_model_is_a_plain_hugging_face_model(toy, trained):
     model, tokenizer = (kind.from_pretrained(trained / "model")
                         for kind in (AutoModelForCausalLM, AutoTokenizer))
@@ -1066,7 +981,6 @@ def test_exported_model_is_a_plain_hugging_face_model(toy, trained):
     text = tokenizer.decode(model.generate(prompt, max_new_tokens=160, do_sample=False)[0, prompt.shape[1]:])
     assert model.dtype == torch.bfloat16 and text.rstrip().endswith(f"Answer: {row['answer']}<|im_end|>")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id and tokenizer.chat_template
-
 
 @pytest.mark.skipif(not MATH500.exists(), reason="needs MATH-500 as a file")
 def test_real_problems(tmp_path):
@@ -1082,16 +996,13 @@ def test_real_problems(tmp_path):
         assert line["loss"] > 0 and line["logprob_gap_max"] < 1e-4 and line["accuracy"] == 0
         assert line["truncated"] == 1
 
-
 # -------------------------------------------------------------------------------------------------- bad input
-
 
 @pytest.fixture
 def one_rank():
     opsdc.start_processes()
     yield
     torch.distributed.destroy_process_group()
-
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
@@ -1100,11 +1011,9 @@ def good(tmp_path_factory):
     return dict(model=str(make_model(directory / "m", "qwen3")),
                 data=str(write_rows(directory / "rows.jsonl")), max_prompt_tokens=512, max_response_tokens=24)
 
-
 def broken_data(directory, text):
     (directory / "rows.jsonl").write_text(text)
     return dict(data=str(directory / "rows.jsonl"))
-
 
 def no_template(directory, good):
     tokenizer = AutoTokenizer.from_pretrained(good["model"])
@@ -1112,7 +1021,6 @@ def no_template(directory, good):
     AutoConfig.from_pretrained(good["model"]).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return dict(model=str(directory))
-
 
 BAD_INPUT = {
     "model": (lambda d, good: dict(model=str(d / "nowhere")),
@@ -1123,7 +1031,7 @@ BAD_INPUT = {
     "malformed line": (lambda d, good: broken_data(d, '{"problem": "x"}\n{"problem"\n'),
                        "line 2: expected a JSON object, found"),
     "no problem field": (lambda d, good: broken_data(d, '{"text": "x"}\n'),
-                         r"row 1: expected a field problem, prompt or question.*\['text'\]"),
+                         "row 1: expected a field problem, prompt or question, found text"),
     "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "none with prompts of at most 5 tokens"),
     "context": (lambda d, good: dict(max_response_tokens=4000),
                 "= 4512 is more than the model's context of 2048"),
@@ -1135,7 +1043,6 @@ BAD_INPUT = {
     "wandb": (lambda d, good: dict(report_to="wandb"), "wandb is not installed"),
 }
 
-
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_stops_with_a_clear_message(case, good, one_rank, tmp_path, capsys):
     change, message = BAD_INPUT[case]
@@ -1146,13 +1053,11 @@ def test_bad_input_stops_with_a_clear_message(case, good, one_rank, tmp_path, ca
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and re.search(message, lines[0]), lines
 
-
 def test_missing_vllm_is_named_with_what_to_install(good, one_rank, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
     with pytest.raises(SystemExit):
         opsdc.prepare(opsdc.Config(**good))
     assert "error: vllm is not installed: on a machine with GPUs" in capsys.readouterr().out
-
 
 def test_resume_refuses_another_model_or_data(good, one_rank, tmp_path, capsys):
     settings = dict(good) | dict(out=str(tmp_path / "out"))
@@ -1172,12 +1077,10 @@ def test_resume_refuses_another_model_or_data(good, one_rank, tmp_path, capsys):
     assert "problems_sha256" in capsys.readouterr().out
     write_rows(Path(good["data"]))
 
-
 def test_bad_input_under_torchrun_exits_once_and_not_0(good, tmp_path):
     done = run(*small_run(good["model"], good["data"], tmp_path / "out", batch_size=3), ranks=2)
     assert done.returncode != 0
     assert done.stdout.count("error: --batch_size 3 is not divisible by the 2 engines") == 1
-
 
 def test_readme_names_every_option_and_the_lines_of_the_sections():
     readme, lines = (HERE / "README.md").read_text(), (HERE / "opsdc.py").read_text().splitlines()
@@ -1186,7 +1089,6 @@ def test_readme_names_every_option_and_the_lines_of_the_sections():
     assert len(guide) == 11
     assert [title for n, title in guide if not lines[int(n) - 1].endswith(f"- {title.upper()}")] == []
 
-
 def test_command_line_takes_dashes_and_underscores():
     parse = opsdc.HfArgumentParser(opsdc.Config).parse_args_into_dataclasses
     assert (parse(["--micro-batch-tokens", "5", "--no-thinking"])[0]
@@ -1194,16 +1096,13 @@ def test_command_line_takes_dashes_and_underscores():
     assert (parse(["--micro_batch_tokens", "5", "--no_thinking"])[0]
             == opsdc.Config(micro_batch_tokens=5, thinking=False))
 
-
 def test_imports_without_vllm_or_gpu_and_without_side_effects():
     code = ("import sys, os; before = dict(os.environ); import opsdc, eval; "
             "assert dict(os.environ) == before; "
             "assert 'vllm' not in sys.modules and not opsdc.dist.is_initialized()")
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
 
-
 # ------------------------------------------------------------------------------------------------------ forks
-
 
 def load_fork(names, directory):
     """The forked opsdc.py as a module."""
@@ -1213,12 +1112,10 @@ def load_fork(names, directory):
     spec.loader.exec_module(module)
     return module
 
-
 @pytest.mark.parametrize("name", FORKS)
 def test_forks_are_as_short_as_the_readme_says(name, tmp_path):
     lines = fork(name, tmp_path / "fork.py")
     assert lines <= 10 and re.search(rf"\| `{name}` \|.*\| {lines} \|\n", (HERE / "README.md").read_text())
-
 
 @pytest.mark.parametrize("name, factor, smoother", [
     ("egrsd", lambda kl, student, teacher: (-teacher).exp().clamp(min=0.1), 1),
@@ -1243,7 +1140,6 @@ def test_forks_of_the_objective(name, factor, smoother, tmp_path):
     for x, exact in zip(inputs[:2], (hs64, ws64)):
         assert relative_error(x.grad, exact.grad) < 1e-3
 
-
 def test_fork_paced_weighs_four_rollouts_a_problem_by_their_pass_rate(tmp_path):
     forked = load_fork("paced", tmp_path)
     batch = forked.batch_at(10, 0, 8, seed=0)
@@ -1254,12 +1150,10 @@ def test_fork_paced_weighs_four_rollouts_a_problem_by_their_pass_rate(tmp_path):
     assert [w[0] for w in weights] == pytest.approx([3 / 16 / 8 / 7] * 4 + [0] * 4)
     assert [len(w) for w in weights] == [7] * 8
 
-
 def test_fork_incorrect_keeps_what_is_wrong(tmp_path):
     forked = load_fork("incorrect", tmp_path)
     rollouts = [forked.Rollout(i, [5], [-1.0], True, i == 1) for i in range(3)]
     assert forked.keep_rollouts(rollouts, forked.Config()) == [rollouts[0], rollouts[2]]
-
 
 def test_fork_ema_moves_thetabar_a_hundredth_of_the_way(good, one_rank, tmp_path):
     forked = load_fork("ema", tmp_path)
@@ -1272,7 +1166,6 @@ def test_fork_ema_moves_thetabar_a_hundredth_of_the_way(good, one_rank, tmp_path
             p.add_(1)
     for name, q in forked.refresh(model, thetabar, 1, forked.Config()).items():
         assert torch.allclose(q.full_tensor(), before[name] + 0.01, atol=1e-6)
-
 
 def test_fork_larger_teacher(good, one_rank, tmp_path):
     """Another width and depth, the same tokenizer: the loss is the exact divergence from that model."""
@@ -1289,13 +1182,11 @@ def test_fork_larger_teacher(good, one_rank, tmp_path):
     assert objective["loss"] == pytest.approx(exact_objective(student, teacher, problems, rollouts).item(),
                                               rel=1e-5)
 
-
 def test_fork_answer_tells_the_teacher_only(good, one_rank, tmp_path):
     forked, tokenizer = load_fork("answer", tmp_path), AutoTokenizer.from_pretrained(good["model"])
     problem = forked.load_problems(forked.Config(**good), tokenizer)[2]
     assert problem.text == "What is 2 + 2?" and "The answer is 4." in tokenizer.decode(problem.teacher)
     assert problem.student == opsdc.student_prompt(tokenizer, problem.text)
-
 
 def test_forks_together_in_a_real_run(good, tmp_path):
     fork("paced+ema+answer+temperature+egrsd", tmp_path / "fork.py")
@@ -1306,7 +1197,6 @@ def test_forks_together_in_a_real_run(good, tmp_path):
     assert len({row["problem"] for row in samples[:4]}) == 1  # the first four rollouts of a step
     assert len({row["response"] for row in samples[:4]}) == 4
     assert len(metrics_of(tmp_path / "out")) == 2
-
 
 # ---------------------------------------------------------------------------------------------------- grading
 
@@ -1328,7 +1218,6 @@ FORMATS = {  # X stands for the value
     "boxed in the line": "Answer: $\\boxed{X}$.",
 }
 
-
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("value", ["73", "\\frac{5}{7}", "\\$12.40", "(2, -3)", "\\text{Thursday}", "121_3",
                                    "\\begin{pmatrix} 4 \\\\ 9 \\end{pmatrix}"])
@@ -1336,7 +1225,6 @@ def test_every_format_takes_the_right_value_and_refuses_a_wrong_one(name, value)
     right = ev.grade(FORMATS[name].replace("X", value), value)
     assert right.correct and right.either_full_text and not right.truncated and not right.no_answer
     assert not ev.grade(FORMATS[name].replace("X", "74"), value).correct
-
 
 @pytest.mark.parametrize("answer, gold", [
     ("055", "55"), ("-8", "-08"), ("1,234", "1234"), ("3{,}600", "3600"), ("11,\\!000", "11000"),
@@ -1353,7 +1241,6 @@ def test_every_format_takes_the_right_value_and_refuses_a_wrong_one(name, value)
 def test_equal(answer, gold):
     assert ev.grade(f"Answer: {answer}", gold).correct
 
-
 @pytest.mark.parametrize("answer, gold", [
     ("42 or 43", "42"), ("$42$ or $43$", "42"), ("42, 43", "42"), ("42 (or 43)", "42"), ("not 42", "42"),
     ("42 43", "42"), ("3 5", "35"), ("42", "-42"), ("42.5", "42"), ("3.21", "3.2100001"),
@@ -1365,7 +1252,6 @@ def test_equal(answer, gold):
 def test_not_equal(answer, gold):
     assert not ev.grade(f"Answer: {answer}", gold).correct
 
-
 @pytest.mark.parametrize("answer, right", [("C", True), ("(C)", True), ("C)", True), ("C.", True),
                                            ("C) 14 m", True), ("(C) 14", True), ("\\text{C}", True),
                                            ("**C**", True), ("B", False), ("c", False), ("B or C", False),
@@ -1374,7 +1260,6 @@ def test_not_equal(answer, gold):
 def test_multiple_choice_by_exact_letter(answer, right):
     assert ev.grade(f"Answer: {answer}", "C").correct is right
     assert ev.grade(f"So \\boxed{{{answer}}}", "\\text{(C)}").correct is right
-
 
 def test_where_the_answer_is():
     def taken(text):
@@ -1397,7 +1282,6 @@ def test_where_the_answer_is():
     # a reference solution
     assert ev.grade("Answer: 1/2", "We find $x=\\boxed{3}$, so the answer is \\boxed{\\frac{1}{2}}.").correct
 
-
 def test_only_the_text_after_the_last_think_counts():
     inside = "<think>\nAnswer: 5, \\boxed{5}\n</think>\nAnswer: 6"
     verdict = ev.grade(inside, "5")
@@ -1412,7 +1296,6 @@ def test_only_the_text_after_the_last_think_counts():
     only_line, only_box = ev.grade("\\boxed{4}\nAnswer: 5", "5"), ev.grade("Answer: 4\n\\boxed{5}", "5")
     assert (only_line.correct, only_line.answer_only, only_line.boxed_only) == (True, True, False)
     assert (only_box.correct, only_box.answer_only, only_box.boxed_only) == (True, False, True)
-
 
 def test_hostile_input_is_wrong_within_seconds_and_others_are_not_touched():
     ev.grade("Answer: \\sqrt{4}", "2")  # the worker's start is not what is measured
@@ -1429,7 +1312,6 @@ def test_hostile_input_is_wrong_within_seconds_and_others_are_not_touched():
     assert time.time() - start < 60
     assert ev.grade("Answer: 21/3", "7").correct  # the killed workers were replaced
 
-
 def test_one_worker_and_three_give_the_same_verdicts_in_order_and_quickly():
     rng = random.Random(0)
     pairs = [(f"Answer: \\frac{{{rng.randint(1, 9)}}}{{{rng.randint(1, 9)}}}", str(rng.randint(1, 3)))
@@ -1442,13 +1324,11 @@ def test_one_worker_and_three_give_the_same_verdicts_in_order_and_quickly():
     assert time.time() - start < 5  # warm: about 0.1 s; the rest is room for a busy machine
     assert one == three == [ev.grade(*pair) for pair in pairs] and {v.correct for v in one} == {True, False}
 
-
 def test_grading_loads_neither_torch_nor_vllm_nor_opsdc():
     code = ("import sys, eval; v = eval.grade('Answer: $\\\\frac{2}{4}$', '0.5'); "
             "print(v.correct, [m for m in ('torch', 'vllm', 'opsdc', 'sympy') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "True []", done.stderr
-
 
 @pytest.mark.skipif(not MATH500.is_file(), reason=f"{MATH500} is not there")
 def test_whole_math500_file():
@@ -1479,7 +1359,6 @@ def test_whole_math500_file():
     for name, (right, other) in figures.items():
         assert right >= 490 and other <= 1, (name, right, other)
 
-
 def value(gold):
     """Plain reading of a gold, independent of eval.py, to tell which other rows hold an equal one."""
     gold = re.sub(r"\s|\\[,!;]|\\left|\\right|\\text|\\mbox|\^\\circ|\\\$|[{}]", "",
@@ -1489,9 +1368,7 @@ def value(gold):
     except ValueError:
         return gold.casefold()
 
-
 # ---------- benchmarks: the hub's own fields and layout in a local folder, through the same load_dataset call
-
 
 def hub_copy(folder, rows, split, configuration=None):
     """A folder as the hub serves it: data files and, with a named configuration, the README's metadata."""
@@ -1502,7 +1379,6 @@ def hub_copy(folder, rows, split, configuration=None):
         (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {configuration}\n  data_files:\n"
                                           f"  - split: {split}\n    path: {split}.parquet\n---\n")
     return folder
-
 
 def test_benchmarks_load_with_the_fields_of_the_hub(tmp_path):
     math_row = {"problem": "What is $1+1$?", "solution": "\\boxed{2}", "answer": "2", "subject": "Algebra",
@@ -1515,7 +1391,6 @@ def test_benchmarks_load_with_the_fields_of_the_hub(tmp_path):
             == ["060", "061"])
     rows = [{"problem": "p", "answer": 70, "id": "0"}]
     assert ev.load_problems(f"aime25={hub_copy(tmp_path / 'b', rows, 'test')}")[0]["answer"] == "70"
-
 
 def test_multiple_choice_is_shuffled_by_the_question_and_keeps_its_letter(tmp_path):
     rows = [{"Question": f"Which is {i}?", "Correct Answer": f"it is {i}\n", "Incorrect Answer 1": "red",
@@ -1536,7 +1411,6 @@ def test_multiple_choice_is_shuffled_by_the_question_and_keeps_its_letter(tmp_pa
     again = ev.load_problems(f"mmlu={tmp_path / 'u'}")
     assert again == mmlu
 
-
 def test_problem_files_and_their_faults(tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"problem": "a", "answer": 3}\n{"question": "b", "solution": "so \\\\boxed{4}"}\n')
@@ -1555,16 +1429,13 @@ def test_problem_files_and_their_faults(tmp_path):
     with pytest.raises(ValueError, match="hub page.*gpqa_diamond=DIR"):
         ev.load_problems(f"gpqa_diamond={tmp_path / 'absent'}")
 
-
 # ------------------------------------------------------------------------------------------------- statistics
-
 
 def record(problem, sample, correct, tokens, level=None, answer="7", **more):
     return {"id": problem, "sample": sample, "correct": correct, "tokens": tokens, "level": level,
             "answer": answer, "gold": "5", "think_tokens": tokens - 2, "answer_tokens": 2, "truncated": False,
             "no_answer": answer is None, "answer_only": correct, "boxed_only": False,
             "either_full_text": correct, "problem_hash": ev.digest(problem), **more}
-
 
 def test_summary_against_values_worked_out_by_hand():
     records = [record("a", 0, True, 10, 1), record("a", 1, False, 30, 1), record("b", 0, True, 20, 2),
@@ -1582,7 +1453,6 @@ def test_summary_against_values_worked_out_by_hand():
     assert s["levels"]["1"]["accuracy"] == 0.5 and s["levels"]["2"]["tokens"] == 50
     assert ev.summarise(records, 1)["pass_at_k"] == pytest.approx(0.5)  # pass@1 is the accuracy
 
-
 def test_clustered_error_grows_when_samples_agree():
     """Eight samples that agree are one observation, eight independent ones are eight."""
     rng = random.Random(1)
@@ -1591,12 +1461,10 @@ def test_clustered_error_grows_when_samples_agree():
     assert ev.summarise(same)["accuracy_se"] == pytest.approx(math.sqrt(0.25 / 200), rel=0.05)
     assert ev.summarise(free)["accuracy_se"] == pytest.approx(math.sqrt(0.25 / 1600), rel=0.15)
 
-
 def test_pass_at_k_equals_the_count_over_all_subsets():
     for n, c, k in ((8, 3, 4), (8, 0, 2), (8, 8, 1), (5, 2, 5), (6, 1, 3)):
         subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
         assert ev.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-
 
 def test_majority():
     def share(*votes):
@@ -1605,7 +1473,6 @@ def test_majority():
     assert share(None, None, "5") == 1
     # one answer in two spellings outvotes the right one
     assert share(None) == 0 and share("\\frac12", "\\frac{1}{2}", "5") == 0
-
 
 def test_paired_bootstrap():
     rng = random.Random(2)
@@ -1628,13 +1495,11 @@ def test_paired_bootstrap():
     # matched by problem, not by position
     assert ev.paired(base, list(reversed(ours))) == ev.paired(base, ours)
 
-
 # ----------------------------------------------------------------------------------------- compare and curves
 
 SETTINGS = {"version": ev.VERSION, "model": "Qwen/Qwen3-8B", "instruction": None, "prompt": "p", "k": 2,
             "samples": 2, "max_tokens": 100, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "seed": 0,
             "thinking": True}
-
 
 def fake_run(folder, shorter=1.0, problems=30, name="math500", finished=True, **settings):
     rng = random.Random(3)
@@ -1645,12 +1510,10 @@ def fake_run(folder, shorter=1.0, problems=30, name="math500", finished=True, **
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return str(folder)
 
-
 def is_picture(path):
     from matplotlib import image
     pixels = image.imread(path)
     return min(pixels.shape[:2]) > 400 and pixels.std() > 0.01
-
 
 def test_compare_prints_table_published_rows_and_picture(tmp_path, capsys):
     base, ours = fake_run(tmp_path / "base"), fake_run(tmp_path / "ours", 0.8, model="out/model")
@@ -1669,7 +1532,6 @@ def test_compare_prints_table_published_rows_and_picture(tmp_path, capsys):
     assert ["paper: trained v2", "all", "", "95.7 -> 95.7", "+0.0", "4884 -> 3339", "31.6"] in lines
     assert "0 problems won, 0 lost, 30 as before" in text and is_picture(tmp_path / "x.png")
 
-
 def test_compare_shows_what_was_won_and_lost(tmp_path):
     base = [record("a", 0, True, 10), record("b", 0, False, 20), record("c", 0, True, 30),
             record("d", 0, False, 40)]
@@ -1678,7 +1540,6 @@ def test_compare_shows_what_was_won_and_lost(tmp_path):
     assert ev.won_and_lost(base, ours, 1).splitlines() == [
         "1 problems won, 1 lost, 2 as before", "  +100.0 points, 20 -> 6 tokens: b (gold 5)",
         "  -100.0 points, 10 -> 5 tokens: a (gold 5)"]
-
 
 @pytest.mark.parametrize("change, message", [
     ({"temperature": 1.0}, "temperature is 0.6 and 1.0"),
@@ -1695,7 +1556,6 @@ def test_compare_refuses(tmp_path, change, message):
         with pytest.raises(SystemExit, match="no summary.json"):
             ev.main(["compare", str(missing), ours])
 
-
 def test_damaged_records_are_named_by_line(tmp_path):
     base, ours = fake_run(tmp_path / "base"), fake_run(tmp_path / "ours")
     file = tmp_path / "ours/math500.jsonl"
@@ -1706,7 +1566,6 @@ def test_damaged_records_are_named_by_line(tmp_path):
     file.write_text("".join(lines[:3] + ["{oops\n"] + lines[4:]))
     with pytest.raises(SystemExit, match="math500.jsonl, line 4"):
         ev.main(["compare", base, ours])
-
 
 def test_curves_of_two_training_runs(tmp_path, monkeypatch):
     for name in ("one", "two"):
@@ -1735,9 +1594,7 @@ def test_curves_of_two_training_runs(tmp_path, monkeypatch):
         ev.main(["curves", *runs, "--plot", str(tmp_path / "d.png")])
     assert not (tmp_path / "d.png").exists()
 
-
 # -------------------------------------------------------------------------- the command, with the real engine
-
 
 def command(toy, out, *more):
     data = out.parent / "few.jsonl"
@@ -1745,7 +1602,6 @@ def command(toy, out, *more):
     return [sys.executable, str(HERE / "eval.py"), "--model", str(toy / "model"), "--data", str(data),
             "--out", str(out), "--samples", "2", "--max-tokens", "60", "--temperature", "1", "--block", "8",
             *more]
-
 
 def test_eval_end_to_end_killed_resumed_compared(toy, tmp_path, capsys):
     base, concise, file = tmp_path / "base", tmp_path / "concise", tmp_path / "base/few.jsonl"
@@ -1794,7 +1650,6 @@ def test_eval_end_to_end_killed_resumed_compared(toy, tmp_path, capsys):
             ev.main(command(toy, base, *more)[2:])
     assert untouched == (file.read_bytes(), (base / "summary.json").read_bytes())
 
-
 def test_results_of_older_weights_are_not_taken_for_those_of_newer_ones(toy, tmp_path):
     """Train on, evaluate again into the same folder: the old records must not pass for the new model's."""
     shutil.copytree(toy / "model", tmp_path / "model")
@@ -1807,14 +1662,13 @@ def test_results_of_older_weights_are_not_taken_for_those_of_newer_ones(toy, tmp
     with pytest.raises(ValueError, match="holds another run .weights: there"):
         ev.done_before(tmp_path / "out", settings, {"eval": problems})
 
-
 def test_bad_input_is_said_before_the_engine_starts(toy, tmp_path):
     out = tmp_path / "out"
     for more, message in ((["--samples", "0"], "samples >= 1, .* --samples 0"),
                           (["--k", "3"], "k <= --samples"),
                           (["--benchmarks", "math501", "--data", ""], "aime25"),
                           (["--data", str(tmp_path / "no.jsonl")], "no.jsonl"),
-                          (["--model", str(tmp_path / "no")], "hub id or the directory"),
+                          (["--model", str(tmp_path / "no")], "--model .*no: expected a folder with a model"),
                           (["--max-tokens", "100000"], "lower --max-tokens"),
                           (["--instruction", "@nofile"], "nofile")):
         with pytest.raises(SystemExit, match=message):
@@ -1825,7 +1679,6 @@ def test_bad_input_is_said_before_the_engine_starts(toy, tmp_path):
     with pytest.raises(SystemExit, match="no summary.json"):
         ev.main(command(toy, out)[2:])
     assert (out / "few.jsonl").read_text() == "mine\n"
-
 
 def test_evaluate_reads_think_blocks_opened_by_the_template(toy):
     """The contract with opsdc.py: any engine's generate, several samples, one seed each; here ids are given
@@ -1855,12 +1708,10 @@ def test_evaluate_reads_think_blocks_opened_by_the_template(toy):
     assert [r["truncated"] for r in records] == [False, True, True, False]
     assert seen[0][1] == seen[1][1] and ev.summarise(records)["accuracy"] == 0.5
 
-
 # ------------------------------------------------------------------------------------------------------ bench
 # The objective at the shapes of a 0.6B Qwen3's head, on one thread, a fresh process for each row.
 
 VOCABULARY, HIDDEN = 151936, 1024
-
 
 def bench_inputs(N, dtype):
     """Logits with a standard deviation of 3.2, and a teacher at a KL of about 0.0017 nats/token from the
@@ -1871,14 +1722,12 @@ def bench_inputs(N, dtype):
     ht = (hs.float() + 0.018 * torch.randn(N, HIDDEN)).to(dtype)
     return hs.requires_grad_(), head.requires_grad_(), ht, head.detach(), torch.full((N,), 1 / N)
 
-
 def naive_loss(hs, ws, ht, wt, weights):
     """What one writes first: logits of all tokens in the inputs' dtype, autograd for the rest. (bfloat16
     products are taken in float32 and rounded, as a GPU does; a CPU's own bfloat16 kernels take minutes.)"""
     logits = lambda h, w: (h.float() @ w.float().T).to(h.dtype)
     log_p, log_q = logits(hs, ws).log_softmax(-1), logits(ht, wt).log_softmax(-1)
     return (weights * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
-
 
 def four_matmuls(hs, ws, ht, wt, weights, chunk=256):
     """The arithmetic that cannot be avoided, into buffers made once: both logits and both gradients."""
@@ -1891,7 +1740,6 @@ def four_matmuls(hs, ws, ht, wt, weights, chunk=256):
             torch.mm(logits, ws, out=gh)
             gw.addmm_(logits.T, hs[i:i + chunk])
 
-
 def exact_in_chunks(hs, ws, ht, wt, weights):
     """KL and the head's gradient in float64, 64 tokens at a time."""
     ws64, wt64, kl, grad = (ws.detach().double(), wt.double(), 0.0,
@@ -1903,7 +1751,6 @@ def exact_in_chunks(hs, ws, ht, wt, weights):
         grad.addmm_((log_p.exp() * (log_p - log_q - value) * weights[i:i + 64, None].double()).T, h)
         kl += (weights[i:i + 64].double() * value[:, 0]).sum().item()
     return kl, grad
-
 
 def bench_row(method, N, dtype):
     """Worker: one row's figures as JSON."""
@@ -1922,7 +1769,6 @@ def bench_row(method, N, dtype):
         found |= dict(kl=kl, loss_error=abs(loss.item() / kl - 1),
                       grad_error=relative_error(inputs[1].grad, grad))
     print(json.dumps(found))
-
 
 def bench():
     print(f"V={VOCABULARY}, d={HIDDEN}, one thread, torch {torch.__version__}; MiB above the inputs (head's "
@@ -1943,9 +1789,7 @@ def bench():
         print(f"| {name}, bfloat16, KL {found['kl']:.4f} | 1024 | {found['seconds']:.1f} | | "
               f"{found['mib']:.0f} | {found['loss_error']:.4%} | {found['grad_error']:.2%} |", flush=True)
 
-
 # ---------------------------------------------------------------------------------------------------- profile
-
 
 def large(directory="out-large"):
     """A random Qwen3 of the 0.6B's shape and 40 problems, to profile; vocabulary beyond its tokenizer's."""
@@ -1953,7 +1797,6 @@ def large(directory="out-large"):
                intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
                head_dim=128, initializer_range=0.02)
     write_rows(Path(directory) / "rows.jsonl")
-
 
 def profile(*arguments):
     """opsdc.py with `arguments`, then where its seconds went; teacher_pass holds copy_into."""
@@ -1982,7 +1825,6 @@ def profile(*arguments):
     for name, seconds in sorted(calls.items(), key=lambda item: -sum(item[1])):
         print(f"| {name} | {len(seconds)} | {sum(seconds):.2f} | {seconds[0]:.3f} | "
               + (f"{statistics.fmean(seconds[1:]):.3f} |" if seconds[1:] else "|"))
-
 
 if __name__ == "__main__":
     commands = dict(toy=make_toy) | {command.__name__: command for command in (
