@@ -53,7 +53,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -378,14 +378,12 @@ def load_held_out(cfg, tokenizer):
           f"more than --max_prompt_tokens {cfg.max_prompt_tokens}; raise it")
     return problems
 
-@lru_cache(2)
-def epoch_order(n, epoch, seed):
-    return random.Random(f"{seed} {epoch}").sample(range(n), n)
-
 def batch_at(n, step, batch_size, seed):
     """Indices of step 0, 1, ...: slices of one permutation of range(n) after another. A pure function, so
     resuming needs no sampler. n=3, batch_size=2: step 1 takes an epoch's last and the next one's first."""
-    return [epoch_order(n, k // n, seed)[k % n] for k in range(step * batch_size, (step + 1) * batch_size)]
+    at = range(step * batch_size, (step + 1) * batch_size)
+    orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in {k // n for k in at}}
+    return [orders[k // n][k % n] for k in at]
 
 # -------------------------------------------------------------------------------------------------- ROLLOUTS
 @dataclass
@@ -435,12 +433,12 @@ class RolloutEngine:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # its keys and values are the old weights'
 
-    def generate(self, prompts, seeds, *, max_tokens, temperature, top_p=1.0, top_k=0):
+    def generate(self, prompts, seeds, **sampling):
         """Lists of prompt ids -> [(ids, logprobs, finished)], in order, a sample each. A request's own seed
-        makes it independent of rank and neighbours. logprobs are the model's, before temperature."""
+        makes it independent of rank and neighbours. logprobs are the model's, before temperature.
+        sampling: vLLM's max_tokens, temperature, top_p, top_k."""
         from vllm import SamplingParams
-        params = [SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens,
-                                 seed=seed, logprobs=0, detokenize=False) for seed in seeds]
+        params = [SamplingParams(**sampling, seed=x, logprobs=0, detokenize=False) for x in seeds]
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params,
                                     use_tqdm=partial(tqdm, leave=False) if watched() else False)
         samples = [output.outputs[0] for output in outputs]
@@ -779,10 +777,9 @@ def max_over_ranks(value):
 def announce(cfg, model, problems, done):
     """What follows from the settings, once."""
     world, n = dist.get_world_size(), sum(p.numel() for p in model.parameters())
-    say(f"model: {n / 1e6:.3g}M parameters on {world} ranks; masters, gradients and Adam's state take "
-        f"{16 * n / world / 2**30:.3g} GiB of each; {world // cfg.vllm_tp} engines with "
-        f"{cfg.batch_size * cfg.vllm_tp // world} rollouts a step; {cfg.steps} steps are "
-        f"{cfg.steps * cfg.batch_size / len(problems):.2f} epochs; {done} steps are done")
+    say(f"model: {n / 1e6:.3g}M parameters; masters, gradients and Adam's state take "
+        f"{16 * n / world / 2**30:.3g} GiB of each of {world} ranks; {world // cfg.vllm_tp} engines; "
+        f"{cfg.steps} steps are {cfg.steps * cfg.batch_size / len(problems):.2f} epochs; {done} are done")
 
 def rollout_metrics(rollouts, seconds):
     lengths = [len(r.ids) for r in rollouts]

@@ -278,8 +278,8 @@ FORKS = {
     "tip": [(WEIGHT, "w = weights[at] * ((entropies[0] > 0.1) | (value > 0.1))")],
     # arXiv 2603.11178: four rollouts a problem, weighted by p (1 - p) of its pass rate p
     "paced": [
-        ("for k in range(step * batch_size, (step + 1) * batch_size)]",
-         "\n            for k in (j // 4 for j in range(step * batch_size, (step + 1) * batch_size))]"),
+        ("at = range(step * batch_size, (step + 1) * batch_size)",
+         "at = [k // 4 for k in range(step * batch_size, (step + 1) * batch_size)]"),
         ("    return [[1 / (len(rollouts) * len(r.ids))] * len(r.ids) for r in rollouts]",
          "    passed = {k.index: [r.correct for r in rollouts if r.index == k.index] for k in rollouts}\n"
          "    p = {i: sum(known) / len(known) for i, known in passed.items()}\n"
@@ -884,7 +884,7 @@ def test_rank_killed_while_saving_and_a_damaged_checkpoint(whole_run, tmp_path):
     shard = next((tmp_path / "out/checkpoint-2").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
     output = succeed(*arguments, "--resume")
-    assert f"checkpoint-2, which is not whole: {shard.name}" in output and "1 steps are done" in output
+    assert f"checkpoint-2, which is not whole: {shard.name}" in output and " 1 are done" in output
     same_losses(whole, tmp_path / "out")
 
 def test_full_disk_while_saving_leaves_the_checkpoint_before_and_two_ranks_go_on(whole_run, tmp_path):
@@ -899,7 +899,7 @@ def test_full_disk_while_saving_leaves_the_checkpoint_before_and_two_ranks_go_on
     assert done.returncode == 1 and re.search("error: .*checkpoint-6 could not be written, with .* GiB free "
                                               "there: .*--resume goes on", done.stdout), done.stdout[-3000:]
     assert opsdc.whole_checkpoint(out).name == "checkpoint-4" and len(metrics_of(out)) == 6
-    assert "4 steps are done" in succeed(*arguments, ranks=2)
+    assert " 4 are done" in succeed(*arguments, ranks=2)
     same_losses(whole, out)
 
 def nan(*arguments):
