@@ -238,7 +238,7 @@ def grade(response, gold, finished=True):
     return grade_all([response], [gold], [finished])[0]
 
 # ----------------------------------------------------------------------------------------------------
-# Benchmarks. A problem: id, problem (bare text of the prompt), answer, level (or None), kind (math, choice).
+# Benchmarks. A problem: id, problem (bare text of the prompt), answer, level (or None).
 
 BENCHMARKS = {  # name: hub id, configuration, split
     "math500": ("HuggingFaceH4/MATH-500", None, "test"),
@@ -280,7 +280,6 @@ def hub_rows(name, copy):
                          f"offline give a copy of its repository: --benchmarks {name}=DIR") from None
 
 def as_problem(row, index, where):
-    level, kind = None, "choice"
     if "Correct Answer" in row:  # GPQA
         options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
         problem, answer = lettered(row["Question"], options, 0)
@@ -289,11 +288,10 @@ def as_problem(row, index, where):
     else:
         from opsdc import problem_and_answer
         problem, answer = problem_and_answer(row, where)
-        level, kind = row.get("level"), "math"
     if not answer:
         raise ValueError(f"{where}: expected a field answer or solution to grade by, found {', '.join(row)}")
     identity = next((row[field] for field in ("unique_id", "id") if row.get(field) is not None), index)
-    return {"id": str(identity), "problem": problem, "answer": answer, "level": level, "kind": kind}
+    return {"id": str(identity), "problem": problem, "answer": answer, "level": row.get("level")}
 
 def lettered(question, options, correct):
     """(question with lettered options, letter of the correct one), in an order only the question decides."""
@@ -483,13 +481,12 @@ def read_lines(path):
 
 def read_summary(directory):
     path = Path(directory, "summary.json")
-    if not path.is_file():
-        raise ValueError(f"{directory}: no summary.json; expected the --out directory of an evaluation")
     try:
         summary = json.loads(path.read_text())
         version = summary["settings"]["version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a summary of eval.py ({type(error).__name__}: {error})") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory}: expected the --out directory of an evaluation, with its summary.json; "
+                         f"found {type(error).__name__}: {error}") from None
     if version != VERSION:
         raise ValueError(f"{path}: of version {version} of eval.py, this is {VERSION}; evaluate again")
     return summary
