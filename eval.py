@@ -555,7 +555,8 @@ def won_and_lost(base, ours, show):
     gain = {i: mean(ours[i], "correct") - mean(base[i], "correct") for i in base}
     won = sorted((i for i in base if gain[i] > 0), key=lambda i: -gain[i])
     lost = sorted((i for i in base if gain[i] < 0), key=gain.get)
-    lines = [f"{len(won)} problems won, {len(lost)} lost, {len(base) - len(won) - len(lost)} as before"]
+    lines = [f"accuracy up on {len(won)} problems, down on {len(lost)}, as before on "
+             f"{len(base) - len(won) - len(lost)}"]
     for i in won[:show] + lost[:show]:
         lines.append(f"  {percent(gain[i], sign='+')} points, {mean(base[i], 'tokens'):.0f} -> "
                      f"{mean(ours[i], 'tokens'):.0f} tokens: {i} (gold {base[i][0]['gold']})")
@@ -626,8 +627,10 @@ def curves(args):
     for ax, (title, metrics) in zip(axes.flat, PANELS.items()):
         for i, (directory, rows) in enumerate(runs.items()):
             draw_run(ax, rows, metrics, f"C{i}", directory)
-        dashed = f" (dashed: {metrics[1]})" if metrics[1:] else ""
-        ax.set(title=title + dashed, xlabel="step")
+        drawn = any(metrics[-1] in row for rows in runs.values() for row in rows)
+        ax.set(title=title + (f" (dashed: {metrics[1]})" if metrics[1:] and drawn else ""), xlabel="step")
+        if title in ("accuracy", "truncated share"):
+            ax.set_ylim(-0.02, 1.02)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(args.plot, dpi=90)
     print(f"wrote {args.plot}; dotted lines: thetabar <- theta")
@@ -736,6 +739,7 @@ def print_table(summary):
     rows = [[name, s["problems"], f"{percent(s['accuracy'])} ± {percent(s['accuracy_se'])}",
              *("" if s[c] is None else round(s[c]) for c in counts), *(percent(s[c]) for c in shares)]
             for name, s in [*summary["benchmarks"].items(), ("all", summary["all"])]]
+    rows = rows if len(rows) > 2 else rows[:1]  # all of one benchmark is that benchmark
     print(markdown(["in %, or tokens", "problems", "accuracy", *counts.values(), *shares.values()], rows))
 
 def parse_args(argv):

