@@ -181,11 +181,6 @@ class ChunkedDivergence(torch.autograd.Function):
         grad_hidden, grad_head = torch.zeros(N, d, **new), torch.zeros(V, d, **new)
         per_token = torch.empty(5, N, **new)  # divergence, both entropies, log p(sampled token), weight
         s_chunk, t_chunk = torch.empty(2, min(chunk, N), V, **new)
-        # TF32 for bfloat16 inputs: exact for the logits, 11 bits of p (a - KL) for the gradients. Not in the
-        # rest of the program, where it would round the rotary angles of long sequences.
-        precision = torch.get_float32_matmul_precision()
-        if student_head.is_cuda and student_head.dtype == torch.bfloat16:
-            torch.set_float32_matmul_precision("high")
         for i in range(0, N, chunk):
             h, th = student_hidden[i:i + chunk].float(), teacher_hidden[i:i + chunk].float()  # [n, d]
             s, t = s_chunk[:len(h)], t_chunk[:len(h)]  # [n, V]
@@ -206,7 +201,6 @@ class ChunkedDivergence(torch.autograd.Function):
             for v, block in float32_blocks(student_head):
                 grad_hidden[i:i + chunk].addmm_(s[:, v], block)
             grad_head.addmm_(s.T, h)
-        torch.set_float32_matmul_precision(precision)
         ctx.gradients = grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype)
         ctx.mark_non_differentiable(per_token)
         return (per_token[4] * per_token[0]).sum(), per_token
@@ -314,23 +308,19 @@ def refresh(model, thetabar, step, cfg):
 def read_rows(source):
     """Rows (dicts) of a .jsonl or .parquet file, or of the train split of a data set of the hub."""
     import datasets
-    if source.endswith((".jsonl", ".parquet")):
-        check(Path(source).is_file(), f"{source}: no such file; check --data")
+    rows, n = [], 0
     try:
         if source.endswith(".parquet"):
             return datasets.Dataset.from_parquet(source)
         if not source.endswith(".jsonl"):
             return datasets.load_dataset(source, split="train")
-    except Exception as error:
-        raise ValueError(f"{source}: neither a .jsonl or .parquet file nor a data set of the hub that can be "
-                         f"loaded ({error})") from None
-    rows = []
-    for n, line in enumerate(open(source), 1):
-        try:
+        for n, line in enumerate(open(source), 1):
             rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            raise ValueError(f"{source}, line {n}: expected a JSON object, found {line[:60]!r}") from None
-    return rows
+        return rows
+    except Exception as error:  # each of these has its own
+        expected = (f"line {n}: expected a JSON object" if n else
+                    "expected a .jsonl or .parquet file or the id of a data set on the hub")
+        raise ValueError(f"{source}, {expected}, found: {error}") from None
 
 def problem_and_answer(row, where):
     """Bare problem and gold answer (or None) of a row; DAPO's chat messages and wrapper are taken off.
@@ -368,7 +358,8 @@ def load_problems(cfg, tokenizer):
     check(cfg.keep == "all" or not unknown, f"--keep correct: {unknown} of the {len(short)} problems of "
           f"{cfg.data} have no answer; expected a field answer, solution or reward_model.ground_truth")
     say(f"data: {len(rows)} rows, {len(problems)} different problems, {len(problems) - len(short)} dropped "
-        f"(a prompt longer than {cfg.max_prompt_tokens} tokens), {len(short) - unknown} with an answer")
+        f"(a prompt longer than {cfg.max_prompt_tokens} tokens), {len(short) - unknown} with an answer; "
+        f"{cfg.steps} steps are {cfg.steps * cfg.batch_size / len(short):.2f} epochs")
     return short
 
 def load_held_out(cfg, tokenizer):
@@ -460,10 +451,6 @@ class RolloutEngine:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-def request_seed(*key):
-    """32 bits from (run seed, step, problem, which of its rollouts): the same whichever rank makes it."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
-
 def share_out(items, cfg):
     """This engine's share of `items`, one slice: the same on all its tensor-parallel ranks."""
     engine, engines = dist.get_rank() // cfg.vllm_tp, dist.get_world_size() // cfg.vllm_tp
@@ -477,7 +464,8 @@ def gather_shares(mine, cfg):
 
 def sample_rollouts(engine, problems, indices, step, tokenizer, cfg):
     """A graded rollout of each problem of `indices`, in order, on every rank; the engines share the work."""
-    seeds = [request_seed(cfg.seed, step, i, indices[:k].count(i)) for k, i in enumerate(indices)]
+    # a rollout is a function of these: run seed, step, problem, which of its rollouts; not of the rank
+    seeds = [int(digest((cfg.seed, step, i, indices[:k].count(i)))[:8], 16) for k, i in enumerate(indices)]
     mine = share_out(indices, cfg)
     samples = engine.generate([problems[i].student for i in mine], share_out(seeds, cfg),
                               max_tokens=cfg.max_response_tokens, temperature=cfg.temperature)
@@ -699,14 +687,16 @@ def check(condition, message):
     if not condition:
         raise ValueError(message)
 
+def digest(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
 def load_tokenizer(model):
     """(tokenizer, context length in tokens) of a model; needs no weights."""
     try:
         config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        found = "there is a folder" if Path(model).is_dir() else "there is no folder"
-        raise ValueError(f"--model {model}: expected a folder with a model or the id of one on the hub; "
-                         f"{found} of that name, and: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--model {model}: expected a folder with a model or the id of one on the hub, "
+                         f"found: {str(error).splitlines()[0]}") from None
     check(tokenizer.chat_template, f"--model {model}: the tokenizer has no chat template; take a model tuned "
           "to instructions, or save a tokenizer with one beside the weights")
     return tokenizer, config.max_position_embeddings
@@ -735,8 +725,7 @@ IDENTITY = ("model", "instruction", "problems", "batch_size", "seed", "keep", "d
 
 def open_run(cfg, problems):
     """The folder --out with its config.json: a new one, or the run to resume."""
-    digest = lambda text: "sha256 " + hashlib.sha256(text.encode()).hexdigest()[:16]
-    settings = asdict(cfg) | {"problems": digest(repr(problems)), "code": digest(Path(__file__).read_text()),
+    settings = asdict(cfg) | {"problems": digest(problems), "code": digest(Path(__file__).read_text()),
                               "torch": torch.__version__}
     out, file = Path(cfg.out), Path(cfg.out, "config.json")
     old = json.loads(file.read_text()) if file.exists() else settings
@@ -786,13 +775,6 @@ def max_over_ranks(value):
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value.item()
 
-def announce(cfg, model, problems):
-    """What follows from the settings, once."""
-    n, shards = sum(p.numel() for p in model.parameters()), int(os.environ["LOCAL_WORLD_SIZE"])
-    say(f"model: {n / 1e6:.3g}M parameters; masters, gradients and Adam's state take "
-        f"{16 * n / shards / 2**30:.3g} GiB a rank; {dist.get_world_size() // cfg.vllm_tp} engines; "
-        f"{cfg.steps} steps are {cfg.steps * cfg.batch_size / len(problems):.2f} epochs")
-
 def rollout_metrics(rollouts, seconds):
     lengths = [len(r.ids) for r in rollouts]
     known = [r.correct for r in rollouts if r.correct is not None]
@@ -840,9 +822,8 @@ def forget_later_steps(out, step):
 # ------------------------------------------------------------------------------------------------------ MAIN
 def start_processes():
     """Join torchrun's process group, or make one of a single rank; returns this rank's device."""
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
+                           MASTER_ADDR="127.0.0.1", MASTER_PORT="0") | os.environ)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -859,7 +840,6 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     thetabar = snapshot(model)
     done = resume(out, model, optimizer, thetabar, cfg) if cfg.resume else 0
-    announce(cfg, model, problems)
     terminated, skipped = [], 0  # SIGTERM received (a scheduler takes the machine); updates skipped in a row
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
 

@@ -671,7 +671,7 @@ def check_gradients(results, exact, grads):
 # One sequence a micro-batch; some; all that fit: each with another chunk of the loss.
 CUTS = "float32,1,1000", "float32,700,7", "float32,100000,1000"
 
-@pytest.mark.parametrize("family, ranks", [("qwen3", 1), ("qwen3", 2), ("llama", 2)], indirect=["family"])
+@pytest.mark.parametrize("family, ranks", [("qwen3", 1), ("llama", 2)], indirect=["family"])
 def test_loss_and_gradients_of_the_sharded_model_equal_float64(random_model, ranks, tmp_path):
     """And, as it runs on GPUs: bfloat16 activations, float32 weights of the tokens, logits, gradients and
     masters."""
@@ -990,7 +990,7 @@ BAD_INPUT = {
     "model": (lambda d, good: dict(model=str(d / "nowhere")),
               "--model .*nowhere: expected a folder with a model or the id"),
     "template": (no_template, "no chat template"),
-    "no data": (lambda d, good: dict(data=str(d / "no.jsonl")), "no.jsonl: no such file"),
+    "no data": (lambda d, good: dict(data=str(d / "no.jsonl")), "no.jsonl, expected a .jsonl or .parquet .* No such file"),
     "empty data": (lambda d, good: broken_data(d, ""), "expected problems, found 0,"),
     "malformed line": (lambda d, good: broken_data(d, '{"problem": "x"}\n{"problem"\n'),
                        "line 2: expected a JSON object, found"),
@@ -1039,7 +1039,7 @@ def test_resume_refuses_another_model_or_data(good, one_rank, tmp_path, capsys):
     write_rows(Path(good["data"]), 41)  # the same name, another content
     with pytest.raises(SystemExit):
         opsdc.prepare(opsdc.Config(**settings, resume=True))
-    assert "error: --resume: the run in" in (said := capsys.readouterr().out) and "has problems 'sha" in said
+    assert "error: --resume: the run in" in (said := capsys.readouterr().out) and "has problems '" in said
     write_rows(Path(good["data"]))
 
 def test_bad_input_under_torchrun_exits_once_and_not_0(good, tmp_path):
