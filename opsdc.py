@@ -695,8 +695,8 @@ def load_tokenizer(model):
     try:
         config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model {model}: expected a folder with a model or the id of one on the hub, found "
-                         f"{'a' if Path(model).is_dir() else 'no such'} folder, and: "
+        raise ValueError(f"--model {model}: expected a folder with a model or the id of one on the hub, "
+                         f"found {'a' if Path(model).is_dir() else 'no such'} folder, and: "
                          f"{str(error).splitlines()[0]}") from None
     check(tokenizer.chat_template, f"--model {model}: the tokenizer has no chat template; take a model tuned "
           "to instructions, or save a tokenizer with one beside the weights")
