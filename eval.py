@@ -485,8 +485,8 @@ def read_summary(directory):
         summary = json.loads(path.read_text())
         version = summary["settings"]["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory}: expected the --out directory of an evaluation, with its summary.json; "
-                         f"found {type(error).__name__}: {error}") from None
+        raise ValueError(f"{directory}: expected the --out directory of an evaluation, with its summary.json;"
+                         f" found {type(error).__name__}: {error}") from None
     if version != VERSION:
         raise ValueError(f"{path}: of version {version} of eval.py, this is {VERSION}; evaluate again")
     return summary
