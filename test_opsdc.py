@@ -459,18 +459,43 @@ def test_loss_and_gradients_equal_float64(kind, chunk):
     assert relative_error(hs.grad, 3 * grad_hidden) < 1e-5 and relative_error(ws.grad, 3 * grad_head) < 1e-5
     assert inputs[2].grad is None and inputs[3].grad is None
 
-def test_small_kl_between_bfloat16_models_keeps_its_gradient():
-    """What makes training work late in a run: at 0.002 nats/token bfloat16 logits are wrong by tens of
-    percent."""
-    inputs = objective_inputs(N=200, V=2000, d=64, dtype=torch.bfloat16, apart=0.006)
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("apart, kl, bound", [(0.006, 5e-4, 2e-6), (0.002, 1e-4, 1e-5), (0.0, 1e-6, None)])
+def test_small_divergence_between_bfloat16_models_keeps_its_value_and_gradient(kind, apart, kl, bound):
+    """What makes training work late in a run. Float32 logits of size 5 are rounded at 5e-7, at random from
+    place to place, beside a = log p - log q of size 0.014 at KL 1e-4: measured over 1000 tokens an error of
+    the loss of 1e-7 to 5e-7 with every kernel, where terms that cancel are wrong by 1.5e-4."""
+    inputs = objective_inputs(N=1000, V=2000, d=64, dtype=torch.bfloat16, apart=apart)
     hs, ws = inputs[0].requires_grad_(), inputs[1].requires_grad_()
-    loss, stats = opsdc.distill_loss(hs, ws, *inputs[2:])
+    loss, stats = opsdc.distill_loss(hs, ws, *inputs[2:], divergence=kind)
     loss.backward()
-    exact, grad_hidden, grad_head = exact_loss([x.detach() for x in inputs], "reverse_kl")
-    assert stats["kl"] < 0.01
-    assert loss.item() == pytest.approx(exact, rel=3e-5)
-    assert ws.grad.dtype == torch.bfloat16 and relative_error(ws.grad, grad_head) < 3e-3
-    assert relative_error(hs.grad, grad_hidden) < 3e-3
+    exact, grad_hidden, grad_head = exact_loss([x.detach() for x in inputs], kind)
+    assert 0 <= stats["kl"] <= 1.2 * kl
+    if bound is None:  # the same model twice
+        assert loss.item() == pytest.approx(0, abs=1e-11) and ws.grad.norm() < 1e-5
+        return
+    error = abs(loss.item() / exact - 1)
+    print(f"{torch.backends.cpu.get_cpu_capability()} {kind} {stats['kl']:.1e}: loss {error:.1e}")
+    assert error < bound
+    # Beside the exact gradient rounded as it is, to 8 bits: what is left are the few values whose float32
+    # errors fall on the other side of the rounding's edge; 2e-4 to 5e-4 measured with every kernel.
+    for x, grad in ((ws, grad_head), (hs, grad_hidden)):
+        rounded = relative_error(x.grad, grad.bfloat16())
+        print(f"gradient {rounded:.1e} ({relative_error(x.grad, grad):.1e} with rounding)")
+        assert x.grad.dtype == torch.bfloat16 and rounded < 2.5e-3
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+def test_divergence_is_never_negative_and_finite_far_apart(kind):
+    """Rows that agree to the last bit or differ by a hundred nats: one side's probability underflows there,
+    and exp(-a) overflows."""
+    torch.manual_seed(0)
+    s = torch.randn(300, 400) * torch.logspace(-6, 2, 300)[:, None]
+    t = s + torch.randn(300, 400) * torch.logspace(-8, 2, 300)[torch.randperm(300)][:, None]
+    log_p, log_q = s.log_softmax(-1), t.log_softmax(-1)
+    value, gradient = opsdc.divergence_and_gradient(log_p.exp(), log_p, log_q.exp(), log_q, kind)
+    exact = exact_divergence(s.double(), t.double(), kind)
+    assert (value >= 0).all() and gradient.isfinite().all()
+    assert torch.allclose(value.double(), exact, rtol=1e-4, atol=1e-9)
 
 def test_stats():
     inputs = objective_inputs()
@@ -498,6 +523,17 @@ def test_never_holds_logits_of_all_tokens():
         opsdc.distill_loss(inputs[0].requires_grad_(), inputs[1].requires_grad_(), *inputs[2:],
                            chunk=16)[0].backward()
     assert largest.numel == 2 * 16 * 301  # the logits of one chunk, student's and teacher's
+
+@pytest.mark.parametrize("kernels, needs", [("default", ""), ("avx2", "avx2"), ("avx512", "avx512f")])
+def test_the_objective_holds_with_every_kernel_of_this_processor(kernels, needs):
+    """torch picks its kernels by ATEN_CPU_CAPABILITY when it is imported: the tests above, once for each."""
+    if needs not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {kernels}")
+    names = [name for name in globals() if re.search(
+        "^test_(reverse_kl|loss_and_gradients_equal|small_div|divergence_is|stats|forks_of_the_obj)", name)]
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", *(f"{__file__}::{name}" for name in names)],
+                          env=ENVIRONMENT | {"ATEN_CPU_CAPABILITY": kernels}, capture_output=True, text=True)
+    assert done.returncode == 0 and len(names) == 6, done.stdout[-3000:]
 
 # ------------------------------------------------------------------------------------------- prompts and data
 
