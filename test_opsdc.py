@@ -858,7 +858,8 @@ def test_sigterm_saves_and_exits_with_0_and_no_rollout_kept_means_no_update(whol
 
 def die(moment, *arguments):
     """Worker: opsdc.py whose last rank is killed when it comes to `moment` of the third step."""
-    owner, name = dict(sync=(opsdc.RolloutEngine, "sync"), fsync=(os, "fsync")).get(moment, (opsdc, moment))
+    owners = dict(sync=opsdc.RolloutEngine, fsync=os, grade_rollouts=ev)
+    owner, name = owners.get(moment, opsdc), moment
     whole, sync, syncs = getattr(owner, name), opsdc.RolloutEngine.sync, []
 
     def wrapper(*args, **kwargs):
@@ -1039,7 +1040,7 @@ BAD_INPUT = {
     "context": (lambda d, good: dict(max_response_tokens=4000),
                 "= 4512 is more than the model's context of 2048"),
     "batch size": (lambda d, good: dict(batch_size=0), "--batch_size 0: expected at least 1"),
-    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2 does not divide the 1 ranks"),
+    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a number of ranks that it divides, found 1"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
                    "--keep correct: 1 of the 1 problems"),
     "instruction": (lambda d, good: dict(instruction="@nowhere.txt"), "found no file 'nowhere.txt'"),
@@ -1660,7 +1661,7 @@ def command(toy, out, *more):
             *more]
 
 def test_eval_end_to_end_killed_resumed_compared(toy, tmp_path, capsys):
-    base, concise, file = tmp_path / "base", tmp_path / "concise", tmp_path / "base/few.jsonl"
+    base, concise, file = tmp_path / "base", tmp_path / "concise", tmp_path / "base/few.rank-1.jsonl"
     problems = [json.loads(line) for line in (toy / "eval.jsonl").read_text().splitlines()[:40]]
     killed = subprocess.Popen(command(toy, base), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                               start_new_session=True)
@@ -1737,33 +1738,30 @@ def test_bad_input_is_said_before_the_engine_starts(toy, tmp_path):
         ev.main(command(toy, out)[2:])
     assert (out / "few.jsonl").read_text() == "mine\n"
 
-def test_evaluate_reads_think_blocks_opened_by_the_template(toy):
-    """The contract with opsdc.py: any engine's generate, several samples, one seed each; here ids are given
-    by hand."""
+def test_records_read_think_blocks_opened_by_the_template(toy):
+    """Several samples, one seed each; what an engine would sample is given by hand."""
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+    problems = [{"id": "p", "problem": "a1 b3", "answer": "4", "level": None}]
+
+    def records(*answers):
+        jobs = ev.make_jobs(tokenizer, problems, samples=4, seed=5)
+        assert len({job.seed for job in jobs}) == 4 and all(job.prompt == jobs[0].prompt for job in jobs)
+        outputs = [(encode(text) + [tokenizer.eos_token_id], None, True) for text in answers]
+        return ev.make_records(tokenizer, jobs, outputs)
     answers = ["<think> 3 </think>\nAnswer: 4", "<think> Answer: 4", "Answer: 4",
                "<think> 3 </think>\nAnswer: 5"]
-    seen = []
-
-    def generate(prompts, seeds, **sampling):
-        seen.append((prompts, seeds, sampling))
-        return [(encode(text) + [tokenizer.eos_token_id], True) for text in answers]
-    problems = [{"id": "p", "problem": "a1 b3", "answer": "4", "level": None}]
-    sampling = dict(max_tokens=9, temperature=0.5, top_p=0.9, top_k=3)
-    records = ev.evaluate(generate, tokenizer, problems, samples=4, seed=5, **sampling)
-    assert seen[0][2] == sampling and len(set(seen[0][1])) == 4
-    assert all(p == seen[0][0][0] for p in seen[0][0])
-    assert [r["correct"] for r in records] == [True, False, True, False]
-    assert [r["truncated"] for r in records] == [False, True, False, False]
-    assert [r["think_tokens"] for r in records] == [
+    plain = records(*answers)
+    assert [r["correct"] for r in plain] == [True, False, True, False]
+    assert [r["truncated"] for r in plain] == [False, True, False, False]
+    assert [r["think_tokens"] for r in plain] == [
         len(encode(text)) for text in ("<think> 3 </think>", answers[1] + " 7", "", "<think> 3 </think>")]
     tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
-    answers[:] = ["3 </think>\nAnswer: 4", "Answer: 4", "4", "<think> </think>\nAnswer: 4"]
-    records = ev.evaluate(generate, tokenizer, problems, samples=4, seed=5, **sampling)
-    assert [r["correct"] for r in records] == [True, False, False, True]
-    assert [r["truncated"] for r in records] == [False, True, True, False]
-    assert seen[0][1] == seen[1][1] and ev.summarise(records)["accuracy"] == 0.5
+    opened = records("3 </think>\nAnswer: 4", "Answer: 4", "4", "<think> </think>\nAnswer: 4")
+    assert [r["correct"] for r in opened] == [True, False, False, True]
+    assert [r["truncated"] for r in opened] == [False, True, True, False]
+    assert [r["seed"] for r in plain] == [r["seed"] for r in opened]
+    assert ev.summarise(opened)["accuracy"] == 0.5
 
 # ------------------------------------------------------------------------------------------------------ bench
 # The objective at the shapes of a 0.6B Qwen3's head, on one thread, a fresh process for each row.
@@ -1869,10 +1867,10 @@ def profile(*arguments):
             finally:
                 calls.setdefault(name, []).append(time.perf_counter() - start)
         setattr(owner, name, timer)
-    names = ("sample_rollouts", "grade_rollouts", "make_micro_batches", "teacher_pass", "copy_into",
+    names = ("sample_rollouts", "make_micro_batches", "teacher_pass", "copy_into",
              "student_pass", "update", "refresh", "log_step", "peak_memory", "save_checkpoint", "export",
              "load_model", "prepare")
-    for owner, name in ((opsdc.RolloutEngine, "__init__"), (opsdc.RolloutEngine, "sync"),
+    for owner, name in ((opsdc.RolloutEngine, "__init__"), (opsdc.RolloutEngine, "sync"), (ev, "grade_rollouts"),
                         *((opsdc, name) for name in names)):
         timed(owner, name)
     sys.argv, start = ["opsdc.py", *arguments], time.perf_counter()
