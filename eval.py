@@ -584,6 +584,7 @@ def compare(args):
     print(f"Base: {base_dir}. In brackets: 95 % paired bootstrap intervals over problems.")
     if args.plot:
         plot_compare(args.plot, base_dir, contrasts)
+        print(f"wrote {args.plot}")
 
 # ----------------------------------------------------------------------------------------------------
 # Pictures

@@ -67,6 +67,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
 # The seam to whatever measures: three functions, those of eval.py where it stands beside this file. Training
 # needs none of them; a fork gives its own.
@@ -413,7 +414,8 @@ class RolloutEngine:
                        max_num_seqs=256, max_num_batched_tokens=max(8192, length), seed=cfg.seed,
                        enable_chunked_prefill=cuda,  # on CPU it cannot rewind a request's own generator
                        load_format=load_format, enable_sleep_mode=self.sleeps, enforce_eager=not cuda,
-                       gpu_memory_utilization=cfg.vllm_memory, disable_log_stats=True)
+                       gpu_memory_utilization=cfg.vllm_memory, disable_log_stats=True,
+                       use_tqdm_on_load=watched())
         os.environ.update(ours)  # on CPU vLLM rewrites it
         self.sleep()
 
@@ -846,6 +848,8 @@ def start_processes():
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    if not watched():
+        disable_progress_bar()
     return device
 
 def main():

@@ -3,6 +3,7 @@ mocked: the engine is vLLM, the sharding is FSDP2 under torchrun, and what is co
 float64 or with a second real run.
 
     python -m pytest test_opsdc.py                  all tests
+    python test_opsdc.py quickstart [DIR]           the whole way on a toy: train it, measure, compare, draw
     python test_opsdc.py toy [DIR]                  a tiny reasoning model that overthinks, and its problems
     python test_opsdc.py claims [DIR]               the paper's claims on it, three seeds a row
     python test_opsdc.py fork NAME FILE             opsdc.py with the patch of another paper's idea
@@ -62,7 +63,7 @@ def succeed(*arguments, **options):
 
 # README's quick start: chosen on validation.jsonl of the toy; eval.jsonl is reported
 TOY_RUN = "--steps 40 --lr 1e-4 --refresh_every 20 --max_prompt_tokens 256 --max_response_tokens 160".split()
-TOY_EVAL = "--samples 2 --max-tokens 160 --temperature 1 --top-p 1 --top-k 0 --block 500".split()
+TOY_EVAL = "--samples 2 --max-tokens 160 --temperature 1 --top-p 1 --top-k 0".split()
 
 def metrics_of(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
@@ -263,6 +264,31 @@ def make_toy(directory="toy", seed=0, steps=(700, 600), batch_size=32, lr=7e-3, 
     tokenizer.save_pretrained(directory / "model")
     for name, part in zip(("train", "validation", "eval"), parts):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+# -------------------------------------------------------------------------------------------------- quickstart
+
+def quickstart(directory="toy"):
+    """From nothing to a compared model, by the commands a user would type; what is there already is kept."""
+    toy = Path(os.path.relpath(directory, HERE))  # the commands are run beside the scripts
+    evaluate = f"torchrun --nproc_per_node 2 eval.py --data {toy}/eval.jsonl {' '.join(TOY_EVAL)}"
+    steps = [  # command, what it leaves
+        (f"python test_opsdc.py toy {toy}", "eval.jsonl"),
+        (f"torchrun --nproc_per_node 2 opsdc.py --model {toy}/model --data {toy}/train.jsonl --out {toy}/run "
+         + " ".join(TOY_RUN), "run/model"),
+        (f"{evaluate} --model {toy}/model --out {toy}/base", ""),
+        (f"{evaluate} --model {toy}/model --instruction v1 --out {toy}/concise", ""),
+        (f"{evaluate} --model {toy}/run/model --out {toy}/ours", ""),
+        (f"python eval.py compare {toy}/base {toy}/concise {toy}/ours --plot {toy}/compare.png", "")]
+    for command, leaves in steps:
+        if leaves and (HERE / toy / leaves).exists():
+            print(f"# {toy / leaves} is there already")
+            continue
+        if leaves == "run/model" and (HERE / toy / "run").exists():
+            command += " --resume"  # what a kill left
+        print(f"\n$ {command}", flush=True)
+        words = command.replace("torchrun", "python -m torch.distributed.run").split()
+        if subprocess.run([sys.executable, *words[1:]], env=ENVIRONMENT, cwd=HERE).returncode:
+            sys.exit("quickstart: that command failed, see above")
 
 # ------------------------------------------------------------------------------------------------------ forks
 # Ideas of neighbouring papers as patches of opsdc.py: (lines there, what takes their place).
@@ -1660,30 +1686,41 @@ def command(toy, out, *more):
             "--out", str(out), "--samples", "2", "--max-tokens", "60", "--temperature", "1", "--block", "8",
             *more]
 
+def kill_rank(launcher, rank):
+    """SIGKILL for the process of this rank under a torchrun."""
+    for pid in subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            os.kill(int(pid), signal.SIGKILL)
+
 def test_eval_end_to_end_killed_resumed_compared(toy, tmp_path, capsys):
-    base, concise, file = tmp_path / "base", tmp_path / "concise", tmp_path / "base/few.rank-1.jsonl"
+    """Of two ranks one is killed; one rank goes on to the records of a run that was always on one."""
+    base, whole, concise = (tmp_path / name for name in ("base", "whole", "concise"))
     problems = [json.loads(line) for line in (toy / "eval.jsonl").read_text().splitlines()[:40]]
-    killed = subprocess.Popen(command(toy, base), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                              start_new_session=True)
+    parts = [base / f"few.rank-{rank}.jsonl" for rank in (0, 1)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    killed = subprocess.Popen(launch + command(toy, base)[1:], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     deadline = time.time() + 120
-    while not (file.is_file() and file.stat().st_size) and killed.poll() is None and time.time() < deadline:
-        time.sleep(0.02)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    whole = file.read_bytes()
-    before = whole[:whole.rindex(b"\n") + 1].splitlines()
-    assert 16 <= len(before) < 2 * len(problems), "the kill came too late to test anything"
+    while not all(map(Path.is_file, parts)) and killed.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    kill_rank(killed, 1)
+    assert killed.wait(timeout=60) != 0
+    before = [line for part in parts for line in part.read_text().split("\n")[:-1]]
+    assert 8 <= len(before) < 2 * len(problems), "the kill came too late to test anything"
     assert not json.loads((base / "summary.json").read_text())["finished"]
-    with open(file, "ab") as f:
-        f.write(b'{"id": "half a li')
-    evaluate = lambda words: subprocess.run(words, capture_output=True, text=True, timeout=180)
-    with ThreadPoolExecutor() as pool:  # the second with a block that vLLM takes in several steps
-        for done in pool.map(evaluate, (command(toy, base), command(toy, concise, "--instruction", "v1",
-                                                                    "--block", "40"))):
+    with open(parts[1], "a") as file:
+        file.write('{"id": "half a li')
+    evaluate = lambda words: subprocess.run(words, capture_output=True, text=True, timeout=180, env=ENVIRONMENT)
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(evaluate, (command(toy, base), command(toy, whole, "--block", "1000"),
+                                        command(toy, concise, "--instruction", "v1"))):
             assert done.returncode == 0 and "| few" in done.stdout, done.stderr[-2000:]
-    after = file.read_bytes().splitlines()
-    complete = len(before) // 2 * 2
-    assert after[:complete] == before[:complete]  # nothing was made twice
+            assert "\r" not in done.stdout + done.stderr  # bars are for those who watch
+    file = base / "few.jsonl"
+    assert file.read_bytes() == (whole / "few.jsonl").read_bytes() and not any(map(Path.exists, parts))
+    assert json.loads((base / "summary.json").read_text()) == json.loads((whole / "summary.json").read_text())
+    after = file.read_text().splitlines()
+    assert set(before) < set(after)  # nothing was made twice
     records = [json.loads(line) for line in after]
     assert ([(r["id"], r["sample"]) for r in records]
             == [(str(p.get("id", i)), j) for i, p in enumerate(problems) for j in (0, 1)])
@@ -1883,7 +1920,7 @@ def profile(*arguments):
 
 if __name__ == "__main__":
     commands = dict(toy=make_toy) | {command.__name__: command for command in (
-        claims, fork, drill, large, profile, bench, bench_row, gradients, sync, nan, die)}
+        quickstart, claims, fork, drill, large, profile, bench, bench_row, gradients, sync, nan, die)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])
