@@ -328,6 +328,14 @@ FORKS = {
          "    globals()[\"larger\"] = load_model(Config(model=\"Qwen/Qwen3-14B\"), device)\n")],
     # arXiv 2606.00755: a teacher with a temperature of its own, above 1 against a collapse of the entropy
     "temperature": [("out=t[:, v])\n", "out=t[:, v])\n            t /= 1.5\n")],
+    # arXiv 2601.18734 (OPSD): no entry of the vocabulary gives more than 0.05 nats, nor then a gradient
+    "clip": [
+        ("    return value, p * (a - (p * a).sum(-1, keepdim=True))",
+         "    terms = p * a\n"
+         "    value, a = terms.clamp(max=0.05).sum(-1), (terms < 0.05) * (a + 1)\n"
+         "    return value, p * (a - (p * a).sum(-1, keepdim=True))")],
+    # rollouts from the head of the distribution, as models are used
+    "topp": [("temperature=cfg.temperature)", "temperature=cfg.temperature, top_p=0.95, top_k=20)")],
     # the teacher is told the answer
     "answer": [("text, instruction, cfg.thinking)",
                 "text, f\"{instruction}\\n\\nThe answer is {answer}.\", cfg.thinking)")],
@@ -1127,6 +1135,20 @@ def test_command_line_takes_dashes_and_underscores():
     assert (parse(["--micro_batch_tokens", "5", "--no_thinking"])[0]
             == opsdc.Config(micro_batch_tokens=5, thinking=False))
 
+def test_opsdc_alone_in_a_folder_trains_without_accuracy(good, tmp_path):
+    shutil.copy(HERE / "opsdc.py", tmp_path)
+    alone = lambda *more: subprocess.run(
+        [sys.executable, "opsdc.py", *map(str, small_run(good["model"], good["data"], "out", steps=1)), *more],
+        cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": ""}, text=True, timeout=200, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT)
+    for more in (["--keep", "correct"], ["--eval_every", "1"]):
+        done = alone(*more)
+        assert done.returncode == 1 and "error: --keep correct and --eval_every need eval.py" in done.stdout
+    done = alone()
+    assert done.returncode == 0 and done.stdout.count("no eval.py beside") == 1, done.stdout[-3000:]
+    line, = metrics_of(tmp_path / "out")
+    assert line["loss"] > 0 and "accuracy" not in line and (tmp_path / "out/model/config.json").exists()
+
 def test_imports_without_vllm_or_gpu_and_without_side_effects():
     code = ("import sys, os; before = dict(os.environ); import opsdc, eval; "
             "assert dict(os.environ) == before; "
@@ -1170,6 +1192,22 @@ def test_forks_of_the_objective(name, factor, smoother, tmp_path):
     assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
     for x, exact in zip(inputs[:2], (hs64, ws64)):
         assert relative_error(x.grad, exact.grad) < 1e-3
+
+def test_fork_clip_bounds_what_an_entry_gives(tmp_path):
+    forked = load_fork("clip", tmp_path)
+    hs, ws, ht, wt, weights = objective_inputs(N=60, apart=0.2)
+    inputs = [hs.requires_grad_(), ws.requires_grad_(), ht, wt, weights]
+    loss, _ = forked.distill_loss(*inputs)
+    loss.backward()
+    hs64, ws64, ht64, wt64, weights = (x.detach().double() for x in inputs)
+    log_p = (hs64.requires_grad_() @ ws64.requires_grad_().T).log_softmax(-1)
+    terms = log_p.exp() * (log_p - (ht64 @ wt64.T).log_softmax(-1))
+    assert 0.01 < (terms > 0.05).double().mean() / terms.gt(0.01).double().mean() < 0.9
+    exact = (weights * terms.clamp(max=0.05).sum(-1)).sum()
+    exact.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    for x, exact in zip(inputs[:2], (hs64, ws64)):
+        assert relative_error(x.grad, exact.grad) < 1e-5
 
 def test_fork_paced_weighs_four_rollouts_a_problem_by_their_pass_rate(tmp_path):
     forked = load_fork("paced", tmp_path)
@@ -1220,7 +1258,7 @@ def test_fork_answer_tells_the_teacher_only(good, one_rank, tmp_path):
     assert problem.student == opsdc.student_prompt(tokenizer, problem.text)
 
 def test_forks_together_in_a_real_run(good, tmp_path):
-    fork("paced+ema+answer+temperature+egrsd", tmp_path / "fork.py")
+    fork("paced+ema+answer+temperature+egrsd+topp", tmp_path / "fork.py")
     data = write_rows(tmp_path / "rows.jsonl")
     succeed(*small_run(good["model"], data, tmp_path / "out", steps=2, batch_size=8),
             script=tmp_path / "fork.py")
