@@ -484,7 +484,8 @@ def test_reverse_kl_is_kl_of_student_from_teacher():
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
 @pytest.mark.parametrize("chunk", [1, 5, 37, 256])
 def test_loss_and_gradients_equal_float64(kind, chunk):
-    inputs = objective_inputs()
+    """Errors of 6e-7 to 9e-7 with every kernel; logits are rounded at 5e-7, log p - log q is about 1."""
+    inputs = objective_inputs(apart=0.3)
     hs, ws = inputs[0].requires_grad_(), inputs[1].requires_grad_()
     loss, _ = opsdc.distill_loss(hs, ws, *inputs[2:], divergence=kind, chunk=chunk)
     (3 * loss).backward()
