@@ -751,6 +751,9 @@ def sample_and_write(engine, tokenizer, jobs, path, settings, block):
                         f"{percent(mean(records, 'correct'))} %, {mean(records, 'tokens'):.0f} tokens")
 
 def run(args):
+    opsdc().run_and_exit(lambda: evaluate(args))
+
+def evaluate(args):
     """Evaluates a model; on several ranks (torchrun) each engine makes its share of the samples."""
     opsdc().start_processes()
     with opsdc().refusals():
@@ -779,8 +782,6 @@ def run(args):
     if rank == 0:
         print_table(write_summary(out, settings, done, finished=True))
         print(f"wrote {out}/summary.json")
-    if engine:
-        engine.close()
 
 def print_table(summary):
     k = summary["settings"]["k"]

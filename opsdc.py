@@ -103,7 +103,9 @@ class Config:
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = flag("reverse_kl", "the others are ablations")
     keep: Literal["all", "correct"] = flag("all", "rollouts to train on; 'correct' needs answers in the data")
     micro_batch_tokens: int = flag(16384, "padded tokens of a forward pass: memory, not mathematics")
-    loss_chunk: int = flag(1024, "tokens whose logits exist at a time: 8 V bytes each")
+    loss_chunk: int = flag(1024 if torch.cuda.is_available() else 256,  # below, a GPU waits for its memory
+                           "tokens whose logits exist at a time: 8 V bytes each, on a GPU 10 V")
+    gradient_checkpointing: bool = flag(True, "recompute activations in backward: less memory, more time")
     vllm_tp: int = flag(1, "ranks that share one vLLM engine (tensor parallelism)")
     vllm_memory: float = flag(0.5, "share of each GPU's memory for vLLM while it generates")
     eval_every: int = flag(0, "steps between evaluations of --eval_data with the training engine; 0 = none")
@@ -198,12 +200,10 @@ class ChunkedDivergence(torch.autograd.Function):
         per_token = torch.empty(5, N, **new)  # divergence, both entropies, log p(sampled token), weight
         s_chunk, t_chunk = torch.empty(2, min(chunk, N), V, **new)
         for i in range(0, N, chunk):
-            h, th = student_hidden[i:i + chunk].float(), teacher_hidden[i:i + chunk].float()  # [n, d]
+            h, th = student_hidden[i:i + chunk], teacher_hidden[i:i + chunk]  # [n, d]
             s, t = s_chunk[:len(h)], t_chunk[:len(h)]  # [n, V]
-            for v, block in float32_blocks(student_head):
-                torch.mm(h, block.T, out=s[:, v])
-            for v, block in float32_blocks(teacher_head):
-                torch.mm(th, block.T, out=t[:, v])
+            float32_product(h, student_head.T, s)
+            float32_product(th, teacher_head.T, t)
             for r in range(0, len(h), rows):
                 at = slice(i + r, i + min(r + rows, len(h)))  # the same rows, counted in N
                 log_p, log_q = s[r:r + rows].log_softmax(-1), t[r:r + rows].log_softmax(-1)
@@ -214,9 +214,8 @@ class ChunkedDivergence(torch.autograd.Function):
                 w = weights[at]  # here a fork weighs tokens by their entropies or divergence
                 per_token[:, at] = torch.stack([value, *entropies, logprob, w])
                 torch.mul(gradient, w[:, None], out=s[r:r + rows])
-            for v, block in float32_blocks(student_head):
-                grad_hidden[i:i + chunk].addmm_(s[:, v], block)
-            grad_head.addmm_(s.T, h)
+            float32_product(s, student_head, grad_hidden[i:i + chunk])
+            float32_product(s.T, h, grad_head, add=True)
         ctx.gradients = grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype)
         ctx.mark_non_differentiable(per_token)
         return (per_token[4] * per_token[0]).sum(), per_token
@@ -227,10 +226,12 @@ class ChunkedDivergence(torch.autograd.Function):
         ctx.gradients = None  # scaled in place to save a second [V, d]: hence one backward only
         return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *[None] * 6
 
-def float32_blocks(head, size=8192):
-    """Slices of V with these rows of head [V, d] widened: a whole float32 copy would take 2.5 GB at 8B."""
-    size = len(head) if head.dtype == torch.float32 else size  # .float() of a float32 copies nothing
-    return ((slice(v, v + size), head[v:v + size].float()) for v in range(0, len(head), size))
+def float32_product(a, b, out, add=False):
+    """out [n, m] = a [n, k] @ b [k, m] (+ out), summed in float32. A GPU's tensor cores take bfloat16 as it
+    is: exact for logits; rounding dL/dlogits adds 0.2 % to gradients that end rounded to 0.17 % anyway."""
+    if b.is_cuda and b.dtype == torch.bfloat16:
+        return torch.addmm(out, a.bfloat16(), b, beta=int(add), out_dtype=torch.float32, out=out)
+    return torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)  # beta 0: what out held is not read
 
 def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, weights, divergence="reverse_kl",
                  chunk=256, tokens=None):
@@ -286,7 +287,8 @@ def load_model(cfg, device):
             buffer.copy_(source)
         dist.broadcast(buffer, src=0)
     lm.generation_config = whole.generation_config  # rank 0 writes it beside the final model
-    lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()  # in eval mode there is no checkpointing
 
 def shard(model, device):
@@ -415,9 +417,12 @@ class RolloutEngine:
                        enable_chunked_prefill=cuda,  # on CPU it cannot rewind a request's own generator
                        load_format=load_format, enable_sleep_mode=self.sleeps, enforce_eager=not cuda,
                        gpu_memory_utilization=cfg.vllm_memory, disable_log_stats=True,
+                       hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's
                        use_tqdm_on_load=watched())
         os.environ.update(ours)  # on CPU vLLM rewrites it
+        self.llm.llm_engine.engine_core._finalizer.detach()  # its exit hook destroys our process groups too
         self.sleep()
+        self.asleep = torch.cuda.memory_allocated()  # bytes: torch goes on counting what sleeps; 0 on CPU
 
     def sync(self, model):
         """theta into the engine's own tensors (CUDA graphs stay valid), a tensor at a time; collective. Tied
@@ -473,12 +478,6 @@ class RolloutEngine:
     def sleep(self):
         if self.sleeps:
             self.llm.sleep(level=2)
-
-    def close(self):
-        dist.barrier()
-        self.llm.llm_engine.engine_core.shutdown()  # may take the process group along
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 def sample_rollouts(engine, problems, indices, step, tokenizer, cfg):
     """A graded rollout of each problem of `indices`, in order, on every rank; the engines share the work."""
@@ -704,6 +703,11 @@ def load_tokenizer(model):
     return tokenizer, config.max_position_embeddings
 
 def check_ranks(cfg):
+    driver = Path("/proc/driver/nvidia/version")
+    check(torch.cuda.is_available() or not torch.version.cuda, f"torch for CUDA {torch.version.cuda} sees no "
+          "GPU: expected its driver, R580 or newer for CUDA 13, found "
+          f"{driver.read_text().splitlines()[0] if driver.exists() else 'none'}; update it, or on a machine "
+          "without a GPU install the CPU builds as in the README")
     world, tp = dist.get_world_size(), cfg.vllm_tp
     check(tp >= 1 and world % tp == 0, f"--vllm_tp {tp}: expected a number of ranks that it divides, found "
           f"{world}; start more with torchrun --nproc_per_node, or lower it")
@@ -728,6 +732,17 @@ def check_settings(cfg, context):
           f"eval.py, which grades: found none in {Path(__file__).parent}; copy it there")
     check(cfg.report_to == "none" or importlib.util.find_spec("wandb"),
           "--report_to wandb: wandb is not installed; `pip install wandb`, or leave the option out")
+
+def check_disk(cfg):
+    """Two checkpoints are kept while a third is written: theta and Adam's state in float32, thetabar."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.model))
+    each = (12 + compute_dtype().itemsize) * sum(p.numel() for p in lm.parameters())
+    out = Path(cfg.out).absolute()
+    needed = each * (min(3, math.ceil(cfg.steps / cfg.save_every)) - len(checkpoints(out)))
+    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
+    check(max_over_ranks(needed - free) <= 0, f"--out {cfg.out}: expected {needed / 1e9:.3g} GB free for "
+          f"checkpoints of {each / 1e9:.3g} GB, found {free / 1e9:.3g}; make room, or name another folder")
 
 # What makes two runs different ones: --resume needs these as they were. All else may change, and is said.
 IDENTITY = ("model", "instruction", "problems", "batch_size", "seed", "keep", "divergence", "refresh_every")
@@ -764,6 +779,7 @@ def prepare(cfg):
     with refusals():
         tokenizer, context = load_tokenizer(cfg.model)
         check_settings(cfg, context)
+        check_disk(cfg)
         problems = load_problems(cfg, tokenizer)
         held_out = measure.load_held_out(cfg, tokenizer) if cfg.eval_every else []
         if not measure:
@@ -801,10 +817,10 @@ def rollout_metrics(rollouts, seconds):
                  tokens_per_second=sum(lengths) / seconds)
     return found | dict(accuracy=fmean(known)) if known else found
 
-def peak_memory():
-    """GiB of the rank that took most: of its GPU by torch, else of its process."""
+def peak_memory(engine):
+    """GiB of the rank that took most: of its GPU on top of the engine asleep, on a CPU of its process."""
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return max_over_ranks(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else process) / 2**30
+    return max_over_ranks(torch.cuda.max_memory_allocated() - engine.asleep or process) / 2**30
 
 CONSOLE = dict(
     step="step {:4d}", loss="loss {:8.5f}", grad_norm="grad {:7.3f}", response_tokens="tokens {:7.1f}",
@@ -884,11 +900,11 @@ def main():
 
         skipped = 0 if math.isfinite(metrics.get("grad_norm", 0)) else skipped + 1
         metrics |= rollout_metrics(rollouts, metrics["seconds_generate"])
-        metrics |= dict(skipped_updates=skipped, peak_memory_gib=peak_memory(),
+        metrics |= dict(skipped_updates=skipped, peak_memory_gib=peak_memory(engine),
                         seconds_step=time.perf_counter() - start)
         log_step(out, metrics, rollouts, problems, tokenizer, cfg)
         if skipped == 3:
-            sys.exit("error: three gradients in a row were not finite; the checkpoints are as they were")
+            raise RuntimeError("three gradients in a row were not finite; the checkpoints are as they were")
         stop = max_over_ranks(bool(terminated))  # all leave after the same step
         if stop or step % cfg.save_every == 0 or step == cfg.steps:
             save_checkpoint(out, step, model, optimizer, thetabar)
@@ -899,7 +915,20 @@ def main():
         export(model, tokenizer, out)
         say(f"done: {out}/model is the trained model; `python eval.py --model {out}/model` measures it on "
             "MATH-500 and AIME, with --data FILE on other problems")
-    engine.close()
+
+def run_and_exit(main):
+    """main(), and the process is gone, its own error the last on the screen: Python's exit would call vLLM's
+    and NCCL's, which wait for ranks that may have failed, and complain about an engine asleep."""
+    status = 1
+    try:
+        main()
+        status = 0
+    except (Exception, KeyboardInterrupt):
+        sys.excepthook(*sys.exc_info())
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish(status)
+    sys.stdout.flush()
+    os._exit(status)
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

@@ -813,7 +813,6 @@ def sync(model_path, file, vllm_tp):
     found.append([len(gathered), len(list(model.parameters()))])
     if torch.distributed.get_rank() == 0:
         Path(file).write_text(json.dumps(found))
-    engine.close()
 
 def test_weight_sync_is_seen_in_the_logprob_gap(family, random_model, tmp_path):
     """On one rank (Qwen3), and on two that share an engine by tensor parallelism (Llama)."""
@@ -907,7 +906,7 @@ def die(moment, *arguments):
         (wrapper if moment == "sync" else sync)(engine, model)
     setattr(owner, name, wrapper)
     opsdc.RolloutEngine.sync, sys.argv = counted, ["opsdc.py", *arguments]
-    opsdc.main()
+    opsdc.run_and_exit(opsdc.main)
 
 MOMENTS = ("sync", "sample_rollouts", "grade_rollouts", "teacher_pass", "student_pass", "update", "log_step",
            "fsync")  # fsync: its shard is written, the checkpoint is not whole yet
@@ -986,7 +985,7 @@ def nan(*arguments):
             next(model.parameters()).grad.fill_(math.nan)
         return finite(model, optimizer, cfg)
     opsdc.update, sys.argv = update, ["opsdc.py", *arguments]
-    opsdc.main()
+    opsdc.run_and_exit(opsdc.main)
 
 def test_rollouts_of_one_token_and_three_bad_gradients_in_a_row(whole_run, tmp_path):
     """Responses that are nothing but the end of the turn are trained on; then the gradients go bad."""
@@ -994,7 +993,7 @@ def test_rollouts_of_one_token_and_three_bad_gradients_in_a_row(whole_run, tmp_p
     shutil.copytree(model, tmp_path / "m")
     GenerationConfig(eos_token_id=list(range(400))).save_pretrained(tmp_path / "m")  # every token ends it
     done = run("nan", *small_run(tmp_path / "m", data, tmp_path / "out"), script="test_opsdc.py")
-    assert done.returncode == 1 and "error: three gradients in a row were not finite" in done.stdout
+    assert done.returncode == 1 and "RuntimeError: three gradients in a row were not finite" in done.stdout
     lines = metrics_of(tmp_path / "out")
     assert all(line["response_tokens_max"] == 1 and line["truncated"] == 0 for line in lines)
     assert lines[0]["loss"] > 0 and lines[0]["grad_norm"] > 0 and lines[0]["logprob_gap_max"] < 1e-4
