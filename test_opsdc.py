@@ -11,6 +11,8 @@ float64 or with a second real run.
     python test_opsdc.py large [DIR]                a random Qwen3 of the 0.6B's shape
     python test_opsdc.py profile ARGUMENTS          opsdc.py with them, and where its seconds went
     python test_opsdc.py bench                      CPU time and memory of the objective beside naive autograd
+    python test_opsdc.py recomputation [DIR]        --gradient_checkpointing on and off, seconds and memory
+    python test_opsdc.py gpu [DIR]                  what only a GPU can tell, in one table
 """
 import dataclasses
 import difflib
@@ -851,8 +853,8 @@ def sync_over_nan(engine, model):
 
 def sync(model_path, file, vllm_tp):
     """Worker: rollouts, their mean logprob, and the gap between engine and trainer after a sync, at a low
-    temperature, after theta moved, after the next sync. Then how many tensors a sync gathers, and GiB of
-    the GPU in use before and after the engine's sleep."""
+    temperature, after theta moved, after the next sync. Then how many tensors a sync gathers, how many
+    there are, and the GiB of the GPU that the engine's sleep frees."""
     device = opsdc.start_processes()
     if device.type == "cpu":
         without_cpu_packing()
@@ -878,16 +880,16 @@ def sync(model_path, file, vllm_tp):
         for p in model.parameters():
             p.mul_(1.1)
     try:
-        step(synced=False)
+        found.append(f"not stopped: {step(synced=False)}")
     except RuntimeError as error:
         found.append(str(error))
     opsdc.MAX_GAP, gather, gathered = math.inf, DTensor.full_tensor, []
     found += [step(synced=False), step(synced=True)]
     DTensor.full_tensor = lambda self: gathered.append(self) or gather(self)
     engine.sync(model)
-    used = lambda: torch.cuda.device_memory_used() / 2**30 if engine.sleeps else 0
-    awake, _ = used(), engine.sleep()
-    found.append([len(gathered), len(list(model.parameters())), awake, used()])
+    free = lambda: torch.cuda.mem_get_info()[0] / 2**30 if engine.sleeps else 0
+    awake, _ = free(), engine.sleep()
+    found.append([len(gathered), len(list(model.parameters())), free() - awake])
     if torch.distributed.get_rank() == 0:
         Path(file).write_text(json.dumps(found))
 
@@ -2010,26 +2012,26 @@ def test_records_read_think_blocks_opened_by_the_template(toy):
 
 VOCABULARY, HIDDEN = 151936, 1024
 
-def bench_inputs(N, dtype):
+def bench_inputs(N, dtype, device="cpu", V=VOCABULARY, d=HIDDEN):
     """Logits with a standard deviation of 3.2, and a teacher at a KL of about 0.0017 nats/token from the
     student."""
     torch.manual_seed(0)
-    hs = torch.empty(N, HIDDEN, dtype=dtype).normal_()
-    head = torch.empty(VOCABULARY, HIDDEN, dtype=dtype).normal_(std=0.1)
-    ht = (hs.float() + 0.018 * torch.randn(N, HIDDEN)).to(dtype)
-    return hs.requires_grad_(), head.requires_grad_(), ht, head.detach(), torch.full((N,), 1 / N)
+    new = dict(dtype=dtype, device=device)
+    hs, head = torch.empty(N, d, **new).normal_(), torch.empty(V, d, **new).normal_(std=3.2 / d**0.5)
+    ht = (hs.float() + 0.018 * torch.randn(N, d, device=device)).to(dtype)
+    weights = torch.full((N,), 1 / N, device=device)
+    return hs.requires_grad_(), head.requires_grad_(), ht, head.detach(), weights
 
 def naive_loss(hs, ws, ht, wt, weights):
     """What one writes first: logits of all tokens in the inputs' dtype, autograd for the rest. (bfloat16
     products are taken in float32 and rounded, as a GPU does; a CPU's own bfloat16 kernels take minutes.)"""
-    logits = lambda h, w: (h.float() @ w.float().T).to(h.dtype)
+    logits = lambda h, w: h @ w.T if h.is_cuda else (h.float() @ w.float().T).to(h.dtype)
     log_p, log_q = logits(hs, ws).log_softmax(-1), logits(ht, wt).log_softmax(-1)
     return (weights * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
 
 def four_matmuls(hs, ws, ht, wt, weights, chunk=256):
     """The arithmetic that cannot be avoided, into buffers made once: both logits and both gradients."""
-    logits, gh, gw = (torch.empty(chunk, VOCABULARY), torch.empty(chunk, HIDDEN),
-                      torch.zeros(VOCABULARY, HIDDEN))
+    logits, gh, gw = hs.new_empty(chunk, len(ws)), torch.empty_like(hs[:chunk]), torch.zeros_like(ws)
     with torch.no_grad():
         for i in range(0, len(hs), chunk):
             torch.mm(ht[i:i + chunk], wt.T, out=logits)
@@ -2040,7 +2042,7 @@ def four_matmuls(hs, ws, ht, wt, weights, chunk=256):
 def exact_in_chunks(hs, ws, ht, wt, weights):
     """KL and the head's gradient in float64, 64 tokens at a time."""
     ws64, wt64, kl, grad = (ws.detach().double(), wt.double(), 0.0,
-                            torch.zeros(VOCABULARY, HIDDEN, dtype=torch.float64))
+                            torch.zeros_like(ws, dtype=torch.float64))
     for i in range(0, len(hs), 64):
         h = hs[i:i + 64].detach().double()
         log_p, log_q = (h @ ws64.T).log_softmax(-1), (ht[i:i + 64].double() @ wt64.T).log_softmax(-1)
@@ -2086,6 +2088,146 @@ def bench():
         print(f"| {name}, bfloat16, KL {found['kl']:.4f} | 1024 | {found['seconds']:.1f} | | "
               f"{found['mib']:.0f} | {found['loss_error']:.4%} | {found['grad_error']:.2%} |", flush=True)
 
+# -------------------------------------------------------------------------------------------------------- gpu
+# `gpu` prints one table of what only a GPU can tell, a process a part; a part that fails is a row that says
+# so. Each part runs on a CPU too, at other sizes (the test below).
+
+def objective_rows(N, V, d):
+    """Worker: ms and GiB of four bfloat16 products, naive autograd and distill_loss, with their errors at a
+    KL of 0.0017."""
+    device, N = ("cuda" if torch.cuda.is_available() else "cpu"), int(N)
+    inputs = bench_inputs(N, torch.bfloat16, device, int(V), int(d))
+    exact, grad = exact_in_chunks(*inputs)
+    chunk, rows = min(N, opsdc.Config().loss_chunk), {}
+    for name, loss in dict(four=lambda: four_matmuls(*inputs, chunk=chunk), naive=lambda: naive_loss(*inputs),
+                           distill_loss=lambda: opsdc.distill_loss(*inputs, chunk=chunk)[0]).items():
+        seconds, before = [], torch.cuda.memory_allocated()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):  # the first is not counted: kernels are chosen and memory is asked for
+            inputs[0].grad = inputs[1].grad = None
+            start, value = time.perf_counter(), loss()
+            if value is not None:
+                value.backward()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        gib = (torch.cuda.max_memory_allocated() - before) / 2**30
+        ms = 1000 * min(seconds[1:])
+        four = ms if name == "four" else four
+        rows[name] = f"{ms:.1f} ms, {ms / four:.2f} x four, {gib:.1f} GiB"
+        if value is not None:
+            rows[name] += (f", loss off by {abs(value.item() / exact - 1):.1e}, head's gradient by "
+                           f"{relative_error(inputs[1].grad, grad):.2%}")
+    print(json.dumps(rows))
+
+def training_side(model_path, tokens, checkpointing):
+    """Worker: seconds and memory of the trainer alone, in three steps on four random responses a rank of so
+    many tokens; the first step is not counted."""
+    device, opsdc.MAX_GAP = opsdc.start_processes(), math.inf  # no engine to agree with
+    cfg = opsdc.Config(model=model_path, gradient_checkpointing=checkpointing == "on")
+    tokenizer, world = AutoTokenizer.from_pretrained(model_path), torch.distributed.get_world_size()
+    problems, _ = fixed_batch(tokenizer)
+    ids = torch.randint(5, len(tokenizer), (4 * world, int(tokens))).tolist()
+    rollouts = [opsdc.Rollout(0, y, [-1.0] * len(y), True) for y in ids]
+    model = opsdc.load_model(cfg, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    thetabar, steps = opsdc.snapshot(model), []
+    for _ in range(3):
+        steps.append({})
+        opsdc.train_step(model, thetabar, optimizer, rollouts, problems, device, steps[-1], cfg)
+    peak = opsdc.peak_memory(types.SimpleNamespace(asleep=0))
+    if torch.distributed.get_rank() == 0:
+        teacher, student = (statistics.fmean(step[f"seconds_{x}"] for step in steps[1:])
+                            for x in ("teacher", "student"))
+        print(json.dumps({f"recomputation {checkpointing}": (
+            f"{4 * world} x {tokens} tokens: teacher {teacher:.2f} s, student {student:.2f} s, peak "
+            f"{peak:.1f} GiB, loss {steps[-1]['loss']:.6f}")}))
+
+def sync_rows(model, directory):
+    """What the worker `sync`, above, finds on one GPU: gaps in nats/token, the largest of its tokens."""
+    succeed("sync", model, directory / "found.json", 1, ranks=1, script="test_opsdc.py")
+    (*_, fresh), (*_, sharp), stopped, (*_, stale), (*_, again), counts = json.loads(
+        (directory / "found.json").read_text())
+    gaps = f"{fresh:.1e}, at temperature 0.05 {sharp:.1e}, stale {stale:.1e}, after a sync {again:.1e}"
+    return {"largest gap": gaps, "stale weights": stopped, "sleep frees": f"{counts[2]:.1f} GiB"}
+
+def run_rows(model, data, out, ranks, **settings):
+    """Three steps of opsdc.py, with process groups that take a minute to destroy; then one that fails."""
+    arguments = small_run(model, data, out, steps=3, batch_size=4 * ranks, lr=1e-5, save_every=3, **settings)
+    done, seconds = seconds_to_leave("export", out.parent, arguments, ranks)
+    assert done.returncode == 0, done.stdout[-3000:]
+    rows = {}
+    for m in metrics_of(out):
+        seconds_of = {key.removeprefix("seconds_"): m[key] for key in m if key.startswith("seconds_")}
+        rows[f"step {m['step']}"] = (
+            ", ".join(f"{name} {x:.2f} s" for name, x in seconds_of.items())
+            + f", {m['tokens_per_second']:.0f} tokens/s, gap {m['logprob_gap']:.1e} (largest "
+            f"{m['logprob_gap_max']:.1e}), peak {m['peak_memory_gib']:.1f} GiB")
+    rows["normal end"] = f"{seconds:.1f} s after the export began"
+    if ranks > 1:
+        arguments[arguments.index(out)] = out.with_name("failing")
+        done, seconds = seconds_to_leave("teacher_pass", out.parent, arguments, ranks)
+        assert done.returncode and "this rank fails" in done.stdout, done.stdout[-3000:]
+        rows["one rank fails"] = f"all gone after {seconds:.1f} s"
+    return rows
+
+def gpu_table(directory, ranks, shape, tokens, **settings):
+    """Prints the table; returns the parts that failed. shape: (N, V, d) of the objective."""
+    model, data, failed = directory / "model", directory / "rows.jsonl", []
+    worker = lambda *words, ranks=0: json.loads(
+        succeed(*words, ranks=ranks, script="test_opsdc.py", timeout=200).splitlines()[-1])
+    parts = {"objective": lambda: worker("objective_rows", *shape)}
+    for switch in ("on", "off"):
+        parts[f"trainer alone, {switch}"] = lambda switch=switch: worker(
+            "training_side", model, tokens, switch, ranks=ranks)
+    if importlib.util.find_spec("vllm"):
+        parts["engine and trainer"] = lambda: run_rows(model, data, directory / "run", ranks, **settings)
+        parts["weight sync"] = lambda: sync_rows(model, directory)
+    print("| part | measured | |\n|---|---|---|")
+    for part, measured in parts.items():
+        try:
+            rows = measured()
+        except Exception as error:
+            failed.append(part)
+            rows = {"FAILED": re.sub(r"[\s|]+", " ", str(error))[-600:]}
+        print("".join(f"| {part} | {name} | {value} |\n" for name, value in rows.items()), end="", flush=True)
+    return failed
+
+def gpu(directory="out-gpu"):
+    """All of it at the shapes of Qwen3-0.6B, with random weights, on every GPU of this machine."""
+    if not torch.cuda.is_available():
+        sys.exit(f"torch {torch.__version__} sees no GPU: nothing was measured")
+    directory, ranks = Path(directory), torch.cuda.device_count()
+    print(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}\n",
+          flush=True)
+    large(directory)
+    failed = gpu_table(directory, ranks, (4096, VOCABULARY, HIDDEN), 2048, max_response_tokens=1024)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+def recomputation(directory="out-recomputation"):
+    """--gradient_checkpointing on and off: the trainer alone, a random Llama of SmolLM-135M's shape."""
+    model = make_model(Path(directory) / "model", "llama", vocab_size=49152, hidden_size=576,
+                       intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                       num_key_value_heads=3, head_dim=64, initializer_range=0.02)
+    for switch in ("on", "off", "on", "off"):
+        done = succeed("training_side", model, 256, switch, script="test_opsdc.py", timeout=3000)
+        print(done.splitlines()[-1], flush=True)
+
+def test_parts_of_the_gpu_command(whole_run, tmp_path, capsys):
+    """On a CPU all but the engine's, whose workers other tests here run; on a GPU the command."""
+    if torch.cuda.is_available():
+        return gpu(tmp_path)
+    with pytest.raises(SystemExit, match="sees no GPU"):
+        gpu(tmp_path)
+    shutil.copytree(whole_run[0], tmp_path / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert gpu_table(tmp_path, 1, (64, 400, 32), 16) == []
+    table = capsys.readouterr().out
+    assert len(table.splitlines()) == 2 + 3 + 2 and table.count("head's gradient by 0.1") == 1
+
 # ---------------------------------------------------------------------------------------------------- profile
 
 def large(directory="out-large"):
@@ -2125,7 +2267,8 @@ def profile(*arguments):
 
 if __name__ == "__main__":
     commands = dict(toy=make_toy) | {command.__name__: command for command in (
-        quickstart, claims, fork, drill, large, profile, bench, bench_row, gradients, sync, nan, die, leave)}
+        quickstart, claims, fork, drill, large, profile, bench, bench_row, gradients, sync, nan, die, leave,
+        recomputation, gpu, objective_rows, training_side)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])
