@@ -777,8 +777,8 @@ def engine_options(model, load_format):
     options = dict(dtype=compute_dtype())
     if not torch.cuda.is_available():
         options |= dict(enable_prefix_caching=False)  # hybrids need chunked prefill for it
-        if "linear_attention" in (getattr(config, "layer_types", None) or ()):
-            options |= dict(dtype=torch.bfloat16)  # the only kernel
+        if hasattr(config, "linear_key_head_dim"):  # gated delta-net: the only kernel
+            options |= dict(dtype=torch.bfloat16)
     return options | dict(hf_overrides=text_config) if load_format == "dummy" else options
 
 # ---------------------------------------------------------------------------------------------------- CHECKS

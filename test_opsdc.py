@@ -836,7 +836,7 @@ def test_weight_sync_is_seen_in_the_logprob_gap(family, random_model, tmp_path):
 
 TIED = dict(tie_word_embeddings=True)
 GDN = dict(layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=2,
-           linear_key_head_dim=32, linear_value_head_dim=32)
+           linear_key_head_dim=128, linear_value_head_dim=128)
 MAMBA = dict(mamba_d_state=16, mamba_d_head=16, mamba_n_heads=8, mamba_n_groups=1, mamba_d_ssm=128,
              mamba_d_conv=4, mamba_expand=2, mamba_chunk_size=32)
 WINDOW = dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"])
