@@ -73,6 +73,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTex
                           HfArgumentParser)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
+from transformers.utils import has_file
 from transformers.utils.logging import disable_progress_bar
 
 # The seam to whatever measures: three functions, those of eval.py where it stands beside this file. Training
@@ -213,8 +214,8 @@ class ChunkedDivergence(torch.autograd.Function):
                 torch.mm(th, block.T, out=t[:, v])
             for r in range(0, len(h), rows):
                 at = slice(i + r, i + min(r + rows, len(h)))  # the same rows, counted in N
-                (student, slope), (teacher, _) = (finish_logits(x[r:r + rows], scale, cap) for x in (s, t))
-                log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+                (s_v, slope), (t_v, _) = (finish_logits(x[r:r + rows], scale, cap) for x in (s, t))
+                log_p, log_q = s_v.log_softmax(-1), t_v.log_softmax(-1)
                 p, q = log_p.exp(), log_q.exp()
                 value, gradient = divergence_and_gradient(p, log_p, q, log_q, kind)
                 entropies = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
@@ -236,8 +237,8 @@ class ChunkedDivergence(torch.autograd.Function):
         return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *[None] * 8
 
 def finish_logits(raw, scale, cap):
-    """raw = h W^T [n, V] -> a family's logits, cap tanh(scale raw / cap), and their slope in raw. Most families
-    have scale 1 and cap None: logits and raw are the same tensor."""
+    """raw = h W^T [n, V] -> the family's logits, cap tanh(scale raw / cap), and their slope in raw. Most have
+    scale 1 and cap None: nothing happens."""
     logits = raw if scale == 1 else raw.mul_(scale)
     if cap is None:
         return logits, scale
@@ -253,12 +254,13 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
     """sum_n weights[n] D(student_n, teacher_n): exact over the vocabulary, never [N, V] in memory.
 
     student_hidden [N, d], student_head [V, d] get gradients; teacher_hidden [N, d'], teacher_head [V, d'] do
-    not. weights [N] float32; tokens [N] sampled ids; scale and cap: see finish_logits. Returns the loss (float32 scalar) and stats without
-    gradient: kl (the divergence), student_entropy, teacher_entropy (means over N, nats/token) and, given
-    tokens, logprob [N] = log p(token)."""
+    not. weights [N] float32; tokens [N] sampled ids; scale and cap: see finish_logits. Returns the loss
+    (float32 scalar) and stats without gradient: kl (the divergence), student_entropy, teacher_entropy (means
+    over N, nats/token) and, given tokens, logprob [N] = log p(token)."""
     ids = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
     loss, per_token = ChunkedDivergence.apply(student_hidden, student_head, teacher_hidden.detach(),
-                                              teacher_head.detach(), weights, ids, divergence, chunk, scale, cap)
+                                              teacher_head.detach(), weights, ids, divergence, chunk, scale,
+                                              cap)
     kl, student_entropy, teacher_entropy = per_token[:3].mean(-1)
     stats = dict(kl=kl, student_entropy=student_entropy, teacher_entropy=teacher_entropy)
     return loss, stats if tokens is None else stats | dict(logprob=per_token[3])
@@ -294,17 +296,17 @@ class SelfDistillation(nn.Module):
 
 def load_model(cfg, device):
     """cfg.model in shards on all ranks: rank 0 alone reads the weights and broadcasts tensor by tensor."""
-    lm, fault = empty_model(cfg.model), [None]
-    whole = lm
-    if dist.get_rank() == 0:
-        whole, fault = read_weights(cfg.model, lm)
-    dist.broadcast_object_list(fault)
+    lm, weights = empty_model(cfg.model), {}
     with refusals():
-        check(not fault[0], f"--model {cfg.model}: {fault[0]}")
+        whole = read_model(cfg.model, lm) if dist.get_rank() == 0 else lm
+    dist.barrier()  # which rank 0 also reaches with an error
+    if whole is not lm:
+        weights = {f"{lm.base_model_prefix}.{k}": w for k, w in whole.get_decoder().state_dict().items()}
+        weights["lm_head.weight"] = whole.get_output_embeddings().weight
     model = shard(SelfDistillation(lm), device).to_empty(device=device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    dcp_state.set_model_state_dict(lm, whole.state_dict() if whole is not lm else {}, options=options)
-    for buffer, source in zip(lm.buffers(), whole.buffers()):  # rotary tables, in no state dict
+    dcp_state.set_model_state_dict(lm, weights, options=options)
+    for buffer, source in zip(lm.get_decoder().buffers(), whole.get_decoder().buffers()):  # rotary tables
         if whole is not lm:
             buffer.copy_(source)
         dist.broadcast(buffer, src=0)
@@ -432,14 +434,18 @@ class RolloutEngine:
             defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
         os.environ.update(defaults | os.environ)
         from vllm import LLM
-        model_options = engine_options(cfg.model, load_format)
+        from vllm.model_executor.models.transformers.base import Base
+        # a family without a class in vLLM: its compiler would change transformers' class, the trainer's too
+        Base._decorate_for_torch_compile = lambda self: None
         self.llm = LLM(cfg.model, distributed_executor_backend="external_launcher",
                        tensor_parallel_size=cfg.vllm_tp, max_model_len=length,
                        max_num_seqs=256, max_num_batched_tokens=max(8192, length), seed=cfg.seed,
                        enable_chunked_prefill=cuda,  # on CPU it cannot rewind a request's own generator
                        load_format=load_format, enable_sleep_mode=self.sleeps, enforce_eager=not cuda,
                        gpu_memory_utilization=cfg.vllm_memory, disable_log_stats=True,
-                       use_tqdm_on_load=watched(), **model_options)
+                       use_tqdm_on_load=watched(), dtype=engine_dtype(cfg.model),
+                       enable_prefix_caching=None if cuda else False,  # hybrids would need chunked prefill
+                       hf_overrides=text_config if load_format == "dummy" else {})
         os.environ.update(ours)  # on CPU vLLM rewrites it
         self.sleep()
 
@@ -612,7 +618,10 @@ def student_pass(model, batches, hidden, head, cfg):
     student_entropy, teacher_entropy, gap = (sums[1:4] / sums[4].clamp(min=1)).tolist()
     if math.isfinite(loss) and not gap <= MAX_GAP:  # nor if it is NaN
         raise RuntimeError(f"engine and trainer differ by {gap:.3f} nats/token on the sampled tokens, "
-                           f"expected at most {MAX_GAP}: the weight sync failed. No update was made.")
+                           f"expected at most {MAX_GAP}. No update was made. Look, likeliest first, at: "
+                           "the engine's kernels for this family (on a CPU experts are packed at the first "
+                           "load only: README, Families), the names and tensors of checkpoint_weights, a "
+                           "vLLM that is not that of requirements.txt.")
     return dict(loss=loss, student_entropy=student_entropy, teacher_entropy=teacher_entropy, logprob_gap=gap,
                 logprob_gap_max=max_over_ranks(gap_max))
 
@@ -708,78 +717,84 @@ def export(model, tokenizer, out):
     dist.barrier()
 
 # -------------------------------------------------------------------------------------------------- FAMILIES
-# All that differs from one family of models to another, and what cannot be trained.
+# How families of models differ, all of it, and which cannot be trained.
 
 def text_config(config):
-    """Of a multimodal model the part that is trained, run and exported: its causal text model's config."""
+    """Of a multimodal model the causal text model's: that is what is trained, run and exported."""
     text = config.get_text_config()
     if text is not config:
         text.architectures = [CAUSAL_LMS[text.model_type]]
+    if getattr(text, "attn_logit_softcapping", None):
+        text._attn_implementation = "eager"  # sdpa leaves this soft cap out, silently
     return text
 
-def attention_of(config):
-    """sdpa has no soft cap of the attention's scores (Gemma 2)."""
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
-
 def logit_scale_and_cap(config):
-    """How logits follow from h W^T: see finish_logits. read_weights tells whether this is all."""
-    of = lambda name, neutral: getattr(config, name, None) or neutral
-    scale = of("logit_scale", 1) * of("lm_head_multiplier", 1) / of("logits_scaling", 1)
-    return scale, of("final_logit_softcapping", None)
+    """For finish_logits; read_model sees whether that is all."""
+    of = lambda name, neutral: getattr(config.get_text_config(), name, None) or neutral
+    return (of("logit_scale", 1) * of("lm_head_multiplier", 1) / of("logits_scaling", 1),
+            of("final_logit_softcapping", None))
+
+def engine_dtype(model):
+    """The compute dtype, but for gated delta-nets, whose kernels know bfloat16 only."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+    return torch.bfloat16 if hasattr(config, "linear_key_head_dim") else compute_dtype()
 
 def empty_model(model):
-    """The causal text model of `model` on the meta device, which holds no weights."""
-    config = text_config(AutoConfig.from_pretrained(model, trust_remote_code=False))
+    """The text model of `model`, hub id or folder, on the meta device: no weights are read."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32,
-                                                attn_implementation=attention_of(config))
+        return AutoModelForCausalLM.from_config(
+            text_config(AutoConfig.from_pretrained(model, trust_remote_code=False)), dtype=torch.float32)
 
-def read_weights(model, lm):
-    """The same with the weights on disk, in memory, and [what is wrong with it, or None]."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    loader = AutoModelForCausalLM if config.model_type in CAUSAL_LMS else AutoModelForImageTextToText
-    whole, info = loader.from_pretrained(model, dtype=torch.float32, output_loading_info=True,
-                                         attn_implementation=attention_of(lm.config))
-    if type(whole) is not type(lm):  # multimodal: its text model and its head
-        whole, multimodal = empty_model(model), whole
-        setattr(whole, whole.base_model_prefix, multimodal.get_decoder())
-        whole.set_output_embeddings(multimodal.get_output_embeddings())
-        whole.generation_config = multimodal.generation_config
-    if info["missing_keys"]:
-        return whole, [f"the weights lack {len(info['missing_keys'])} tensors, e.g. {min(info['missing_keys'])}"]
+def read_model(model, lm):
+    """All of `model` with its weights, in memory; ValueError: it lacks some of them, or the loss would
+    compute other logits than its own."""
+    known = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type in CAUSAL_LMS
+    whole, info = (AutoModelForCausalLM if known else AutoModelForImageTextToText).from_pretrained(
+        model, dtype=torch.float32, output_loading_info=True,
+        attn_implementation=lm.config._attn_implementation)
+    check(not info["missing_keys"], f"--model {model}: found no weights {sorted(info['missing_keys'])[:3]}")
     ids = torch.arange(8)
     with torch.no_grad():
-        own = whole.eval()(ids[None], use_cache=False).logits[0].log_softmax(-1)
-        model, head = SelfDistillation(whole), whole.get_output_embeddings().weight
-        hidden, (logprob, best) = model(ids[None], ids), own.max(-1)
-        _, stats = model(ids[None], ids, hidden, head, torch.ones(8), tokens=best)
-    error = (stats["logprob"] - logprob).abs().max().item()
-    return whole, [None if error <= 1e-3 else f"its own log-probabilities and those of the loss differ by "
-                   f"{error:.2g} nats, expected at most 1e-3: finish_logits or logit_scale_and_cap lacks "
-                   "something of this family"]
+        own, best = whole.eval()(ids[None], use_cache=False).logits[0].log_softmax(-1).max(-1)
+        student, head = SelfDistillation(whole), whole.get_output_embeddings().weight
+        hidden = student(ids[None], ids)
+        _, stats = student(ids[None], ids, hidden, head, torch.ones(8), tokens=best)
+    error = (stats["logprob"] - own).abs().max().item()
+    check(error <= 1e-3, f"--model {model}: expected the loss to compute the model's own log-probabilities, "
+          f"found {error:.1g} nats between them; its logits need more than logit_scale_and_cap")
+    return whole
 
 def checkpoint_weights(lm, dtype):
-    """(name, tensor) of every weight, whole and as checkpoints have them: fused experts come apart, names
-    change. A layer at a time, of which all parts have to be there."""
-    tensors = [(name, p) for name, p in lm.state_dict(keep_vars=True).items()
-               if name not in lm.all_tied_weights_keys]
-    for _, layer in itertools.groupby(tensors, lambda item: re.sub(r"(\.\d+\.).*", r"\1", item[0])):
-        whole = {name: p.detach().to(dtype) for name, p in layer}
-        whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in whole.items()}
+    """(name, whole tensor) as in a checkpoint, where e.g. experts are not fused; tied ones once. Collective.
+    A layer at a time: what falls apart or comes together lies in one."""
+    tied, layer_of = lm.all_tied_weights_keys, lambda item: re.sub(r"(\.\d+\.).*", r"\1", item[0])
+    for _, layer in itertools.groupby(lm.state_dict(keep_vars=True).items(), layer_of):
+        weights = {name: p.detach().to(dtype) for name, p in layer if name not in tied}
+        whole = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
         yield from revert_weight_conversion(lm, whole).items()
 
-def engine_options(model, load_format):
-    """LLM(...)'s keyword arguments that depend on the family."""
-    from vllm.model_executor.models.transformers.base import Base
-    # where vLLM has no class of its own it would compile transformers' class in place, the trainer's too
-    Base._decorate_for_torch_compile = lambda self: None
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
-    options = dict(dtype=compute_dtype())
-    if not torch.cuda.is_available():
-        options |= dict(enable_prefix_caching=False)  # hybrids need chunked prefill for it
-        if hasattr(config, "linear_key_head_dim"):  # gated delta-net: the only kernel
-            options |= dict(dtype=torch.bfloat16)
-    return options | dict(hf_overrides=text_config) if load_format == "dummy" else options
+def check_family(model, length):
+    """ValueError for what cannot be trained, on `length` tokens, before any weights are read."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    text, kind = config.get_text_config(), (config.architectures or ["?"])[0]
+    rope, name = getattr(text, "rope_parameters", None) or {}, CAUSAL_LMS.get(text.model_type, "")
+    context = rope.get("original_max_position_embeddings", length)
+    faults = {
+        f"{kind} of type {text.model_type}; take a ...ForCausalLM": config.is_encoder_decoder or not (
+            name.endswith("ForCausalLM") and kind.endswith(("ForCausalLM", "ForConditionalGeneration"))),
+        "an embedding model; take one that generates": has_file(model, "modules.json"),
+        "quantised weights; take the model they were made from": getattr(config, "quantization_config", None),
+        f"LongRoPE and {length} tokens, where it changes at {context}; lower --max_prompt_tokens or "
+        "--max_response_tokens": rope.get("rope_type") == "longrope" and length > context,
+        "Qwen3.5, for which vLLM imports torchvision; install that":
+            "qwen3_5" in text.model_type and not importlib.util.find_spec("torchvision")}
+    found = [fault for fault, there in faults.items() if there]
+    lm = None if found else empty_model(model)
+    if lm and (not hasattr(lm.get_decoder(), "layers") or getattr(lm, "lm_head", lm).bias is not None):
+        found = [f"{name}, whose head has a bias or whose layers are not in .layers; take another"]
+    check(not found, f"--model {model}: expected a causal language model in plain weights, found {found[:1]}")
+    if text is not config:
+        say(f"{model} is multimodal: its text model alone is trained, and exported as a {name}")
 
 # ---------------------------------------------------------------------------------------------------- CHECKS
 # What can be wrong with the arguments is found before any weights load: expected, found, what to change.
@@ -793,8 +808,14 @@ def digest(value):
 
 def load_tokenizer(model):
     """(tokenizer, context length in tokens) of a model; needs no weights."""
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    files = [path.name for path in Path(model).glob("*")]  # none of a hub id
+    check("adapter_config.json" not in files, f"--model {model}: expected a whole model, found a LoRA "
+          "adapter; merge it into its base model and save that (peft: merge_and_unload)")
+    check(not files or any(name.endswith((".safetensors", ".bin")) for name in files),
+          f"--model {model}: expected weights, found no .safetensors or .bin in the folder; copy them there")
+    try:  # remote code is refused: the answer False comes before the question
+        config, tokenizer = (kind.from_pretrained(model, trust_remote_code=False)
+                             for kind in (AutoConfig, AutoTokenizer))
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {model}: expected a folder with a model or the id of one on the hub, "
                          f"found {'a' if Path(model).is_dir() else 'no such'} folder, and: "
@@ -864,6 +885,7 @@ def prepare(cfg):
     with refusals():
         tokenizer, context = load_tokenizer(cfg.model)
         check_settings(cfg, context)
+        check_family(cfg.model, cfg.max_prompt_tokens + cfg.max_response_tokens)
         problems = load_problems(cfg, tokenizer)
         held_out = measure.load_held_out(cfg, tokenizer) if cfg.eval_every else []
         if not measure:
