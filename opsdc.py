@@ -811,8 +811,6 @@ def load_tokenizer(model):
     files = [path.name for path in Path(model).glob("*")]  # none of a hub id
     check("adapter_config.json" not in files, f"--model {model}: expected a whole model, found a LoRA "
           "adapter; merge it into its base model and save that (peft: merge_and_unload)")
-    check(not files or any(name.endswith((".safetensors", ".bin")) for name in files),
-          f"--model {model}: expected weights, found no .safetensors or .bin in the folder; copy them there")
     try:  # remote code is refused: the answer False comes before the question
         config, tokenizer = (kind.from_pretrained(model, trust_remote_code=False)
                              for kind in (AutoConfig, AutoTokenizer))
@@ -822,6 +820,8 @@ def load_tokenizer(model):
                          f"{str(error).splitlines()[0]}") from None
     check(tokenizer.chat_template, f"--model {model}: the tokenizer has no chat template; take a model tuned "
           "to instructions, or save a tokenizer with one beside the weights")
+    check(not files or any(name.endswith((".safetensors", ".bin")) for name in files),
+          f"--model {model}: expected weights, found no .safetensors or .bin in the folder; copy them there")
     return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", math.inf)
 
 def check_ranks(cfg):
