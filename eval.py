@@ -243,11 +243,11 @@ def grade(response, gold, finished=True):
 # Benchmarks. A problem: id, problem (bare text of the prompt), answer, level (or None).
 
 BENCHMARKS = {  # name: hub id, configuration, split
-    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
-    "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
-    "aime25": ("math-ai/aime25", None, "test"),
-    "gpqa_diamond": ("Idavidrein/gpqa", "gpqa_diamond", "train"),
-    "mmlu": ("cais/mmlu", "all", "test"),
+    "math500": "HuggingFaceH4/MATH-500::test",
+    "aime24": "HuggingFaceH4/aime_2024::train",
+    "aime25": "math-ai/aime25::test",
+    "gpqa_diamond": "Idavidrein/gpqa:gpqa_diamond:train",
+    "mmlu": "cais/mmlu:all:test",
 }
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # the paper's; opsdc.py evaluates with it too
@@ -255,46 +255,55 @@ SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # the paper's; opsd
 def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
-def load_problems(source):
-    """Problems of a benchmark by name, of a local copy of it (math500=DIR), of a .jsonl or .parquet file."""
-    name, _, copy = source.partition("=")
+def load_problems(source, wrapper="math"):
+    """Problems of a benchmark by name, of a local copy of it (math500=DIR), or of what opsdc.py's --data is.
+    Repeated rows are one problem: as several they would shrink the intervals."""
+    name, _, copy = where, *_ = source.partition("=")
     if name in BENCHMARKS:
-        rows = hub_rows(name, copy)
-    elif source.endswith((".jsonl", ".parquet")) and Path(source).is_file():
-        rows = opsdc().read_rows(source)
-    else:
-        raise ValueError(f"{source}: no benchmark, .jsonl or .parquet file; known: {', '.join(BENCHMARKS)}")
-    problems = [as_problem(row, i, f"{source}, row {i + 1}") for i, row in enumerate(rows)]
-    repeated = [i for i, n in collections.Counter(p["id"] for p in problems).items() if n > 1]
-    if repeated or not problems:
-        raise ValueError(f"{source}: " + (f"id {repeated[0]} occurs twice" if repeated else "no rows"))
-    return problems
+        hub_id, _, rest = BENCHMARKS[name].partition(":")
+        source = f"{copy or hub_id}:{rest}"
+        where = f"benchmark {name} (if gated, accept its terms on its hub page; offline a copy: {name}=DIR)"
+    problems, rows, others = {}, 0, 0
+    opsdc().say(f"reading {source} ...")
+    with opsdc().named(where):
+        opsdc().check(re.search("[./]", source), f"expected {', '.join(BENCHMARKS)}, a file or a hub ID")
+        for rows, (at, row) in enumerate(opsdc().read_rows(source), 1):
+            new = as_problem(row, rows - 1, at, wrapper)
+            old = problems.setdefault(json.dumps(new["problem"], default=float), new)
+            others += old["answer"] != new["answer"]
+        ids = collections.Counter(p["id"] for p in problems.values()).most_common(1)
+        opsdc().check(ids and ids[0][1] == 1, f"expected each id once, found {rows} rows and {dict(ids)}")
+    if rows > len(problems):
+        opsdc().say(f"{name}: {rows} rows are {len(problems)} problems; {others} rows have another answer "
+                    "than their problem's first row, which counts")
+    return list(problems.values())
 
-def hub_rows(name, copy):
-    import datasets
-    hub_id, configuration, split = BENCHMARKS[name]
-    try:
-        return datasets.load_dataset(copy or hub_id, configuration, split=split).to_list()
-    except Exception as error:  # gated, renamed, offline, no such split: each has its own exception
-        raise ValueError(f"benchmark {name}: cannot load {copy or hub_id} ({type(error).__name__}: {error}). "
-                         "If it is gated, accept its terms on its hub page and log in (hf auth login); "
-                         f"offline give a copy of its repository: --benchmarks {name}=DIR") from None
-
-def as_problem(row, index, where):
-    if "Correct Answer" in row:  # GPQA
-        options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
-        problem, answer = lettered(row["Question"], options, 0)
-    elif "choices" in row:  # MMLU
-        problem, answer = lettered(row["question"], row["choices"], row["answer"])
-    else:
-        problem, answer = opsdc().problem_and_answer(row, where)
-    if not answer:
-        raise ValueError(f"{where}: expected a field answer or solution to grade by, found {', '.join(row)}")
-    identity = next((row[field] for field in ("unique_id", "id") if row.get(field) is not None), index)
-    return {"id": str(identity), "problem": problem, "answer": answer, "level": row.get("level")}
+def as_problem(row, index, where, wrapper="math"):
+    text, named = opsdc().as_text, opsdc().named
+    wrong = [row.get(f"Incorrect Answer {i}") for i in (1, 2, 3)]
+    with named(f"{where}, a question with choices"):
+        if row.get("Correct Answer") is not None:  # GPQA
+            problem, answer = lettered(row.get("Question"), [row["Correct Answer"], *wrong], 0)
+        elif row.get("choices") is not None:  # MMLU
+            problem, answer = lettered(row.get("question"), row["choices"], int(text(row.get("answer"))))
+        else:
+            problem = answer = None
+    if not problem:
+        problem, answer = opsdc().problem_and_answer(row, where, wrapper)
+    opsdc().check(answer, f"{where}: expected a field answer or solution to grade by, found {', '.join(row)}")
+    with named(f"{where}, unique_id, id or level"):
+        identity = text(row.get("unique_id")) or text(row.get("id")) or str(index)
+        level = row.get("level")
+        level = level if isinstance(level, int) else text(level) or None
+    return {"id": identity, "problem": problem, "answer": answer, "level": level}
 
 def lettered(question, options, correct):
     """(question with lettered options, letter of the correct one), in an order only the question decides."""
+    options = opsdc().load_json(options) if isinstance(options, str) else options
+    opsdc().check(isinstance(options, list) and correct in range(min(len(options), 10))
+                  and all(isinstance(text, str) and text.strip() for text in (question, *options)),
+                  "expected a question, up to ten texts to choose from and the right one's number, found "
+                  f"{question!r:.40}, {options!r:.80}, {correct!r}")
     letters, order = "ABCDEFGHIJ", list(range(len(options)))
     random.Random(digest(question)).shuffle(order)  # GPQA lists the correct answer first
     lines = [f"({letter}) {options[i].strip()}" for letter, i in zip(letters, order)]
@@ -316,14 +325,17 @@ class Job(NamedTuple):
     sample: int
     seed: int
 
-def prompt_ids(tokenizer, problem, instruction, thinking):
+def prompt_ids(tokenizer, problem, instruction, thinking, wrapper):
     if instruction:
-        return opsdc().teacher_prompt(tokenizer, problem, instruction, thinking)
-    return opsdc().student_prompt(tokenizer, problem, thinking)
+        return opsdc().teacher_prompt(tokenizer, problem, instruction, thinking, wrapper)
+    return opsdc().student_prompt(tokenizer, problem, thinking, wrapper)
 
-def make_jobs(tokenizer, problems, samples, seed, instruction=None, thinking=True):
+def longest_prompt(tokenizer, problems, *how):
+    return max((len(prompt_ids(tokenizer, p["problem"], *how)), p["id"]) for p in problems)
+
+def make_jobs(tokenizer, problems, samples, seed, instruction=None, thinking=True, wrapper="math"):
     """`samples` jobs of each problem. `instruction`: text of c, for the concise prompt baseline."""
-    prompts = [prompt_ids(tokenizer, p["problem"], instruction, thinking) for p in problems]
+    prompts = [prompt_ids(tokenizer, p["problem"], instruction, thinking, wrapper) for p in problems]
     return [Job(p, prompt, i, int(digest(seed, p["id"], i), 16))
             for p, prompt in zip(problems, prompts) for i in range(samples)]
 
@@ -351,16 +363,17 @@ def grade_rollouts(rollouts, problems, tokenizer):
 
 def load_held_out(cfg, tokenizer):
     """Problems of the trainer's --eval_data; a prompt has to fit its engine."""
-    problems = load_problems(cfg.eval_data)
-    longest = max(len(prompt_ids(tokenizer, p["problem"], None, cfg.thinking)) for p in problems)
+    problems = load_problems(cfg.eval_data, cfg.wrapper)
+    longest, worst = longest_prompt(tokenizer, problems, None, cfg.thinking, cfg.wrapper)
     if longest > cfg.max_prompt_tokens:
-        raise ValueError(f"--eval_data {cfg.eval_data}: a prompt has {longest} tokens, more than "
-                         f"--max_prompt_tokens {cfg.max_prompt_tokens}; raise it")
+        raise ValueError(f"--eval_data {cfg.eval_data}: the prompt of problem {worst} has {longest} tokens, "
+                         f"more than --max_prompt_tokens {cfg.max_prompt_tokens}; raise it")
     return problems
 
 def validate(engine, tokenizer, problems, cfg):
     """The trainer's metrics of its engine's present weights on `problems`; collective."""
-    jobs = engine.share(make_jobs(tokenizer, problems, cfg.eval_samples, cfg.seed, thinking=cfg.thinking))
+    jobs = engine.share(make_jobs(tokenizer, problems, cfg.eval_samples, cfg.seed, None, cfg.thinking,
+                                  cfg.wrapper))
     outputs = engine.generate([job.prompt for job in jobs], [job.seed for job in jobs],
                               max_tokens=cfg.max_response_tokens, **SAMPLING)
     found = summarise(engine.gather(make_records(tokenizer, jobs, outputs)))
@@ -476,7 +489,7 @@ PUBLISHED = {  # arXiv 2603.05433: accuracy mean@8, % / mean response tokens, in
         "trained v1": "82.1/2267 39.2/10351 27.1/11131 48.3/7731 71.7/1585",
         "trained v2": "79.8/2544 42.1/11317 26.2/11975 46.7/8006 71.4/1703"},
 }
-MAY_DIFFER = ("model", "weights", "instruction", "prompt", "seed", "k")  # settings of two comparable runs
+MAY_DIFFER = ("model", "weights", "instruction", "template", "date", "seed", "k")  # in two comparable runs
 
 def read_lines(path):
     """Objects of a .jsonl file. A last line without its end is what a kill left of a write: dropped."""
@@ -710,28 +723,34 @@ def done_before(out, settings, problems):
     return done
 
 def prepare(args):
-    """All checks -> tokenizer, {benchmark: problems}, settings, folder, {benchmark: records}, engine's Config."""
-    if args.samples < 1 or args.block < 1 or not 1 <= (args.k or args.samples) <= args.samples:
-        raise ValueError("expected --samples >= 1, --block >= 1 and 1 <= --k <= --samples, found --samples "
-                         f"{args.samples} --block {args.block} --k {args.k}")
-    instruction = opsdc().read_instruction(args.instruction) if args.instruction else None
-    sources = [args.data] if args.data else args.benchmarks.split(",")
-    problems = {Path(source.partition("=")[0]).stem: load_problems(source) for source in sources}
+    """All checks -> tokenizer, {benchmark: problems}, settings, folder, {benchmark: records}, Config."""
+    k = args.samples if args.k is None else args.k
+    for name, (_, range, _) in NUMBERS.items():
+        opsdc().check_range(name, getattr(args, name.replace("-", "_")), range)
+    opsdc().check_range("k", k, f"1..{args.samples}")
+    instruction = None if args.instruction is None else opsdc().read_instruction(args.instruction)
     tokenizer, context = opsdc().load_tokenizer(args.model)
-    longest = max(len(prompt_ids(tokenizer, p["problem"], instruction, args.thinking))
-                  for each in problems.values() for p in each)
+    out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if instruction else ""))
+    before = read_summary(out)["settings"] if (out / "summary.json").is_file() else {}
+    day = before.get("date") or time.strftime("%Y-%m-%d")
+    opsdc().fix_date(tokenizer, day)
+    sources = [args.data] if args.data else args.benchmarks.replace(" ", "").split(",")
+    problems = {Path(s.partition("=")[0]).stem: load_problems(s, args.wrapper) for s in sources}
+    text, how = next(iter(problems.values()))[0]["problem"], (instruction, args.thinking, args.wrapper)
+    opsdc().say_prompts(tokenizer, args.thinking, instruction, problem=prompt_ids(tokenizer, text, *how))
+    longest, worst = max(longest_prompt(tokenizer, each, *how) for each in problems.values())
     if longest + args.max_tokens > context:
-        raise ValueError(f"the longest prompt has {longest} tokens, {args.model} holds {context} in all: "
-                         f"lower --max-tokens from {args.max_tokens} to {context - longest}")
+        lower = f"lower --max-tokens from {args.max_tokens} to {context - longest}"
+        raise ValueError(f"the prompt of problem {worst} has {longest} tokens, {args.model} holds {context}: "
+                         + (lower if longest < context else "leave that problem out"))
     cfg = opsdc().Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,
                          seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=0.9)  # no trainer beside it
     opsdc().check_ranks(cfg)
-    names = ("samples", "max_tokens", "temperature", "top_p", "top_k", "seed", "thinking")
-    probe = digest(prompt_ids(tokenizer, "x", instruction, args.thinking))  # template, wrapper, instruction
-    settings = {"version": VERSION, "model": args.model, "weights": fingerprint(args.model),
-                "instruction": instruction, "prompt": probe, "k": args.k or args.samples,
+    names = ("samples", "max_tokens", "temperature", "top_p", "top_k", "seed", "thinking", "wrapper")
+    settings = {"version": VERSION, "model": opsdc().real_path(args.model),
+                "weights": fingerprint(args.model), "instruction": instruction, "k": k, "date": day,
+                "template": digest(tokenizer.chat_template),
                 **{name: getattr(args, name) for name in names}}
-    out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if instruction else ""))
     return tokenizer, problems, settings, out, done_before(out, settings, problems), cfg
 
 def sample_and_write(engine, tokenizer, jobs, path, settings, block):
@@ -768,7 +787,8 @@ def evaluate(args):
     engine = None
     for name, wanted in problems.items():
         held = {(r["id"], r["sample"]) for r in done[name]}
-        jobs = make_jobs(tokenizer, wanted, args.samples, args.seed, settings["instruction"], args.thinking)
+        jobs = make_jobs(tokenizer, wanted, args.samples, args.seed, settings["instruction"], args.thinking,
+                         args.wrapper)
         todo = [job for job in jobs if (job.problem["id"], job.sample) not in held]
         if held:
             opsdc().say(f"{name}: {len(held)} of {len(jobs)} samples were made before, read from {out}")
@@ -796,9 +816,21 @@ def print_table(summary):
     rows = rows if len(rows) > 2 else rows[:1]  # all of one benchmark is that benchmark
     print(markdown(["in %, or tokens", "problems", "accuracy", *counts.values(), *shares.values()], rows))
 
+NUMBERS = {  # option: default, range as in opsdc.py's Config, help
+    "samples": (8, "1..", "per problem"), "max-tokens": (30000, "1..", "of a response"),
+    "temperature": (SAMPLING["temperature"], "0..2", "of sampling"),
+    "top-p": (SAMPLING["top_p"], "0.001..1", "of sampling"),
+    "top-k": (SAMPLING["top_k"], "0..", "of sampling, 0: all"), "seed": (0, "0..4294967295", "of sampling"),
+    "vllm-tp": (1, "1..", "ranks of an engine"),
+    "block": (128, "1..", "samples graded and written at a time, or what came in two minutes")}
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)  # one line, no usage
+
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("Reading order")[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__.partition("Reading order")[0],
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     if argv[:1] in (["compare"], ["curves"]):
         parser.add_argument("command")
         parser.add_argument("directories", nargs="+")
@@ -808,19 +840,16 @@ def parse_args(argv):
         if argv[0] == "compare" and len(args.directories) < 2:
             parser.error("compare needs the directories of at least two evaluations")
         return args, {"compare": compare, "curves": curves}[argv[0]]
-    for flag, default, text in (
-            ("--benchmarks", "math500,aime24,aime25", ", ".join(BENCHMARKS) + "; NAME=DIR reads a copy"),
-            ("--samples", 8, "per problem"), ("--max-tokens", 30000, "of a response"),
-            ("--temperature", SAMPLING["temperature"], "of sampling"),
-            ("--top-p", SAMPLING["top_p"], "of sampling"),
-            ("--top-k", SAMPLING["top_k"], "of sampling, 0: all"), ("--seed", 0, "of sampling"),
-            ("--vllm-tp", 1, "ranks of an engine"),
-            ("--block", 128, "samples graded and written at a time, or what came in two minutes")):
-        parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default: {default})")
+    for name, (default, range, text) in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, metavar=range,
+                            help=f"{text} (default: {default})")
+    parser.add_argument("--benchmarks", default="math500,aime24,aime25",
+                        help=f"{', '.join(BENCHMARKS)}; NAME=DIR reads a copy")
     parser.add_argument("--model", required=True, help="hub id or directory")
-    parser.add_argument("--data", help=".jsonl or .parquet with problem and answer, instead of benchmarks")
+    parser.add_argument("--data", help="as of opsdc.py, with answers, instead of benchmarks")
     parser.add_argument("--out", help="directory of the records and the summary")
-    parser.add_argument("--instruction", help="v1, v2, text or @FILE: the concise prompt baseline")
+    parser.add_argument("--instruction", help="as of opsdc.py: the concise prompt baseline")
+    parser.add_argument("--wrapper", choices=("math", "none"), default="math", help="as of opsdc.py")
     parser.add_argument("--k", type=int, help="of pass@k and majority@k; default: samples")
     parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args([re.sub(r"^--\w+", lambda m: m[0].replace("_", "-"), a) for a in argv]), run
@@ -828,8 +857,8 @@ def parse_args(argv):
 def main(argv):
     if argv == ["worker"]:
         return worker_main()
-    args, command = parse_args(argv)
     try:
+        args, command = parse_args(argv)
         command(args)
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")

