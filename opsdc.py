@@ -308,7 +308,7 @@ class SelfDistillation(nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.lm, (self.scale, self.cap) = lm, logit_scale_and_cap(lm.config)
+        self.lm, self.logits = lm, logit_scale_and_cap(lm.config)
         self.eval()  # no dropout whatever the config says: the engine has none
         for layer in lm.get_decoder().layers:
             layer.training = True  # its own flag only: that of its checkpointing
@@ -320,8 +320,8 @@ class SelfDistillation(nn.Module):
         hidden = hidden.flatten(0, 1)[predicts]  # [N, d]
         if not loss_inputs:
             return hidden
-        return distill_loss(hidden, self.lm.get_output_embeddings().weight, *loss_inputs, scale=self.scale,
-                            cap=self.cap, **loss_options)
+        return distill_loss(hidden, self.lm.get_output_embeddings().weight, *loss_inputs, **self.logits,
+                            **loss_options)
 
 def load_model(cfg, device):
     """cfg.model in shards on all ranks: rank 0 alone reads the weights and broadcasts tensor by tensor."""
@@ -835,6 +835,8 @@ def export(model, tokenizer, out):
 # -------------------------------------------------------------------------------------------------- FAMILIES
 # How families of models differ, all of it, and which cannot be trained.
 
+read_config = partial(AutoConfig.from_pretrained, trust_remote_code=False)  # False: or it asks on the terminal
+
 def text_config(config):
     """Of a multimodal model the causal text model's: that is what is trained, run and exported."""
     text = config.get_text_config()
@@ -852,28 +854,25 @@ def engine_config(config, text_only):
 
 def logit_scale_and_cap(config):
     """For finish_logits; read_model sees whether that is all."""
-    of = lambda name, neutral: getattr(config.get_text_config(), name, None) or neutral
-    return (of("logit_scale", 1) * of("lm_head_multiplier", 1) / of("logits_scaling", 1),
-            of("final_logit_softcapping", None))
+    of = lambda name: getattr(config.get_text_config(), name, None) or 1
+    return dict(scale=of("logit_scale") * of("lm_head_multiplier") / of("logits_scaling"),
+                cap=getattr(config.get_text_config(), "final_logit_softcapping", None))
 
 def engine_dtype(model):
     """The compute dtype, but for gated delta-nets, whose kernels know bfloat16 only."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
-    return torch.bfloat16 if hasattr(config, "linear_key_head_dim") else compute_dtype()
+    delta_net = hasattr(read_config(model).get_text_config(), "linear_key_head_dim")
+    return torch.bfloat16 if delta_net else compute_dtype()
 
 def empty_model(model):
     """The text model of `model`, hub id or folder, on the meta device: no weights are read."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            text_config(AutoConfig.from_pretrained(model, trust_remote_code=False)), dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(text_config(read_config(model)), dtype=torch.float32)
 
 def read_model(model, lm):
-    """All of `model` with its weights, in memory; ValueError: it lacks some of them, or the loss would
-    compute other logits than its own."""
-    known = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type in CAUSAL_LMS
+    """`model` with its weights, in memory. ValueError: some are missing, or the loss has other logits."""
+    known = read_config(model).model_type in CAUSAL_LMS
     whole, info = (AutoModelForCausalLM if known else AutoModelForImageTextToText).from_pretrained(
-        model, dtype=torch.float32, output_loading_info=True,
-        attn_implementation=lm.config._attn_implementation)
+        model, dtype=lm.dtype, attn_implementation=lm.config._attn_implementation, output_loading_info=True)
     check(not info["missing_keys"], f"--model {model}: found no weights {sorted(info['missing_keys'])[:3]}")
     check(all(w.isfinite().all() for w in whole.state_dict().values()),
           f"--model {model}: expected finite weights, found NaN or infinity; take another copy")
@@ -881,8 +880,7 @@ def read_model(model, lm):
     with torch.no_grad():
         own, best = whole.eval()(ids[None], use_cache=False).logits[0].log_softmax(-1).max(-1)
         student, head = SelfDistillation(whole), whole.get_output_embeddings().weight
-        hidden = student(ids[None], ids)
-        _, stats = student(ids[None], ids, hidden, head, torch.ones(8), tokens=best)
+        _, stats = student(ids[None], ids, student(ids[None], ids), head, torch.ones(8), tokens=best)
     error = (stats["logprob"] - own).abs().max().item()
     check(error <= 1e-3, f"--model {model}: expected the loss to compute the model's own log-probabilities, "
           f"found {error:.1g} nats between them; its logits need more than logit_scale_and_cap")
@@ -899,7 +897,7 @@ def checkpoint_weights(lm, dtype):
 
 def check_family(model, length):
     """ValueError for what cannot be trained, on `length` tokens, before any weights are read."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    config = read_config(model)
     text, kind = config.get_text_config(), (config.architectures or ["?"])[0]
     rope, name = getattr(text, "rope_parameters", None) or {}, CAUSAL_LMS.get(text.model_type, "")
     context = rope.get("original_max_position_embeddings", length)
@@ -912,11 +910,11 @@ def check_family(model, length):
         "--max_response_tokens": rope.get("rope_type") == "longrope" and length > context,
         "Qwen3.5, for which vLLM imports torchvision; install that":
             "qwen3_5" in text.model_type and not importlib.util.find_spec("torchvision")}
-    found = [fault for fault, there in faults.items() if there]
-    lm = None if found else empty_model(model)
-    if lm and (not hasattr(lm.get_decoder(), "layers") or getattr(lm, "lm_head", lm).bias is not None):
-        found = [f"{name}, whose head has a bias or whose layers are not in .layers; take another"]
-    check(not found, f"--model {model}: expected a causal language model in plain weights, found {found[:1]}")
+    for fault, found in faults.items():
+        check(not found, f"--model {model}: expected a causal language model in plain weights, found {fault}")
+    lm = empty_model(model)
+    check(hasattr(lm.get_decoder(), "layers") and hasattr(lm, "lm_head") and lm.lm_head.bias is None,
+          f"--model {model}: expected .layers and a head without a bias, found {name}; take another family")
     if text is not config:
         say(f"{model} is multimodal: its text model alone is trained, and exported as a {name}")
 
@@ -935,9 +933,9 @@ def load_tokenizer(model):
     files = [path.name for path in Path(model).glob("*")]  # none of a hub id
     check("adapter_config.json" not in files, f"--model {model}: expected a whole model, found a LoRA "
           "adapter; merge it into its base model and save that (peft: merge_and_unload)")
-    try:  # remote code is refused: the answer False comes before the question
-        config, tokenizer = (kind.from_pretrained(model, trust_remote_code=False)
-                             for kind in (AutoConfig, AutoTokenizer))
+    try:
+        config = read_config(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {model}: expected a folder with a model or the id of one on the hub, "
                          f"found {'a' if Path(model).is_dir() else 'no such'} folder, and: "

@@ -1756,7 +1756,7 @@ FOLDERS = {
                          original_max_position_embeddings=512), f"{CAUSAL}.*LongRoPE and 536 tokens.* at 512; lower"),
     "no weights": (folder(lambda target: (target / "model.safetensors").unlink()),
                    "model: expected weights, found no .safetensors or .bin in the folder"),
-    "head bias": (of_type("phi", "PhiForCausalLM", partial_rotary_factor=0.5), f"{CAUSAL}.*head has a bias"),
+    "head bias": (of_type("phi", "PhiForCausalLM", partial_rotary_factor=0.5), "expected .layers and a head without a bias, found PhiForCausalLM"),
     "other layers": (of_type("gpt2", "GPT2LMHeadModel"), f"{CAUSAL}.*GPT2LMHeadModel"),
     "remote code": (folder(touch("code.py"), model_type="odd", architectures=["OddForCausalLM"],
                            auto_map=REMOTE), "model: expected a folder .* contains custom code"),
