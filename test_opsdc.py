@@ -1057,7 +1057,8 @@ def test_calls_of_the_engine_on_a_gpu(good, one_rank, monkeypatch):
         def __init__(self, *args, **settings):
             made.append(settings)
             self.llm_engine = self.engine_core = self._finalizer = self
-            self.model_config = types.SimpleNamespace(dtype=settings["dtype"])
+            self.model_config = types.SimpleNamespace(dtype=settings["dtype"], try_get_generation_config=dict)
+            self.get_tokenizer = lambda: AutoTokenizer.from_pretrained(args[0])
             self.apply_model = lambda asked: [True]  # it has a head
 
         def __getattr__(self, name):
