@@ -333,7 +333,7 @@ FORKS = {
          "    model = load_model(cfg, device)\n"
          "    globals()[\"larger\"] = load_model(Config(model=\"Qwen/Qwen3-14B\"), device)\n")],
     # arXiv 2606.00755: a teacher with a temperature of its own, above 1 against a collapse of the entropy
-    "temperature": [("out=t[:, v])\n", "out=t[:, v])\n            t /= 1.5\n")],
+    "temperature": [("t_v.log_softmax(-1)", "(t_v / 1.5).log_softmax(-1)")],
     # arXiv 2601.18734 (OPSD): no entry of the vocabulary gives more than 0.05 nats, nor then a gradient
     "clip": [
         ("    return value, p * (a - (p * a).sum(-1, keepdim=True))",
@@ -342,6 +342,9 @@ FORKS = {
          "    return value, p * (a - (p * a).sum(-1, keepdim=True))")],
     # rollouts from the head of the distribution, as models are used
     "topp": [("temperature=cfg.temperature)", "temperature=cfg.temperature, top_p=0.95, top_k=20)")],
+    # the student learns to answer at once what the teacher is told to think about in brief
+    "thinking": [("student_prompt(tokenizer, text, cfg.thinking, cfg.wrapper)",
+                  "student_prompt(tokenizer, text, False, cfg.wrapper)")],
     # the teacher is told the answer
     "answer": [("text, instruction, cfg.thinking",
                 "text, f\"{instruction}\\n\\nThe answer is {answer}.\", cfg.thinking")],
@@ -2024,6 +2027,12 @@ def test_fork_answer_tells_the_teacher_only(good, one_rank, tmp_path):
     problem = forked.load_problems(forked.Config(**good), tokenizer)[2]
     assert problem.text == "What is 2 + 2?" and "The answer is 4." in tokenizer.decode(problem.teacher)
     assert problem.student == opsdc.student_prompt(tokenizer, problem.text)
+
+def test_fork_thinking_lets_the_teacher_think_and_not_the_student(good, one_rank, tmp_path):
+    forked, tokenizer = load_fork("thinking", tmp_path), AutoTokenizer.from_pretrained(good["model"])
+    problem = forked.load_problems(forked.Config(**good), tokenizer)[0]
+    student, teacher = (tokenizer.decode(ids)[-40:] for ids in (problem.student, problem.teacher))
+    assert student.endswith("<think>\n\n</think>\n\n") and "</think>" not in teacher
 
 def test_forks_together_in_a_real_run(good, tmp_path):
     fork("paced+ema+answer+temperature+egrsd+topp", tmp_path / "fork.py")
