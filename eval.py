@@ -8,20 +8,28 @@
 Reading order: grading, benchmarks, generation, statistics, comparing runs, pictures, command line.
 
 What counts as right decides the figures: one model reads 54.5 on MATH-500 by its boxes alone, 93.0 by
-either format. The rule here: of the text after the last </think>, the last `Answer:` line or the last
-\\boxed{}, whichever is later. A response with neither, a cut one, and one that never closes its <think>
-have no answer and are wrong; no number is picked up from elsewhere. Each record also holds the verdict of
-three other rules, to compare published figures like for like: `answer_only`, `boxed_only`, and
-`either_full_text` (the paper's: either format, think block included).
-
-Left out: models as graders, code and proofs, units (5 cm = 5 km), other bases (52_8 = 42).
+either format. The rules here, of the text after the last </think>:
+    formats      the last `Answer:` line or the last \\boxed{}, whichever is later; of several boxes the last,
+                 a later empty one takes the earlier one's place. Nothing is picked up from elsewhere
+    no answer    neither format, cut at the limit, <think> never closed: wrong
+    42 because   wrong: only a known unit may stand beside a value, and no second letter beside a choice
+    decimals     equal to 1e-6 of the value where one side is a decimal: 0.333333333 is 1/3, 0.333 is not
+    percent      25% is 0.25 and 1/4, not 25
+    case         counts in single letters (c is not C), not in a word (even is Even)
+    text         must agree (7 million, 7 PM are not 7), but a unit may go (5 cm is 5 km); 2m is not 2
+Each record also holds the verdict of three other rules, to compare published figures like for like:
+`answer_only`, `boxed_only`, and `either_full_text` (the paper's: either format, think block included).
+Left out: models as graders, code and proofs, conversion of units and bases.
 """
 
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import fractions
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -32,17 +40,20 @@ import statistics
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-VERSION = 1  # of the grading rules and of the files written; runs of different versions are not compared
+VERSION = 2  # of the grading rules and of the files written; runs of different versions are not compared
 
 # ----------------------------------------------------------------------------------------------------
 # Grading, first half: find the answer. All is linear in the text: a megabyte of brackets must not hang.
 
-SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|<eos>|<pad>|<end_of_turn>")  # left-over tokens
+SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # left over
+HOPE = re.compile(r"(?i)(?:^(?:the )?(?:final )?answer is:? |\.? ?I hope it is correct$)")
 MARKER = re.compile(r"(?m)(?:^[ \t>*_#`$-]*(?i:(?:the )?(?:final )?answer)"  # in any case at a line's start,
-                    r"|\bAnswer|\bANSWER)[ \t*_`]{0,8}[:：]")               # elsewhere with its capital
+                    r"|\bAnswer|\bANSWER)[ \t*_`]{0,8}[:：]"                # elsewhere with its capital
+                    r"|\b[Ff]inal answer is\b:?(?=[^\n]{1,400}I hope it is correct)")
 SPANS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$\n": "$"}  # maths that may go over several lines
 LONGEST = 1000  # characters of an answer that is still looked at; the longest gold of MATH-500 has 53
 
@@ -54,6 +65,7 @@ class Verdict(NamedTuple):
     either_full_text: bool
     truncated: bool         # cut at the token limit, or still inside <think>
     no_answer: bool         # ended by itself, but in neither format
+    vote: str | None        # in majority@k: one string for equal answers, however spelled
 
 def last_answer_line(text):
     """(start of the last `Answer:` that has a value, the value), or (-1, None)."""
@@ -69,8 +81,11 @@ def last_answer_line(text):
 def last_box(text):
     """(end of the last balanced \\boxed{}, its content), or (-1, None)."""
     stack, best = [], None  # one pass with a stack of open braces: unbalanced ones cost nothing
-    for token in re.finditer(r"\\f?boxed\s?\{|\\.|[{}]", text):  # `\\.` eats \{ and \}
-        if token[0] == "}" and stack:
+    for token in re.finditer(r"\\f?box(?:ed)?\s*\{|\\boxed\s*[-+]?\d+(?:[.,/]\d+)*|\\.|[{}]", text):
+        # `\\.` eats \{ and \}; a number needs no braces
+        if token[0][-1].isdigit():
+            best = (token.start() + len("\\boxed"), token.end())
+        elif token[0] == "}" and stack:
             opened, is_box = stack.pop()
             best = (opened, token.start()) if is_box else best
         elif token[0].endswith("{") and token[0] != "\\{":
@@ -90,73 +105,133 @@ def clean(text):
     text = " ".join(text.split()).lstrip(" *`\":").rstrip(" *_`\".,;:。")  # a leading point: that of .5
     if text.count("}") > text.count("{"):  # \textbf{Answer: 7}
         text = text.removesuffix("}").rstrip(" .")
-    return text.removesuffix("\\").strip()
+    return HOPE.sub("", text).rstrip("\\ .").strip()
 
 # Grading, second half: are two values equal? Exact rules first; math-verify decides what they leave open.
 
+UNITS = (  # Not math-verify's list: that has single letters (2m would be 2), am, pm and east
+    r"(?:(?:square|cubic|sq|cu)[. ]+)?(?:[ckm]m|[km]?g|ml|(?:centi|milli|kilo)?(?:met(?:er|re)|gram|liter)|"
+    "in|inche?|feet|foot|ft|yard|mile|pound|lb|ounce|second|sec|minute|min|hour|hr|day|week|month|year|mph|"
+    "dollar|cent|degree|radian|unit|people|person|student|child(?:ren)?|boy|girl|men|women|way|apple|marble|"
+    r"ball|coin|book|ticket|point|time|page|car|worker|member|step|side|digit|integer)s?(?![a-zA-Z])\.?")
+POWER = r"(?: ?\^ ?\{? ?[23] ?\}?)?"
+UNIT = (r"(?:(?:(?<=[\d)}\]!]) ?|(?<=\\pi) )(?=[a-z]{2}|m ?/)|(?<=.) ?/? ?\\text ?\{ ?)"  # bare, or in \text,
+        rf"(?:{UNITS}|m(?= ?/)|(?:(?<=\{{)|(?<=\{{ ))[A-Zmgshl](?=[ }}/^]))"  # where one letter is enough
+        rf"{POWER}(?: ?(?:/|per) ?(?:{UNITS}|[smh](?![a-zA-Z])){POWER})?(?: ?\}}{POWER})?")
 REWRITES = [(re.compile(pattern), by) for pattern, by in [
-    ("−|–", "-"), ("π", r"\\pi "), ("∞", r"\\infty "), ("×|·", r"\\cdot "), ("∪", r"\\cup "), ("≤", r"\\le "),
-    ("≥", r"\\ge "), (r"(?<![\\a-zA-Z])sqrt\(([^()]*)\)|√\(([^()]*)\)|√(\d+)", r"\\sqrt{\1\2\3}"),
-    (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "), (r"\\[dt]frac", r"\\frac"), (r"\{,\}", ","), (r"\\\$", ""),
-    (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,;!]", ""), (r"\\q?quad(?![a-zA-Z])|~|\\ ", " "),
-    (r"\^\s*\{?\\circ\}?|°", ""), (r"\\(?:boxed|textbf|mathbf|textrm|mathrm)\s*(?=\{)", r"\\text"),
-    (r"\\text\{\s*(?:\\?%|percent)\s*\}|\\?%|\s*\bpercent\b", r"\\%"),
+    ("[−–—]", "-"), ("π", r"\\pi "), ("∞", r"\\infty "), ("[×·⋅]", r"\\cdot "), ("∪", r"\\cup "),
+    ("≤", r"\\le "), ("≥", r"\\ge "), ("±", r"\\pm "), ("[÷⁄]", "/"), ("∅|\\\\varnothing", r"\\emptyset "),
+    ("∠", r"\\angle "), ("θ", r"\\theta "), ("∈", r"\\in "), (r"\*\*", "^"), (r"\\\$|[€£¥]|\{\}", ""),
+    (r"(?<![\\a-zA-Z])sqrt\(([^()]*)\)|√\(([^()]*)\)|√(\w+)", r"\\sqrt{\1\2\3}"), (r"\{,\}", ","),
+    (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "), (r"\\[dtc]frac", r"\\frac"),
+    (r"\\\\(?: ?\[-?[\d.]+ ?(?:pt|e[mx]|[cm]m)\])?", r"\\\\ "),  # the end of a row, before `\ ` is a space
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|boxed)(?![a-zA-Z])|(?<!\\)\\!", ""),
+    (r"\\q?quad(?![a-zA-Z])|~|(?<!\\)\\[,;: ]", " "),
+    (r"\\math(?:rm|bf|it|sf) ?\{ ?(\w) ?\}", r" \1"),  # a single letter is no unit
+    (r"\\(?:text\w+|mbox|math(?:rm|bf|it|sf)) ?(?=\{)", r"\\text"),
+    (r"\\text ?\{ ?([-+]?[\d(][^{}]*)\}", r"\1 "), (r"(^|[(\[{,=]) ?\+", r"\1"),
+    (r"(?:\^ ?\{? ?\\circ ?\}?|[°º]|\\degree(?![a-z])) ?(?:[CF](?![a-zA-Z]))?", ""),
+    (r"\\text ?\{ ?(?:\\?%|percent) ?\}|\\?%| ?\bpercent\b", r"\\%"), (UNIT, ""),
+    (r"\\text ?\{[ ,]*(?:and|or)[ ,]*\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])", ","), (r",(?: ?,)+", ","),
+    (r"(?<![\d./^_{}])(\d+) (\d+)/(\d+)(?![\d./])", r"\1\\frac{\2}{\3}"),  # 3 1/2
+    (r"(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: r"\frac{%d}{%d}" % (  # 0.1666...
+        int(m[1] + m[2] + m[3]) - int("0" + m[1] + m[2]), 10 ** len(m[2]) * (10 ** len(m[3]) - 1))),
+    (r"\\frac ?(\w|\\pi|\\theta) ?(?=[\w\\{])", r"\\frac{\1}"),
+    (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\}) ?(\w|\\pi)", r"\1{\2}"), (r"^\{([^{}]*)\}$", r"\1"),
+    (r"^ ?(?:≈|\\approx)", ""), (r"≈|\\approx", "="),
 ]]
-LETTER = re.compile(r"\(?([A-J])(?:[.):](?!.*\bor\b).*)?")  # B, (B), B) seven; but not "B or C", not "b"
-NUMBER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d*)(\.\d+)?(\\%)?")
-BASED = re.compile(r"(?<![a-zA-Z\d_{])\d[\dA-F]*_")  # 52_8: math-verify ignores the base
+OPTION = re.compile(r"\(?[A-J]\)?")
+# B, (B), B: seven, B because ...; no other letter beside it ("A measure" is none) but in its own sentence
+CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(? ?([A-J])(?:[.)] ?[A-Z][a-z].*|(?:[).,:;?!*](?!\w)|"
+                    r"(?= [^=+*/^_<>])|$)(?:(?!(?<![\w'\\])(?:[B-HJ]|[AI](?! [a-z]))(?![\w'])).)*)")
+NUMBER = re.compile(r"([+-]?)(\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)|\d*)(\.\d+)?(?:[eE]([+-]?\d\d?))?(\\%)?")
+# Misread by math-verify: a base (52_8), "5 6" (as 5 + 6), f' (as f), text (as letters in any order)
+UNREAD = re.compile(r"(?<![a-zA-Z\d_{])\d[\dA-F]*_|(?<![\d_^])\d+ \d|'|\\text|\\angle")
 
+@functools.lru_cache(10000)
 def tidy(text):
     """One spelling for each thing, still LaTeX that math-verify reads."""
+    text = re.sub("[²³¹⁰-ⁿ]+", r"^{\g<0>}", text.replace("º", "°"))  # before NFKC makes 103 of 10³
+    text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))  # and 31/2 of 3½
+    text = " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())  # no zero widths
     for pattern, by in REWRITES:
         text = pattern.sub(by, text)
-    return text.strip()
+    return " ".join(text.split())
 
 def key(text):
     """Canonical string of a tidied value: equal keys, equal answers. "3 5" keeps its space: it is not 35."""
-    text = re.sub(r"\\(?:text|mbox|operatorname)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+    text = re.sub(r"\\(?:text|operatorname)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?<!\d) | (?!\d)", "", text)
     text = re.sub(r"\{(\w)\}", r"\1", text).rstrip(".")  # \frac{1}{2} and \frac12, 5_{4} and 5_4
     return text.casefold() if text.isalpha() and len(text) > 1 else text
 
 def number(text):
-    """Exact value of a plain decimal or percentage: 055, 11,111, .5, 10\\%; None for anything else."""
+    """Exact value of a plain decimal or percentage: 055, 11,111, 1 000, .5, 1e3, 10\\%; None for the rest."""
     match = NUMBER.fullmatch(text) if len(text) < 100 else None
     if not match or not (match[2] or match[3]):
         return None
-    value = fractions.Fraction(match[1] + (match[2].replace(",", "") or "0") + (match[3] or ""))
-    return value / 100 if match[4] else value  # math-verify holds 10\% = 10
+    value = fractions.Fraction(match[1] + (re.sub("[, ]", "", match[2]) or "0") + (match[3] or ""))
+    value *= fractions.Fraction(10) ** int(match[4] or 0)
+    return value / 100 if match[5] else value  # math-verify holds 10\% = 10
 
 def quick_equal(answer, gold):
     """True or False where an exact rule decides, None where only math-verify can tell."""
+    if max(len(answer), len(gold)) > LONGEST:  # before any work on it
+        return answer == gold
+    stems = [re.sub(POWER + "$", "", text) for text in (answer, gold)]
+    if answer != gold and stems[0] == stems[1] and answer not in stems and gold not in stems:
+        return False  # cm^2 and cm^3, though a unit may go
     answer, gold = tidy(answer), tidy(gold)
     a, g = key(answer), key(gold)
-    if a == g:
-        return True
-    if re.fullmatch(r"\(?[A-J]\)?", g):  # multiple choice: by exact letter
-        letter = LETTER.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", answer))
+    if OPTION.fullmatch(g):  # multiple choice: by exact letter
+        letter = CHOICE.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", answer))
         return bool(letter) and letter[1] == g.strip("()")
-    if number(a) is not None and number(g) is not None:
-        return number(a) == number(g)
-    if BASED.search(a) or BASED.search(g) or max(len(answer), len(gold)) > LONGEST:
-        return False
-    return None
+    if a == g or not a or number(a) is not None and number(g) is not None:
+        return a == g or a != "" and number(a) == number(g)
+    return False if any(UNREAD.search(x.rpartition("=")[2]) for x in (answer, gold)) else None
+
+def read(text):
+    """A value as sympy reads it, in a worker: 3 + 4 = 7 is 7, and so is \\text{Area} = 7."""
+    import sympy
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+    for pattern, by in ((r"([\d.]+)\\%", r"\\frac{\1}{100}"),
+                        (r"(?<![a-zA-Z\\])i(?![a-zA-Z])", r"\\sqrt{-1}"),  # `i` is a variable there
+                        (r"^[^,]*(?<![<>!])=(?=[^,]*=)|^.*\\text.*?=|^\w \\in(?![a-z])", "")):
+        text = re.sub(pattern, by, text)
+    value = latex2sympy(text, is_real=True, conversion_config=ConversionConfig(lowercase_symbols=False),
+                        normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"))
+    listed = isinstance(value, sympy.FiniteSet) and len(value.free_symbols) == 1 and all(
+        x.is_Relational and not isinstance(x, (sympy.Eq, sympy.Ne)) for x in value.args)
+    return sympy.Union(*(x.as_set() for x in value.args)) if listed else value  # x < 2 or x > 3
+
+def traits(text, value):
+    """What math-verify forgets: letters (names of points in order), how often each item of a list occurs."""
+    names = re.findall("[A-Z]{3,}|[a-zA-Z]", re.sub(r"\\(?:begin|end|mathbb)\{\w+\}|\\[a-zA-Z]+", "", text))
+    items = sorted(map(str, value._unsorted_args)) if type(value).__name__ == "FiniteSet" else []
+    return set(names) - {"e", "i"}, [len(list(equal)) for _, equal in itertools.groupby(items)]
 
 def sympy_equal(answer, gold):
-    """math-verify's opinion, less its false equalities. Called in worker processes only."""
+    """math-verify's opinion of two tidied values, less its false equalities."""
     import sympy
-    from math_verify import LatexExtractionConfig, parse, verify
-    texts = [re.sub(r"([\d.]+)\\%", r"\\frac{\1}{100}", tidy(text)) for text in (gold, answer)]
-    g, a = (parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
-            for text in texts)
+    from math_verify import verify
+    a, g = read(answer), read(gold)
+    if isinstance(a, sympy.Eq) and isinstance(g, sympy.Eq):  # up to a factor
+        factor = sympy.cancel((a.lhs - a.rhs).doit() / (g.lhs - g.rhs).doit())
+        if factor.is_number and factor.is_finite and factor.is_nonzero:
+            return True
     # With 15 digits, the default, 1/2^99 = 1/2^98. The set option: -2 <= x <= 7 is the interval [-2, 7].
-    if not g or not a or not verify(g, a, numeric_precision=50, allow_set_relation_comp=True,
-                                    timeout_seconds=None):
+    if not verify(g, a, numeric_precision=50, allow_set_relation_comp=True, timeout_seconds=None):
         return False
-    if not all(isinstance(x, sympy.Expr) and x.is_number and x.is_finite for x in (g[0], a[0])):
+    related = [bool(re.search(r"[<>=]|\\(?:[lgn]eq?|in)(?![a-z])", text)) for text in (answer, gold)]
+    if related[0] == related[1] and traits(answer, a) != traits(gold, g):
+        return False
+    if {re.sub(r"^(\\\{|\((?=[^()]*\)$)).*|.+", r"\1", x) for x in (answer, gold)} == {"(", "\\{"}:
+        return False  # a set is no tuple
+    if not all(isinstance(x, sympy.Expr) and x.is_number and x.is_finite for x in (g, a)):
         return True
     # Numbers again: floats were compared to 6 absolute decimals, which makes .0000672 = .0000674.
-    x, y, rough = g[0].evalf(60), a[0].evalf(60), g[0].has(sympy.Float) or a[0].has(sympy.Float)
+    x, y, rough = g.evalf(60), a.evalf(60), g.has(sympy.Float) or a.has(sympy.Float)
     return bool(abs(x - y) <= (1e-6 if rough else 1e-40) * max(abs(x), abs(y)))
 
 # math-verify runs in processes of its own: its alarm works in the main thread only, its TimeoutException
@@ -174,11 +249,12 @@ def read_reply(worker, seconds):
     return worker.stdout.readline().strip() if ready else ""
 
 def ask_worker(pair):
-    """Are (answer, gold) equal? A worker that does not say is killed, and the answer is wrong."""
+    """[equal, vote of a wrong answer] of (answer, gold). A worker that does not say is killed: wrong."""
     worker = IDLE.pop() if IDLE else None
     if worker is None or worker.poll() is not None:
         worker = subprocess.Popen([sys.executable, os.path.abspath(__file__), "worker"], text=True, stdin=-1,
-                                  stdout=-1, start_new_session=True)  # -1: a pipe. Ctrl-C is not for workers
+                                  stdout=-1, start_new_session=True,  # -1: a pipe. Ctrl-C is not for workers
+                                  env=os.environ | {"PYTHONHASHSEED": "0"})  # sympy's order, and so verdicts
         if read_reply(worker, START_SECONDS) != "ready":
             raise RuntimeError("a grading worker did not start (see above); is math-verify installed?")
     try:
@@ -192,7 +268,7 @@ def ask_worker(pair):
     else:
         worker.kill()
         worker.wait()
-    return reply == "true"
+    return json.loads(reply or '[false, ""]')
 
 def worker_main():
     import logging
@@ -208,11 +284,13 @@ def worker_main():
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit = math.ceil(used.ru_utime + used.ru_stime) + CPU_SECONDS
         resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-        try:
-            equal = sympy_equal(*json.loads(line))
-        except Exception:  # what sympy cannot read is not the answer
-            equal = False
-        print("true" if equal else "false", file=replies, flush=True)
+        equal, pair = quick_equal(*json.loads(line)), [tidy(text) for text in json.loads(line)]
+        poll = key(pair[0])
+        with contextlib.suppress(Exception):  # what sympy cannot read is not the answer
+            equal = sympy_equal(*pair) if equal is None else equal
+        with contextlib.suppress(Exception):
+            poll = poll if equal else vote(*pair)
+        print(json.dumps([bool(equal), poll]), file=replies, flush=True)
 
 def grade_all(responses, golds, finished=None, workers=2):
     """Verdicts of many responses. Each distinct pair (answer, gold) is compared once."""
@@ -224,15 +302,18 @@ def grade_all(responses, golds, finished=None, workers=2):
         whole = find_answers(response)
         by_rule = (None,) * 3 if cut else whole if tail == response else find_answers(tail)
         found.append((gold, cut, *by_rule, *whole[1:]))
-    equal = {(x, gold): quick_equal(x, gold) for gold, _, *answers in found for x in answers if x is not None}
-    unclear = sorted(pair for pair in equal if equal[pair] is None)
+    pairs = {(x, gold) for gold, _, *answers in found for x in answers if x is not None}
+    equal = {pair: quick_equal(*pair) for pair in pairs}
+    asked = sorted(pair for pair in equal if not equal[pair] and len(pair[0]) <= LONGEST)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        equal.update(zip(unclear, pool.map(ask_worker, unclear)))
+        told = dict(zip(asked, pool.map(ask_worker, asked)))
+    equal.update({pair: right for pair, (right, _) in told.items()})
     verdicts = []
     for gold, cut, answer, *others in found:
         right, line, box, full_line, full_box = (equal.get((x, gold), False) for x in (answer, *others))
+        poll = gold if right else told.get((answer, gold), ("", ""))[1] or answer
         no_answer = answer is None and not cut
-        verdicts.append(Verdict(right, answer, line, box, full_line or full_box, cut, no_answer))
+        verdicts.append(Verdict(right, answer, line, box, full_line or full_box, cut, no_answer, poll))
     return verdicts
 
 def grade(response, gold, finished=True):
@@ -421,17 +502,33 @@ def pass_at_k(n, c, k):
     """Chance that k of n samples drawn without replacement hold one of the c right ones: unbiased."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
+def vote(answer, gold):
+    """What all spellings of a wrong answer share: its letter, value, simplest form or key (in a worker)."""
+    import sympy
+    value, letter = number(key(answer)), OPTION.fullmatch(key(gold)) and CHOICE.fullmatch(answer)
+    if letter or value is None and (UNREAD.search(answer) or key(answer).isalpha()):
+        return letter[1] if letter else key(answer)
+    value = read(answer) if value is None else sympy.Rational(value)
+    value = sympy.simplify(value.xreplace({x: sympy.Rational(str(x)) for x in value.atoms(sympy.Float)}))
+    value = value.rhs if isinstance(value, sympy.Eq) and value.lhs.is_Symbol else value  # x = 3 votes for 3
+    value = value.expand() if isinstance(value, sympy.Expr) else value
+    exact = isinstance(value, sympy.Expr) and value.is_number and value.is_real and value.is_finite
+    return str(sympy.Rational(str(value.evalf(30))).limit_denominator(10**12) if exact else value)
+
 def majority(group):
-    """1 if the most frequent answer is right, 1/m if m answers tie. Right ones are one, however spelled."""
-    votes = collections.Counter(r["correct"] or key(tidy(r["answer"])) for r in group
-                                if r["answer"] is not None)
+    """1 if the most frequent answer is right, 1/m if m answers tie. Equal answers are one vote."""
+    votes = collections.Counter(r["correct"] or r["vote"] for r in group if r["answer"] is not None)
     right, most = votes[True], max(votes.values(), default=0)
     return 1 / list(votes.values()).count(most) if right and right == most else 0.0
 
 def summarise(records, k=None):
     """Statistics of records with equally many samples of each problem. Shares are fractions."""
     groups = list(by_problem(records).values())
-    k = k or min(map(len, groups))
+    sizes = sorted({len(group) for group in groups})
+    if len(sizes) != 1 or not 1 <= (k or 1) <= sizes[0]:
+        found = f"{len(records)} records with {' or '.join(map(str, sizes)) or 'no'} samples a problem"
+        raise ValueError(f"expected equally many samples of each problem, at least k = {k}; found {found}")
+    k = k or sizes[0]
     right = [r["tokens"] for r in records if r["correct"]]
     stats = {
         "problems": len(groups), "samples": len(groups[0]), "k": k,
@@ -456,6 +553,11 @@ def paired(base, ours, draws=4000):
     """
     import numpy
     base, ours = by_problem(base), by_problem(ours)
+    if not base or base.keys() != ours.keys():
+        raise ValueError(f"expected two runs on the same problems, found {len(base)} and {len(ours)}, of "
+                         f"which {len(base.keys() & ours.keys())} are common")
+    if not any(r["tokens"] for group in base.values() for r in group):
+        raise ValueError("the first run has no tokens at all: there is nothing to reduce")
     means = numpy.array([[mean(run[problem], column) for problem in base]
                          for run in (base, ours) for column in ("tokens", "correct")])  # [4, problems]
     rng, count, result = numpy.random.default_rng(0), means.shape[1], {}

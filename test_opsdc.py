@@ -2176,6 +2176,60 @@ def test_grading_loads_neither_torch_nor_vllm_nor_opsdc():
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "True []", done.stderr
 
+GOLDS = ["\\frac{3}{4}", "-\\frac{7\\pi}{12}", "12345", "\\left( 3, \\frac{\\pi}{2} \\right)", "x^2 - 5x + 6",
+         "\\begin{pmatrix} -1/3 \\\\ 2/3 \\\\ 5/3 \\end{pmatrix}", "[-2,7)",
+         "(-\\infty, -2) \\cup (3, \\infty)",
+         "\\begin{pmatrix} 1 & -2 \\\\ 3 & 4 \\end{pmatrix}", "2 - 3i", "4 + 2\\sqrt{3}", "1,2,5",
+         "y = 2x + 3",
+         "11 \\text{ meters}", "\\text{Thursday}", "3 \\pm 2\\sqrt{2}", "\\{1,4,9\\}", "5(x + 2)(x - 2)"]
+
+def respelled(gold):
+    """Other spellings of the same value, made by rules."""
+    bare, tight = "\\text" not in gold, not re.search(r"\\ |\\text", gold.replace("\\\\", ""))
+    changes = [(r"(?<![a-zA-Z\d]) +| +(?![a-zA-Z\d])", "")] * tight + [
+        (r"([+=&]|\\\\)", r" \1 "), (r"(?<=[(+=]) ?" if bare else "^", r"\\,"), (r"\\frac", r"\\dfrac"),
+        (r"\\frac\{(\d)\}\{(\d)\}", r"\\tfrac\1\2"),
+        (r"\\text\{", r"\\mathrm{"), (r"(?<![\d.,_{])\d{4,}(?![\d.,_}])", lambda m: f"{int(m[0]):,}")]
+    if gold.count("(") == gold.count(")") and "\\left" not in gold and bare:
+        changes.append((r"([()])", lambda m: ("\\left" if m[1] == "(" else "\\right") + m[1]))
+    return {re.sub(pattern, by, gold) for pattern, by in changes} - {gold}
+
+def mutated(gold):
+    """Other values, one change away: a sign, a digit, two cells, an end of an interval, an operator."""
+    places = [(m.start(), m.end(), by(m[0])) for pattern, by in (
+        (r"(?<!\\)(?<![a-zA-Z])\d", lambda d: str((int(d) + 1) % 10) if d != "9" else "4"),
+        (r"\+", lambda _: "-"), (r"(?<=[\d)}a-z] )-|^-", lambda _: "+"), (r"\\cup", lambda _: "\\cap"),
+        (r"(?<=^)\[|(?<=cup )\[", lambda _: "("), (r"\](?=$)|\](?= \\cup)", lambda _: ")"))
+        for m in re.finditer(pattern, gold)]
+    found = {gold[:a] + by + gold[b:] for a, b, by in places}
+    if re.fullmatch(r"\d+(\.\d+)?|\\frac\{\d+\}\{\d+\}", gold) and gold != "0":
+        found.add("-" + gold)
+    for cells in (r"^(\\begin\{pmatrix\}|(?:\\left)?\()([^,&\\]+)(,|&|\\\\)([^,&\\]+)(?=&|\\|\)|,)",):
+        swap = re.match(cells, gold)
+        if swap and swap[2].strip() != swap[4].strip():
+            found.add(gold.replace(swap[0], "{}{}{}{}".format(swap[1], swap[4], swap[3], swap[2])))
+    return found
+
+def accepted_shares(golds):
+    """(share of the respellings that is accepted, share of the mutations, what is wrong)."""
+    shares, wrong = [], []
+    for kind, expected in ((respelled, True), (mutated, False)):
+        pairs = [(x, gold) for gold in golds for x in sorted(kind(gold))]
+        right = [v.correct for v in ev.grade_all([f"Answer: ${x}$" for x, _ in pairs], [g for _, g in pairs])]
+        wrong += [pair for pair, accepted in zip(pairs, right) if accepted is not expected]
+        shares.append(sum(right) / len(pairs))
+    return *shares, wrong
+
+def test_respelled_golds_are_accepted_and_mutated_ones_are_not():
+    assert len(set().union(*map(respelled, GOLDS))) > 30 and len(set().union(*map(mutated, GOLDS))) > 50
+    assert accepted_shares(GOLDS) == (1, 0, [])
+
+@pytest.mark.skipif(not MATH500.is_file(), reason=f"{MATH500} is not there")
+def test_math500_respelled_and_mutated():
+    golds = [json.loads(line)["answer"] for line in MATH500.read_text().splitlines()]
+    same, other, wrong = accepted_shares(golds)
+    assert same >= 0.995 and other <= 0.002, (same, other, wrong)
+
 @pytest.mark.skipif(not MATH500.is_file(), reason=f"{MATH500} is not there")
 def test_whole_math500_file():
     rows = [json.loads(line) for line in MATH500.read_text().splitlines()]
@@ -2293,7 +2347,8 @@ def test_problem_files_and_their_faults(tmp_path, capsys):
 
 def record(problem, sample, correct, tokens, level=None, answer="7", **more):
     return {"id": problem, "sample": sample, "correct": correct, "tokens": tokens, "level": level,
-            "answer": answer, "gold": "5", "think_tokens": tokens - 2, "answer_tokens": 2, "truncated": False,
+            "answer": answer, "vote": answer, "gold": "5",
+            "think_tokens": tokens - 2, "answer_tokens": 2, "truncated": False,
             "no_answer": answer is None, "answer_only": correct, "boxed_only": False,
             "either_full_text": correct, "problem_hash": ev.digest(problem), **more}
 
@@ -2326,13 +2381,37 @@ def test_pass_at_k_equals_the_count_over_all_subsets():
         subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
         assert ev.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
-def test_majority():
+def test_majority_counts_equal_answers_as_one_vote_however_spelled():
     def share(*votes):
-        return ev.majority([record("a", i, v == "5", 1, answer=v) for i, v in enumerate(votes)])
+        verdicts = ev.grade_all([f"Answer: {v}" if v else "none" for v in votes], ["5"] * len(votes))
+        return ev.majority([v._asdict() for v in verdicts])
     assert share("5", "7", "5") == 1 and share("7", "7", "5") == 0 and share("5", "7") == 0.5
-    assert share(None, None, "5") == 1
-    # one answer in two spellings outvotes the right one
-    assert share(None) == 0 and share("\\frac12", "\\frac{1}{2}", "5") == 0
+    assert share(None, None, "5") == 1 and share(None) == 0
+    assert share("5", "\\frac{10}{2}", "7", "7", "5.0") == 1
+    for wrong in (("3", "3.0", "\\frac{6}{2}"), ("\\frac12", "\\frac{1}{2}", "0.5"), ("x=3", "3"),
+                  ("2\\sqrt3", "\\sqrt{12}"),
+                  ("(x+1)^2", "x^2+2x+1"), ("1, 2", "2,1.0"), ("(1,2)", "(1, \\frac{4}{2})"),
+                  ("7 cm", "7\\text{ cm}"), ("\\text{No}", "no"), ("12_7", "12_{7}"),
+                  ("9" * 1200, "9" * 1200)):
+        assert share(*wrong, "5") == (0 if len(wrong) > 1 else 0.5) and share(wrong[0], "5") == 0.5, wrong
+        assert share(*wrong, *["5"] * len(wrong)) == 0.5, wrong
+    assert share("(1,2)", "(2,1)", "5", "5") == share("3", "-3", "5", "5") == share("2x", "2y", "5", "5") == 1
+    # choices: one vote for B, however it is argued
+    told = ev.grade_all([f"Answer: {a}" for a in ("B", "(B) 7", "B because", "C", "C")], ["C"] * 5)
+    assert ev.majority([v._asdict() for v in told]) == 0
+
+def test_statistics_refuse_what_has_no_meaning():
+    a, b = [record("a", i, True, 10) for i in range(2)], [record("b", 0, False, 20)]
+    for records, k, found in ((a + b, None, "3 records with 1 or 2 samples"), (a, 3, "2 records with 2"),
+                              ([], None, "0 records with no samples")):
+        with pytest.raises(ValueError, match=found):
+            ev.summarise(records, k)
+    with pytest.raises(ValueError, match="found 1 and 1, of which 0"):
+        ev.paired(a, b)
+    with pytest.raises(ValueError, match="found 0 and 0"):
+        ev.paired([], [])
+    with pytest.raises(ValueError, match="no tokens at all"):
+        ev.paired([record("a", 0, True, 0)], [record("a", 0, True, 5)])
 
 def test_paired_bootstrap():
     rng = random.Random(2)
