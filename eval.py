@@ -136,6 +136,7 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"(?<![\d./^_{}])(\d+) (\d+)/(\d+)(?![\d./])", r"\1\\frac{\2}{\3}"),  # 3 1/2
     (r"(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: r"\frac{%d}{%d}" % (  # 0.1666...
         int(m[1] + m[2] + m[3]) - int("0" + m[1] + m[2]), 10 ** len(m[2]) * (10 ** len(m[3]) - 1))),
+    (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)", lambda m: m[0].replace(" ", "")),  # 1 000
     (r"\\frac ?(\w|\\pi|\\theta) ?(?=[\w\\{])", r"\\frac{\1}"),
     (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\}) ?(\w|\\pi)", r"\1{\2}"), (r"^\{([^{}]*)\}$", r"\1"),
     (r"^ ?(?:≈|\\approx)", ""), (r"≈|\\approx", "="),
@@ -144,7 +145,7 @@ OPTION = re.compile(r"\(?[A-J]\)?")
 # B, (B), B: seven, B because ...; no other letter beside it ("A measure" is none) but in its own sentence
 CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(? ?([A-J])(?:[.)] ?[A-Z][a-z].*|(?:[).,:;?!*](?!\w)|"
                     r"(?= [^=+*/^_<>])|$)(?:(?!(?<![\w'\\])(?:[B-HJ]|[AI](?! [a-z]))(?![\w'])).)*)")
-NUMBER = re.compile(r"([+-]?)(\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)|\d*)(\.\d+)?(?:[eE]([+-]?\d\d?))?(\\%)?")
+NUMBER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d*)(\.\d+)?(?:[eE]([+-]?\d\d?))?(\\%)?")
 # Misread by math-verify: a base (52_8), "5 6" (as 5 + 6), f' (as f), text (as letters in any order)
 UNREAD = re.compile(r"(?<![a-zA-Z\d_{])\d[\dA-F]*_|(?<![\d_^])\d+ \d|'|\\text|\\angle")
 
@@ -170,7 +171,7 @@ def number(text):
     match = NUMBER.fullmatch(text) if len(text) < 100 else None
     if not match or not (match[2] or match[3]):
         return None
-    value = fractions.Fraction(match[1] + (re.sub("[, ]", "", match[2]) or "0") + (match[3] or ""))
+    value = fractions.Fraction(match[1] + (match[2].replace(",", "") or "0") + (match[3] or ""))
     value *= fractions.Fraction(10) ** int(match[4] or 0)
     return value / 100 if match[5] else value  # math-verify holds 10\% = 10
 
