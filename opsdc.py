@@ -835,7 +835,7 @@ def export(model, tokenizer, out):
 # -------------------------------------------------------------------------------------------------- FAMILIES
 # How families of models differ, all of it, and which cannot be trained.
 
-read_config = partial(AutoConfig.from_pretrained, trust_remote_code=False)  # False: or it asks on the terminal
+read_config = partial(AutoConfig.from_pretrained, trust_remote_code=False)  # else it asks on the terminal
 
 def text_config(config):
     """Of a multimodal model the causal text model's: that is what is trained, run and exported."""
