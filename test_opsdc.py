@@ -1235,7 +1235,6 @@ def family_export(directory, name):
             own = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
         gaps += (own.gather(-1, torch.tensor(ids)[:, None])[:, 0] - torch.tensor(logprobs)).abs().tolist()
     (directory / "export").write_text(str(statistics.fmean(gaps)))
-    engine.close()
 
 def forked(function, log, *arguments):
     """function(*arguments) in a forked process whose output goes to `log`; returns its exit status."""
