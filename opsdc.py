@@ -875,8 +875,8 @@ def read_model(model, lm):
         model, dtype=lm.dtype, attn_implementation=lm.config._attn_implementation, output_loading_info=True)
     missing, tied = sorted(info["missing_keys"]), bool(lm.all_tied_weights_keys)
     check(not missing, f"--model {model}: expected weights {missing[:3]}, found none in its files")
-    check(tied == bool(whole.all_tied_weights_keys), f"--model {model}: expected embedding and head to be one, "
-          "as config.json says, found two tensors; set its tie_word_embeddings to false")
+    check(tied == bool(whole.all_tied_weights_keys), f"--model {model}: expected embedding and head to be "
+          "one, as config.json says, found two tensors; set its tie_word_embeddings to false")
     check(all(w.isfinite().all() for w in whole.state_dict().values()),
           f"--model {model}: expected finite weights, found NaN or infinity; take another copy")
     ids = torch.arange(8)
