@@ -835,7 +835,7 @@ def export(model, tokenizer, out):
 # -------------------------------------------------------------------------------------------------- FAMILIES
 # How families of models differ, all of it, and which cannot be trained.
 
-read_config = partial(AutoConfig.from_pretrained, trust_remote_code=False)  # False: or it asks on the terminal
+read_config = partial(AutoConfig.from_pretrained, trust_remote_code=False)  # else it asks on the terminal
 
 def text_config(config):
     """Of a multimodal model the causal text model's: that is what is trained, run and exported."""
@@ -873,7 +873,10 @@ def read_model(model, lm):
     known = read_config(model).model_type in CAUSAL_LMS
     whole, info = (AutoModelForCausalLM if known else AutoModelForImageTextToText).from_pretrained(
         model, dtype=lm.dtype, attn_implementation=lm.config._attn_implementation, output_loading_info=True)
-    check(not info["missing_keys"], f"--model {model}: found no weights {sorted(info['missing_keys'])[:3]}")
+    missing, tied = sorted(info["missing_keys"]), bool(lm.all_tied_weights_keys)
+    check(not missing, f"--model {model}: expected weights {missing[:3]}, found none in its files")
+    check(tied == bool(whole.all_tied_weights_keys), f"--model {model}: expected embedding and head to be "
+          "one, as config.json says, found two tensors; set its tie_word_embeddings to false")
     check(all(w.isfinite().all() for w in whole.state_dict().values()),
           f"--model {model}: expected finite weights, found NaN or infinity; take another copy")
     ids = torch.arange(8)

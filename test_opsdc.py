@@ -1235,7 +1235,6 @@ def family_export(directory, name):
             own = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
         gaps += (own.gather(-1, torch.tensor(ids)[:, None])[:, 0] - torch.tensor(logprobs)).abs().tolist()
     (directory / "export").write_text(str(statistics.fmean(gaps)))
-    engine.close()
 
 def forked(function, log, *arguments):
     """function(*arguments) in a forked process whose output goes to `log`; returns its exit status."""
@@ -1315,15 +1314,21 @@ def test_logits_that_the_loss_does_not_compute_stop_with_one_line(one_rank, tmp_
     assert exit.value.code == 1 and len(lines) == 1
     assert re.search("expected the loss to compute the model's own log-probabilities, found [0-9.]+ nats", lines[0])
 
-def test_weights_that_are_missing_are_not_made_up(one_rank, tmp_path, capsys):
-    make_family(tmp_path, "Qwen2")
+def test_weights_are_neither_made_up_nor_tied_against_their_files(one_rank, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
+
+    def said():
+        with pytest.raises(SystemExit):
+            opsdc.load_model(opsdc.Config(model=str(tmp_path)), torch.device("cpu"))
+        return capsys.readouterr().out
+    make_family(tmp_path, "Qwen2")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(tie_word_embeddings=True)))
+    assert re.search("error: --model .* expected embedding and head to be one, .* found two tensors", said())
     weights = load_file(tmp_path / "model.safetensors")
     save_file({name: w for name, w in weights.items() if "q_proj" not in name}, tmp_path / "model.safetensors",
               metadata=dict(format="pt"))
-    with pytest.raises(SystemExit):
-        opsdc.load_model(opsdc.Config(model=str(tmp_path)), torch.device("cpu"))
-    assert "error: --model" in (said := capsys.readouterr().out) and "q_proj" in said
+    assert re.search("error: --model .* expected weights .*q_proj.* found none in its files", said())
 
 def test_dropout_in_the_config_changes_nothing(one_rank, tmp_path):
     found, device = [], torch.device("cpu")
