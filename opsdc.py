@@ -988,9 +988,7 @@ def check_settings(cfg, context):
 
 def check_disk(cfg):
     """Two checkpoints are kept while a third is written: theta and Adam's state in float32, thetabar."""
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.model))
-    each = (12 + compute_dtype().itemsize) * sum(p.numel() for p in lm.parameters())
+    each = (12 + compute_dtype().itemsize) * sum(p.numel() for p in empty_model(cfg.model).parameters())
     out = Path(cfg.out).absolute()
     needed = each * (min(3, math.ceil(cfg.steps / cfg.save_every)) - len(checkpoints(out)))
     free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
