@@ -1233,6 +1233,9 @@ def run_and_exit(main):
     try:
         main()
         status = 0
+    except SystemExit:
+        if "vllm" not in sys.modules:  # no engine yet: as ever
+            raise
     except (Exception, KeyboardInterrupt):
         sys.excepthook(*sys.exc_info())
     if "wandb" in sys.modules:
