@@ -6,6 +6,7 @@ float64 or with a second real run.
     python test_opsdc.py quickstart [DIR]           the whole way on a toy: train it, measure, compare, draw
     python test_opsdc.py toy [DIR]                  a tiny reasoning model that overthinks, and its problems
     python test_opsdc.py claims [DIR]               the paper's claims on it, three seeds a row
+    python test_opsdc.py families [NAME ...]        a tiny random model of every family, trained and exported
     python test_opsdc.py fork NAME FILE             opsdc.py with the patch of another paper's idea
     python test_opsdc.py drill [DIR]                a rank killed at every moment of a step
     python test_opsdc.py large [DIR]                a random Qwen3 of the 0.6B's shape
@@ -43,8 +44,9 @@ import torch
 from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, LlamaConfig,
-                          LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer,
+                          GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
+                          Qwen3Config, Qwen3ForCausalLM)
 
 import eval as ev
 import opsdc
@@ -1129,7 +1131,7 @@ FAMILIES = {  # name: model_type, what its config says beyond SHAPE
     "Hunyuan dense": ("hunyuan_v1_dense", {}), "Ministral": ("ministral", WINDOW),
     "Qwen3.5": ("qwen3_5", dict(text_config=GDN, vision_config=QWEN_VISION)),
     "Qwen3.5 text": ("qwen3_5_text", GDN),
-    "Qwen3-Next": ("qwen3_next", GDN | MOE ), "Falcon-H1": ("falcon_h1", MAMBA | dict(lm_head_multiplier=0.5)),
+    "Qwen3-Next": ("qwen3_next", GDN | MOE), "Falcon-H1": ("falcon_h1", MAMBA | dict(lm_head_multiplier=0.5)),
     "Granite 4 hybrid": ("granitemoehybrid", MAMBA | dict(
         layer_types=["mamba", "attention"], logits_scaling=3.0, num_local_experts=0, shared_intermediate_size=128)),
     "Gemma 3": ("gemma3", dict(text_config=WINDOW | TIED | dict(query_pre_attn_scalar=32),
@@ -1141,7 +1143,8 @@ FAMILIES = {  # name: model_type, what its config says beyond SHAPE
     "Granite": ("granite", TIED | dict(logits_scaling=4.0)),
     "MiniCPM3": ("minicpm3", dict(dim_model_base=16, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16,
                                   qk_rope_head_dim=16, v_head_dim=32, num_key_value_heads=2)),
-    "Cohere 2": ("cohere2", WINDOW | TIED | dict(logit_scale=0.25)),
+    "Cohere 2": ("cohere2", WINDOW | TIED | dict(logit_scale=0.25, sliding_window=1024)),
+    "Cohere 2, past the window": ("cohere2", WINDOW | TIED | dict(logit_scale=0.25)),
     "Qwen3-MoE": ("qwen3_moe", MOE), "Mixtral": ("mixtral", MOE), "GLM4-MoE": ("glm4_moe", MOE),
     "dropout in the config": ("qwen2", dict(attention_dropout=0.1)),
     "Ministral 3, nested": ("mistral3", dict(text_config=dict(model_type="ministral3"), vision_config=VISION)),
@@ -1155,7 +1158,7 @@ REMARKS = {
     "Qwen3.5 text": "bfloat16 engine; torchvision stubbed", "Qwen3-Next": "bfloat16 engine",
     "gpt-oss": "not served: vLLM's reload leaves its experts as they were (sinks are right)",
     "NemotronH": "not served: vLLM's experts without a gate need a GPU",
-    "Cohere 2": "vLLM's window is one longer than transformers'",
+    "Cohere 2, past the window": "vLLM's window is one longer than transformers'",
 }
 SHAPE = dict(vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=1, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=False)
