@@ -1280,7 +1280,7 @@ def family_row(directory, name):
         remark = f"{remark}; {failed()[:100]}" if not stopped else f"stops at a gap of {stopped[1]}; {remark}"
         if stopped and name != "gpt-oss" and "experts" in str(FAMILIES[name]):
             forked(family_run, log, directory, name, True)
-            remark += "vLLM's CPU packs experts at the first load only; gap and export are with that repaired"
+            remark += "; " * remark.endswith("engine") + "vLLM's CPU packs experts at the first load only; gap and export are with that repaired"
     gap = family_gap(directory)
     if gap is not None and forked(family_export, log, directory, name):
         remark = "export: " + failed()[:150]
