@@ -1170,8 +1170,9 @@ def make_family(directory, name):
     tokenizer = make_tokenizer(tuple(opsdc.INSTRUCTIONS.values()), QWEN_TEMPLATE)
     special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
     if "text_config" in changes:
-        config = AutoConfig.for_model(kind, **special, tie_word_embeddings=False, **changes | dict(
-            text_config=SHAPE | special | changes["text_config"]))
+        text = SHAPE | special | changes["text_config"]
+        config = AutoConfig.for_model(kind, **special, **changes | dict(
+            text_config=text, tie_word_embeddings=text["tie_word_embeddings"]))
         model = AutoModelForImageTextToText.from_config(config)
     else:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | special | changes))
