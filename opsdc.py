@@ -24,6 +24,7 @@ thetabar's shards into the training module for one pass that keeps the last hidd
 back, and runs the student's passes, in which logits exist for `loss_chunk` tokens at a time.
 
 Axes: B sequences of a batch, b of a micro-batch, T positions, N response tokens packed end to end, V, d.
+The algorithm reaches down to MAIN; what follows there surrounds it: checkpoints, rows, families, checks, logs.
 
 Left out on purpose: rewards and advantages, importance ratios (a KL over the whole vocabulary needs no
 correction for the small gap between engine and trainer), LoRA, schedules, several rollouts a prompt,
@@ -80,8 +81,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import has_file
 from transformers.utils.logging import disable_progress_bar
 
-# The seam to whatever measures: three functions, those of eval.py where it stands beside this file. Training
+# The seam to whatever measures: four functions, those of eval.py where it stands beside this file. Training
 # needs none of them; a fork gives its own.
+#     last_box(text) -> (place, value)                   of the answer that a solution ends with
 #     grade_rollouts(rollouts, problems, tokenizer)      fills in .correct where the problem's answer is known
 #     load_held_out(cfg, tokenizer) -> problems          of --eval_data
 #     validate(engine, tokenizer, problems, cfg) -> metrics of the engine's present weights
@@ -374,148 +376,12 @@ def refresh(model, thetabar, step, cfg):
     due = cfg.refresh_every and step % cfg.refresh_every == 0
     return snapshot(model) if due else thetabar
 
-# ------------------------------------------------------------------------------------------------------ DATA
-# Strict: str() of a list, or a text cut off a conversation, would be trained on without a sign.
-
-@contextlib.contextmanager
-def named(where):
-    """An error inside, whatever library's, becomes a ValueError that says `where`."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{where}: {error}") from None
-
-def load_json(text, where=""):
-    with named(f"{where}expected a JSON object, found {text[:60]!r}"):
-        return json.loads(text, parse_float=Decimal)  # 0.10 keeps its digits
-
-def read_file(path, kind):
-    """(where, row) of every row of a file. All cells of a .csv are texts: 055 is not 55."""
-    data = Path(path).read_bytes()
-    data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    if kind == ".parquet":
-        import pyarrow.parquet
-        batches = pyarrow.parquet.ParquetFile(io.BytesIO(data)).iter_batches()
-        rows = (row for batch in batches for row in batch.to_pylist())
-        return ((f"row {n}", row) for n, row in enumerate(rows, 1))
-    with named("expected the encoding UTF-8"):
-        text = data.decode("utf-8-sig")
-    if kind == ".csv":
-        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        return ((f"line {table.line_num}", row) for row in table)
-    if text.lstrip().startswith("["):
-        return ((f"row {n}", row) for n, row in enumerate(load_json(text), 1))
-    lines = enumerate(text.split("\n"), 1)  # splitlines() also cuts at U+2028
-    return ((f"line {n}", load_json(line, f"line {n}, ")) for n, line in lines if line.strip())
-
-def read_rows(source):
-    """(where, row) of every row of a file, a folder of files, or a data set of the hub; `where` names it."""
-    kind = Path(source.removesuffix(".gz")).suffix
-    if kind in (".jsonl", ".json", ".csv", ".parquet") and not Path(source).is_dir():
-        with named(source):
-            for where, row in read_file(source, kind):
-                check(isinstance(row, dict) and None not in row,
-                      f"{where}: expected a JSON object, or a cell for each column, found {str(row):.60}")
-                yield f"{source}, {where}", row
-        return
-    import datasets
-    name, config, split = [*([source] if Path(source).exists() else source.rsplit(":", 2)), "", ""][:3]
-    with named(f"{source}: expected a file .jsonl, .json, .csv or .parquet, or .gz of one, a folder of "
-               "these, or a data set of the hub as ID, ID:CONFIG or ID:CONFIG:SPLIT, found"):
-        if Path(name).is_dir():  # datasets knows which files are the split's
-            files = datasets.load_dataset_builder(name, config or None).config.data_files[split or "train"]
-            rows = (pair for file in files for pair in read_rows(file))
-        else:
-            data = datasets.load_dataset(name, config or None, split=split or "train")
-            rows = ((f"{source}, row {n}", row) for n, row in enumerate(data, 1))
-    yield from rows
-
-def as_text(value):
-    """A text, number or boolean as text; "" if it is missing or blank."""
-    check(isinstance(value, (str, int, float, Decimal, type(None))), f"expected a text, found {value!r:.60}")
-    if value is None or value != value:  # NaN: a table's missing number
-        return ""
-    return format(Decimal(str(value)), "f") if isinstance(value, (float, Decimal)) else str(value).strip()
-
-def as_answer(value):
-    """The value of a known answer: after GSM8K's ####, in a solution's last box, else all of it; or None."""
-    if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"]; not [0, 1)
-        value = load_json(value)
-    text = as_text(value[0] if isinstance(value, list) and len(value) == 1 else value)
-    return measure and measure.last_box(text)[1] or text.rpartition("####")[2].strip() or None
-
-def as_problem(value, wrapper):
-    """A prompt as the text of its only turn, else as messages; None if no user's text is in it. For --wrapper
-    math it holds one problem, whose wrapper is taken off."""
-    if isinstance(value, str) and re.fullmatch(r"(?s)\s*\[?\s*\{.*[\"'](role|from)[\"']\s*:.*\}\s*\]?\s*",
-                                               value):
-        value = load_json(value)
-    value = [{"role": "user", "content": value}] if isinstance(value, str) else [] if value is None else value
-    are_texts = lambda m: isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-    check(isinstance(value, list)
-          and all(isinstance(m, dict) and (m.get("tool_calls") or are_texts(m)) for m in value),
-          f"expected a text, or messages with the texts role and content, found {value!r:.60}")
-    json.dumps(value, ensure_ascii=False, default=str).encode()  # fails on half a surrogate pair
-    roles = [m["role"] for m in value]
-    check(roles[-1:] != ["assistant"] and (wrapper == "none" or roles.count("user") < 2),
-          "expected the user's turn last, and with --wrapper math no other of theirs (--wrapper none takes a "
-          f"conversation as it is), found the turns {', '.join(roles)}")
-    if not any(m["role"] == "user" and m["content"].strip() for m in value):
-        return None
-    if wrapper == "math":
-        bare = lambda text: text.removeprefix(WRAPPER_HEAD).removesuffix(WRAPPER_TAIL).strip()
-        value = edit_last_user(value, bare)
-    return value[0]["content"] if len(value) == 1 else value
-
-def problem_and_answer(row, where, wrapper="math"):
-    """Problem (a text or messages) and gold answer (or None) of a row; ValueErrors say `where`.
-
-    {"prompt": [{"role": "user", "content": WRAPPER_HEAD + "1+1?" + WRAPPER_TAIL}],
-     "reward_model": {"ground_truth": "2"}} gives ("1+1?", "2")."""
-    problem = answer = None
-    for key in ("problem", "prompt", "question"):
-        with named(f"{where}, field {key}"):
-            problem = problem or as_problem(row.get(key), wrapper)
-    check(problem, f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
-    for key in ("answer", "solution", "reward_model"):
-        with named(f"{where}, field {key}"):
-            value = row.get(key)
-            if key == "reward_model":
-                value = load_json(value) if value and isinstance(value, str) else value or {}
-                check(isinstance(value, dict), f"expected an object with ground_truth, found {value!r:.60}")
-                value = value.get("ground_truth")
-            answer = answer or as_answer(value)
-    return problem, answer
-
+# -------------------------------------------------------------------------------------------------- ROLLOUTS
 class Problem(NamedTuple):
     text: str  # or messages
     answer: str | None
     student: list  # token ids of the two prompts
     teacher: list
-
-def load_problems(cfg, tokenizer):
-    """The data set in its own order, without duplicates and without problems whose prompts are too long."""
-    say(f"reading {cfg.data} ...")
-    answers, rows, contradictions, instruction = {}, 0, 0, read_instruction(cfg.instruction)
-    for rows, (where, row) in enumerate(read_rows(cfg.data), 1):
-        problem, answer = problem_and_answer(row, where, cfg.wrapper)
-        first = answers.setdefault(json.dumps(problem, default=float), answer)
-        contradictions += None not in (first, answer) and first != answer
-        answers[json.dumps(problem, default=float)] = first or answer
-    problems = [Problem(text, answer, student_prompt(tokenizer, text, cfg.thinking, cfg.wrapper),
-                        teacher_prompt(tokenizer, text, instruction, cfg.thinking, cfg.wrapper))
-                for text, answer in zip(map(json.loads, answers), answers.values())]
-    short = [p for p in problems if max(len(p.student), len(p.teacher)) <= cfg.max_prompt_tokens]
-    unknown = sum(p.answer is None for p in short)
-    check(short, f"--data {cfg.data}: expected problems, found {len(problems)}, none with prompts of at most "
-          f"{cfg.max_prompt_tokens} tokens; add problems or raise --max_prompt_tokens")
-    check(cfg.keep == "all" or not unknown, f"--keep correct: {unknown} of the {len(short)} problems of "
-          f"{cfg.data} have no answer; expected a field answer, solution or reward_model.ground_truth")
-    say(f"data: {rows} rows, {rows - len(problems)} duplicates ({contradictions} with another answer, the "
-        f"first counts), {len(problems) - len(short)} dropped (a prompt longer than {cfg.max_prompt_tokens} "
-        f"tokens), {len(short)} left, {unknown} of them without an answer; {cfg.steps} steps are "
-        f"{cfg.steps * cfg.batch_size / len(short):.2f} epochs")
-    return short
 
 def batch_at(n, step, batch_size, seed):
     """Indices of step 0, 1, ...: slices of one permutation of range(n) after another. A pure function, so
@@ -524,7 +390,6 @@ def batch_at(n, step, batch_size, seed):
     orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in {k // n for k in at}}
     return [orders[k // n][k % n] for k in at]
 
-# -------------------------------------------------------------------------------------------------- ROLLOUTS
 @dataclass
 class Rollout:
     index: int  # of the problem
@@ -757,6 +622,59 @@ def train_step(model, thetabar, optimizer, rollouts, problems, device, metrics, 
         metrics.update(student_pass(model, batches, hidden, head, cfg))
         metrics["grad_norm"] = update(model, optimizer, cfg)
 
+# ------------------------------------------------------------------------------------------------------ MAIN
+def main():
+    device, cfg = start_processes(), read_arguments()
+    tokenizer, problems, held_out, out = prepare(cfg)
+    engine = RolloutEngine(cfg)
+    model = load_model(cfg, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    thetabar = snapshot(model)
+    done = resume(out, model, optimizer, thetabar, cfg) if cfg.resume else 0
+    terminated = []  # SIGTERM received: a scheduler takes the machine
+    skipped = idle = cut = 0  # steps in a row without a finite gradient, a rollout kept, one that ended
+    signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
+
+    for step in tqdm(range(done + 1, cfg.steps + 1), initial=done, total=cfg.steps, disable=not watched()):
+        start = time.perf_counter()
+        metrics = dict(step=step, lr=optimizer.param_groups[0]["lr"],
+                       teacher_age=(step - 1) % (cfg.refresh_every or cfg.steps))
+        with timed(metrics, "sync"):
+            engine.sync(model)
+        if cfg.eval_every and (step - 1) % cfg.eval_every == 0:
+            with timed(metrics, "eval"):
+                metrics |= measure.validate(engine, tokenizer, held_out, cfg)
+        with timed(metrics, "generate"):
+            indices = batch_at(len(problems), step - 1, cfg.batch_size, cfg.seed)
+            rollouts = sample_rollouts(engine, problems, indices, step, tokenizer, cfg)
+            engine.sleep()
+        kept = keep_rollouts(rollouts, cfg)
+        if kept:
+            train_step(model, thetabar, optimizer, kept, problems, device, metrics, cfg)
+        thetabar = refresh(model, thetabar, step, cfg)
+
+        skipped = 0 if math.isfinite(metrics.get("grad_norm", 0)) else skipped + 1
+        idle, cut = 0 if kept else idle + 1, 0 if any(r.finished for r in rollouts) else cut + 1
+        metrics |= rollout_metrics(rollouts, metrics["seconds_generate"])
+        metrics |= dict(skipped_updates=skipped, peak_memory_gib=peak_memory(engine),
+                        seconds_step=time.perf_counter() - start)
+        log_step(out, metrics, rollouts, problems, tokenizer, cfg)
+        warn(cut, idle, engine.ends, cfg)
+        if skipped == 3:
+            raise RuntimeError("three gradients in a row were not finite; the checkpoints are as they were")
+        stop = max_over_ranks(bool(terminated))  # all leave after the same step
+        if stop or step % cfg.save_every == 0 or step == cfg.steps:
+            save_checkpoint(out, step, model, optimizer, thetabar)
+        if stop:
+            say(f"stopped by SIGTERM after step {step}; --resume goes on from there")
+            break
+    else:  # not stopped
+        export(model, tokenizer, out)
+        say(f"done: {out}/model is that of step {max(done, cfg.steps)}; `python eval.py --model {out}/model` "
+            "measures it on MATH-500 and AIME, with --data FILE on other problems")
+
+# The algorithm ends here. What follows surrounds it: checkpoints, rows, families of models, checks, logs.
+
 # ------------------------------------------------------------------------------------------------ CHECKPOINT
 # checkpoint-K/ holds theta, Adam's state and thetabar as shards of torch.distributed.checkpoint, which any
 # number of ranks can read, and state.json with every file's size. It is tmp-checkpoint-K until it is whole.
@@ -831,6 +749,143 @@ def export(model, tokenizer, out):
         shutil.rmtree(out / "model", ignore_errors=True)
         (out / "tmp-model").rename(out / "model")
     dist.barrier()
+
+# ------------------------------------------------------------------------------------------------------ DATA
+# Strict: str() of a list, or a text cut off a conversation, would be trained on without a sign.
+
+@contextlib.contextmanager
+def named(where):
+    """An error inside, whatever library's, becomes a ValueError that says `where`."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{where}: {error}") from None
+
+def load_json(text, where=""):
+    with named(f"{where}expected a JSON object, found {text[:60]!r}"):
+        return json.loads(text, parse_float=Decimal)  # 0.10 keeps its digits
+
+def read_file(path, kind):
+    """(where, row) of every row of a file. All cells of a .csv are texts: 055 is not 55."""
+    data = Path(path).read_bytes()
+    data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    if kind == ".parquet":
+        import pyarrow.parquet
+        batches = pyarrow.parquet.ParquetFile(io.BytesIO(data)).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        return ((f"row {n}", row) for n, row in enumerate(rows, 1))
+    with named("expected the encoding UTF-8"):
+        text = data.decode("utf-8-sig")
+    if kind == ".csv":
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        return ((f"line {table.line_num}", row) for row in table)
+    if text.lstrip().startswith("["):
+        return ((f"row {n}", row) for n, row in enumerate(load_json(text), 1))
+    lines = enumerate(text.split("\n"), 1)  # splitlines() also cuts at U+2028
+    return ((f"line {n}", load_json(line, f"line {n}, ")) for n, line in lines if line.strip())
+
+def read_rows(source):
+    """(where, row) of every row of a file, a folder of files, or a data set of the hub; `where` names it."""
+    kind = Path(source.removesuffix(".gz")).suffix
+    if kind in (".jsonl", ".json", ".csv", ".parquet") and not Path(source).is_dir():
+        with named(source):
+            for where, row in read_file(source, kind):
+                check(isinstance(row, dict) and None not in row,
+                      f"{where}: expected a JSON object, or a cell for each column, found {str(row):.60}")
+                yield f"{source}, {where}", row
+        return
+    import datasets
+    name, config, split = [*([source] if Path(source).exists() else source.rsplit(":", 2)), "", ""][:3]
+    with named(f"{source}: expected a file .jsonl, .json, .csv or .parquet, or .gz of one, a folder of "
+               "these, or a data set of the hub as ID, ID:CONFIG or ID:CONFIG:SPLIT, found"):
+        if Path(name).is_dir():  # datasets knows which files are the split's
+            files = datasets.load_dataset_builder(name, config or None).config.data_files[split or "train"]
+            rows = (pair for file in files for pair in read_rows(file))
+        else:
+            data = datasets.load_dataset(name, config or None, split=split or "train")
+            rows = ((f"{source}, row {n}", row) for n, row in enumerate(data, 1))
+    yield from rows
+
+def as_text(value):
+    """A text, number or boolean as text; "" if it is missing or blank."""
+    check(isinstance(value, (str, int, float, Decimal, type(None))), f"expected a text, found {value!r:.60}")
+    if value is None or value != value:  # NaN: a table's missing number
+        return ""
+    return format(Decimal(str(value)), "f") if isinstance(value, (float, Decimal)) else str(value).strip()
+
+def as_answer(value):
+    """The value of a known answer: after GSM8K's ####, in a solution's last box, else all of it; or None."""
+    if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"]; not [0, 1)
+        value = load_json(value)
+    text = as_text(value[0] if isinstance(value, list) and len(value) == 1 else value)
+    return measure and measure.last_box(text)[1] or text.rpartition("####")[2].strip() or None
+
+def as_problem(value, wrapper):
+    """A prompt as the text of its only turn, else as messages; None if no user's text is in it. For --wrapper
+    math it holds one problem, whose wrapper is taken off."""
+    if isinstance(value, str) and re.fullmatch(r"(?s)\s*\[?\s*\{.*[\"'](role|from)[\"']\s*:.*\}\s*\]?\s*",
+                                               value):
+        value = load_json(value)
+    value = [{"role": "user", "content": value}] if isinstance(value, str) else [] if value is None else value
+    are_texts = lambda m: isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+    check(isinstance(value, list)
+          and all(isinstance(m, dict) and (m.get("tool_calls") or are_texts(m)) for m in value),
+          f"expected a text, or messages with the texts role and content, found {value!r:.60}")
+    json.dumps(value, ensure_ascii=False, default=str).encode()  # fails on half a surrogate pair
+    roles = [m["role"] for m in value]
+    check(roles[-1:] != ["assistant"] and (wrapper == "none" or roles.count("user") < 2),
+          "expected the user's turn last, and with --wrapper math no other of theirs (--wrapper none takes a "
+          f"conversation as it is), found the turns {', '.join(roles)}")
+    if not any(m["role"] == "user" and m["content"].strip() for m in value):
+        return None
+    if wrapper == "math":
+        bare = lambda text: text.removeprefix(WRAPPER_HEAD).removesuffix(WRAPPER_TAIL).strip()
+        value = edit_last_user(value, bare)
+    return value[0]["content"] if len(value) == 1 else value
+
+def problem_and_answer(row, where, wrapper="math"):
+    """Problem (a text or messages) and gold answer (or None) of a row; ValueErrors say `where`.
+
+    {"prompt": [{"role": "user", "content": WRAPPER_HEAD + "1+1?" + WRAPPER_TAIL}],
+     "reward_model": {"ground_truth": "2"}} gives ("1+1?", "2")."""
+    problem = answer = None
+    for key in ("problem", "prompt", "question"):
+        with named(f"{where}, field {key}"):
+            problem = problem or as_problem(row.get(key), wrapper)
+    check(problem, f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
+    for key in ("answer", "solution", "reward_model"):
+        with named(f"{where}, field {key}"):
+            value = row.get(key)
+            if key == "reward_model":
+                value = load_json(value) if value and isinstance(value, str) else value or {}
+                check(isinstance(value, dict), f"expected an object with ground_truth, found {value!r:.60}")
+                value = value.get("ground_truth")
+            answer = answer or as_answer(value)
+    return problem, answer
+
+def load_problems(cfg, tokenizer):
+    """The data set in its own order, without duplicates and without problems whose prompts are too long."""
+    say(f"reading {cfg.data} ...")
+    answers, rows, contradictions, instruction = {}, 0, 0, read_instruction(cfg.instruction)
+    for rows, (where, row) in enumerate(read_rows(cfg.data), 1):
+        problem, answer = problem_and_answer(row, where, cfg.wrapper)
+        first = answers.setdefault(json.dumps(problem, default=float), answer)
+        contradictions += None not in (first, answer) and first != answer
+        answers[json.dumps(problem, default=float)] = first or answer
+    problems = [Problem(text, answer, student_prompt(tokenizer, text, cfg.thinking, cfg.wrapper),
+                        teacher_prompt(tokenizer, text, instruction, cfg.thinking, cfg.wrapper))
+                for text, answer in zip(map(json.loads, answers), answers.values())]
+    short = [p for p in problems if max(len(p.student), len(p.teacher)) <= cfg.max_prompt_tokens]
+    unknown = sum(p.answer is None for p in short)
+    check(short, f"--data {cfg.data}: expected problems, found {len(problems)}, none with prompts of at most "
+          f"{cfg.max_prompt_tokens} tokens; add problems or raise --max_prompt_tokens")
+    check(cfg.keep == "all" or not unknown, f"--keep correct: {unknown} of the {len(short)} problems of "
+          f"{cfg.data} have no answer; expected a field answer, solution or reward_model.ground_truth")
+    say(f"data: {rows} rows, {rows - len(problems)} duplicates ({contradictions} with another answer, the "
+        f"first counts), {len(problems) - len(short)} dropped (a prompt longer than {cfg.max_prompt_tokens} "
+        f"tokens), {len(short)} left, {unknown} of them without an answer; {cfg.steps} steps are "
+        f"{cfg.steps * cfg.batch_size / len(short):.2f} epochs")
+    return short
 
 # -------------------------------------------------------------------------------------------------- FAMILIES
 # How families of models differ, all of it, and which cannot be trained.
@@ -1162,7 +1217,7 @@ def forget_later_steps(out, step):
             (out / "tmp-log").write_text("".join(lines))
             (out / "tmp-log").rename(path)
 
-# ------------------------------------------------------------------------------------------------------ MAIN
+# ------------------------------------------------------------------------------------------------- PROCESSES
 def start_processes():
     """Join torchrun's process group, or make one of a single rank; returns this rank's device."""
     os.environ.update(dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
@@ -1175,56 +1230,6 @@ def start_processes():
     if not watched():
         disable_progress_bar()
     return device
-
-def main():
-    device, cfg = start_processes(), read_arguments()
-    tokenizer, problems, held_out, out = prepare(cfg)
-    engine = RolloutEngine(cfg)
-    model = load_model(cfg, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    thetabar = snapshot(model)
-    done = resume(out, model, optimizer, thetabar, cfg) if cfg.resume else 0
-    terminated = []  # SIGTERM received: a scheduler takes the machine
-    skipped = idle = cut = 0  # steps in a row without a finite gradient, a rollout kept, one that ended
-    signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
-
-    for step in tqdm(range(done + 1, cfg.steps + 1), initial=done, total=cfg.steps, disable=not watched()):
-        start = time.perf_counter()
-        metrics = dict(step=step, lr=optimizer.param_groups[0]["lr"],
-                       teacher_age=(step - 1) % (cfg.refresh_every or cfg.steps))
-        with timed(metrics, "sync"):
-            engine.sync(model)
-        if cfg.eval_every and (step - 1) % cfg.eval_every == 0:
-            with timed(metrics, "eval"):
-                metrics |= measure.validate(engine, tokenizer, held_out, cfg)
-        with timed(metrics, "generate"):
-            indices = batch_at(len(problems), step - 1, cfg.batch_size, cfg.seed)
-            rollouts = sample_rollouts(engine, problems, indices, step, tokenizer, cfg)
-            engine.sleep()
-        kept = keep_rollouts(rollouts, cfg)
-        if kept:
-            train_step(model, thetabar, optimizer, kept, problems, device, metrics, cfg)
-        thetabar = refresh(model, thetabar, step, cfg)
-
-        skipped = 0 if math.isfinite(metrics.get("grad_norm", 0)) else skipped + 1
-        idle, cut = 0 if kept else idle + 1, 0 if any(r.finished for r in rollouts) else cut + 1
-        metrics |= rollout_metrics(rollouts, metrics["seconds_generate"])
-        metrics |= dict(skipped_updates=skipped, peak_memory_gib=peak_memory(engine),
-                        seconds_step=time.perf_counter() - start)
-        log_step(out, metrics, rollouts, problems, tokenizer, cfg)
-        warn(cut, idle, engine.ends, cfg)
-        if skipped == 3:
-            raise RuntimeError("three gradients in a row were not finite; the checkpoints are as they were")
-        stop = max_over_ranks(bool(terminated))  # all leave after the same step
-        if stop or step % cfg.save_every == 0 or step == cfg.steps:
-            save_checkpoint(out, step, model, optimizer, thetabar)
-        if stop:
-            say(f"stopped by SIGTERM after step {step}; --resume goes on from there")
-            break
-    else:  # not stopped
-        export(model, tokenizer, out)
-        say(f"done: {out}/model is that of step {max(done, cfg.steps)}; `python eval.py --model {out}/model` "
-            "measures it on MATH-500 and AIME, with --data FILE on other problems")
 
 def run_and_exit(main):
     """main(), and the process is gone, its own error the last on the screen: Python's exit would call vLLM's
