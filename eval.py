@@ -929,7 +929,7 @@ NUMBERS = {  # option: default, range as in opsdc.py's Config, help
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(message)  # one line, no usage
+        raise ValueError(f"{message}; --help has each option's range")  # one line, no usage
 
 def parse_args(argv):
     parser = Parser(description=__doc__.partition("Reading order")[0],

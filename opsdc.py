@@ -1098,7 +1098,8 @@ def refusals():
 
 def read_arguments():
     parser = HfArgumentParser(Config)
-    parser.error = partial(check, False)  # a line instead of the usage
+    # a line instead of the usage; argparse takes -1e-6 for an option and has no value then
+    parser.error = lambda message: check(False, f"{message}; --help has each option's range")
     with refusals():
         cfg, stray = parser.parse_args_into_dataclasses(return_remaining_strings=True)
         check(not stray, f"expected options as in --help, found {' '.join(stray)}")
