@@ -24,7 +24,7 @@ thetabar's shards into the training module for one pass that keeps the last hidd
 back, and runs the student's passes, in which logits exist for `loss_chunk` tokens at a time.
 
 Axes: B sequences of a batch, b of a micro-batch, T positions, N response tokens packed end to end, V, d.
-The algorithm reaches down to MAIN; what follows there surrounds it: checkpoints, rows, families, checks, logs.
+The algorithm reaches down to MAIN; what follows surrounds it: checkpoints, rows, families, checks, logs.
 
 Left out on purpose: rewards and advantages, importance ratios (a KL over the whole vocabulary needs no
 correction for the small gap between engine and trainer), LoRA, schedules, several rollouts a prompt,

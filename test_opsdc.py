@@ -273,7 +273,7 @@ def make_toy(directory="toy", seed=0, steps=(700, 600), batch_size=32, lr=7e-3, 
     for name, part in zip(("train", "validation", "eval"), parts):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
-# -------------------------------------------------------------------------------------------------- quickstart
+# ------------------------------------------------------------------------------------------------- quickstart
 
 def quickstart(directory="toy"):
     """From nothing to a compared model, by the commands a user would type; what is there already is kept."""
@@ -666,7 +666,7 @@ def turns(*roles):
     return [dict(role=role, content=f"text {i}") for i, role in enumerate(roles)]
 
 WRAPPED = opsdc.WRAPPER_HEAD + "1+1?" + opsdc.WRAPPER_TAIL
-ROWS = [  # row, what is read with --wrapper math: (problem, answer) or words of the error; with none if another
+ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the error; with none if another
     (dict(problem="1+1?", answer="2", solution="1+1 makes 2"), ("1+1?", "2")),
     (dict(question="1+1?", answer=2), ("1+1?", "2")),
     (dict(prompt=WRAPPED, solution="so \\boxed{2}"), ("1+1?", "2"), (WRAPPED, "2")),
@@ -689,7 +689,8 @@ ROWS = [  # row, what is read with --wrapper math: (problem, answer) or words of
     (dict(prompt=json.dumps(turns("user")), answer=2), ("text 0", "2")),
     (dict(prompt=turns("system", "user")), (turns("system", "user"), None)),
     (dict(prompt=json.dumps(turns("system", "user"))), (turns("system", "user"), None)),
-    (dict(prompt=turns("user", "assistant", "user")), "field prompt: expected the user's turn last.*--wrapper none takes .* assistant, user",
+    (dict(prompt=turns("user", "assistant", "user")),
+     "field prompt: expected the user's turn last.*--wrapper none takes .* assistant, user",
      (turns("user", "assistant", "user"), None)),
     (dict(text="1+1?"), "here: expected a field problem, prompt or question, found text"),
     (dict(problem="", question=None), "expected a field problem, .* found problem, question"),
@@ -735,11 +736,13 @@ def test_conversations_keep_their_turns_and_only_the_last_is_wrapped():
     chat = turns("system", "user", "assistant", "user")
     head = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat[:-1])
     tail = "<|im_end|>\n<|im_start|>assistant\n"
-    assert decode(opsdc.student_prompt(tokenizer, chat, wrapper="none")) == head + "<|im_start|>user\ntext 3" + tail
+    assert (decode(opsdc.student_prompt(tokenizer, chat, wrapper="none"))
+            == head + "<|im_start|>user\ntext 3" + tail)
     assert (decode(opsdc.teacher_prompt(tokenizer, chat, "Be brief.", wrapper="none"))
             == head + "<|im_start|>user\nBe brief.\n\ntext 3" + tail)
     assert (decode(opsdc.student_prompt(tokenizer, turns("system", "user")))
-            == "<|im_start|>system\ntext 0<|im_end|>\n<|im_start|>user\n" + WRAPPED.replace("1+1?", "text 1") + tail)
+            == "<|im_start|>system\ntext 0<|im_end|>\n<|im_start|>user\n" + WRAPPED.replace("1+1?", "text 1")
+            + tail)
     assert opsdc.student_prompt(tokenizer, "x", wrapper="none") == opsdc.chat_ids(tokenizer, "x", True)
     tokenizer.chat_template = "{{ raise_exception('no system here') }}"
     with pytest.raises(ValueError, match="chat template fails on .*text 0.*: no system here"):
@@ -786,7 +789,8 @@ def test_files_of_all_formats_read_alike(tmp_path):
     assert opsdc.problem_and_answer(number[1], "here") == ("x", "0.10")
 
 @pytest.mark.parametrize("name, content, message", [
-    ("x.jsonl", '{"problem": "x"}\n{"problem"\n', "x.jsonl: line 2, expected a JSON object, found '{\"problem\"'"),
+    ("x.jsonl", '{"problem": "x"}\n{"problem"\n',
+     "x.jsonl: line 2, expected a JSON object, found '{\"problem\"'"),
     ("x.jsonl", "5\n", "x.jsonl: line 1: expected a JSON object, .* found 5"),
     ("x.json", '[{"problem": "x"}, 5]', "x.json: row 2: expected a JSON object"),
     ("x.jsonl", "[" * 100000, "expected a JSON object"),
@@ -1097,19 +1101,20 @@ def test_calls_of_the_engine_on_a_gpu(good, one_rank, monkeypatch):
                                                     enable_sleep_mode=load_format == "dummy")
 
 # --------------------------------------------------------------------------------------------------- families
-# `python test_opsdc.py families [NAME ...]`: a tiny random model of each family through opsdc.py's own command
-# (3 updates, a refresh, rollouts past any sliding window) and what it exports through eval.py's engine and
-# AutoModelForCausalLM. vLLM is imported once; a forked process a family. Norms, biases and sinks are noise, so
-# that a forgotten one shows.
+# `python test_opsdc.py families [NAME ...]`: a tiny random model of each family through opsdc.py's own
+# command (3 updates, a refresh, rollouts past any sliding window) and what it exports through eval.py's
+# engine and AutoModelForCausalLM. vLLM is imported once; a forked process a family. Norms, biases and sinks
+# are noise, so that a forgotten one shows.
 
 TIED = dict(tie_word_embeddings=True)
-GDN = dict(layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=2,
-           linear_key_head_dim=128, linear_value_head_dim=128)
+GDN = dict(layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
+           linear_num_value_heads=2, linear_key_head_dim=128, linear_value_head_dim=128)
 MAMBA = dict(mamba_d_state=16, mamba_d_head=16, mamba_n_heads=8, mamba_n_groups=1, mamba_d_ssm=128,
              mamba_d_conv=4, mamba_expand=2, mamba_chunk_size=32)
 WINDOW = dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"])
-MOE = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
-           norm_topk_prob=True, n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1)
+MOE = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2,
+           moe_intermediate_size=64, norm_topk_prob=True, n_group=1, topk_group=1, n_shared_experts=1,
+           first_k_dense_replace=1)
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28,
               patch_size=14)
 QWEN_VISION = dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64)
@@ -1127,17 +1132,20 @@ FAMILIES = {  # name: model_type, what its config says beyond SHAPE
     "Phi-3/4": ("phi3", {}), "Gemma 3 text": ("gemma3_text", WINDOW | TIED | dict(query_pre_attn_scalar=32)),
     "GLM4": ("glm4", {}), "Nemotron": ("nemotron", {}), "ERNIE 4.5": ("ernie4_5", {}),
     "EXAONE 4": ("exaone4", WINDOW), "StableLM": ("stablelm", {}),
-    "OLMo 2": ("olmo2", {}), "OLMo 3": ("olmo3", WINDOW), "SmolLM3": ("smollm3", TIED), "Seed-OSS": ("seed_oss", {}),
-    "Hunyuan dense": ("hunyuan_v1_dense", {}), "Ministral": ("ministral", WINDOW),
+    "OLMo 2": ("olmo2", {}), "OLMo 3": ("olmo3", WINDOW), "SmolLM3": ("smollm3", TIED),
+    "Seed-OSS": ("seed_oss", {}), "Hunyuan dense": ("hunyuan_v1_dense", {}),
+    "Ministral": ("ministral", WINDOW),
     "Qwen3.5": ("qwen3_5", dict(text_config=GDN, vision_config=QWEN_VISION)),
     "Qwen3.5 text": ("qwen3_5_text", GDN),
     "Qwen3-Next": ("qwen3_next", GDN | MOE), "Falcon-H1": ("falcon_h1", MAMBA | dict(lm_head_multiplier=0.5)),
     "Granite 4 hybrid": ("granitemoehybrid", MAMBA | dict(
-        layer_types=["mamba", "attention"], logits_scaling=3.0, num_local_experts=0, shared_intermediate_size=128)),
+        layer_types=["mamba", "attention"], logits_scaling=3.0, num_local_experts=0,
+        shared_intermediate_size=128)),
     "Gemma 3": ("gemma3", dict(text_config=WINDOW | TIED | dict(query_pre_attn_scalar=32),
                                vision_config=VISION)),
-    "Gemma 4 text": ("gemma4_text", WINDOW | TIED | dict(final_logit_softcapping=5.0, hidden_size_per_layer_input=0,
-                                                  num_kv_shared_layers=0, global_head_dim=32)),
+    "Gemma 4 text": ("gemma4_text", WINDOW | TIED | dict(
+        final_logit_softcapping=5.0, hidden_size_per_layer_input=0, num_kv_shared_layers=0,
+        global_head_dim=32)),
     "Gemma 2": ("gemma2", WINDOW | TIED | dict(final_logit_softcapping=5.0, attn_logit_softcapping=2.0,
                                         query_pre_attn_scalar=32)),
     "Granite": ("granite", TIED | dict(logits_scaling=4.0)),
@@ -1147,12 +1155,14 @@ FAMILIES = {  # name: model_type, what its config says beyond SHAPE
     "Cohere 2, past the window": ("cohere2", WINDOW | TIED | dict(logit_scale=0.25)),
     "Qwen3-MoE": ("qwen3_moe", MOE), "Mixtral": ("mixtral", MOE), "GLM4-MoE": ("glm4_moe", MOE),
     "dropout in the config": ("qwen2", dict(attention_dropout=0.1)),
-    "Ministral 3, nested": ("mistral3", dict(text_config=dict(model_type="ministral3"), vision_config=VISION)),
+    "Ministral 3, nested": ("mistral3", dict(text_config=dict(model_type="ministral3"),
+                                             vision_config=VISION)),
     "gpt-oss": ("gpt_oss", MOE | WINDOW), "NemotronH": ("nemotron_h", {}),
 }
 REFUSED = {"HyperCLOVA X": ("hyperclovax", dict(logits_scaling=0.5))}
 REMARKS = {
-    "Gemma 2": "attn_implementation=\"eager\" in transformers, whose sdpa leaves the attention's soft cap out",
+    "Gemma 2": "attn_implementation=\"eager\" in transformers, whose sdpa leaves the attention's "
+               "soft cap out",
     "Gemma 3": "multimodal: text only", "Ministral 3, nested": "multimodal: text only",
     "Qwen3.5": "multimodal: text only; bfloat16 engine; torchvision stubbed",
     "Qwen3.5 text": "bfloat16 engine; torchvision stubbed", "Qwen3-Next": "bfloat16 engine",
@@ -1160,15 +1170,17 @@ REMARKS = {
     "NemotronH": "not served: vLLM's experts without a gate need a GPU",
     "Cohere 2, past the window": "vLLM's window is one longer than transformers'",
 }
-SHAPE = dict(vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-             num_key_value_heads=1, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=False)
+SHAPE = dict(vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+             num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=2048,
+             tie_word_embeddings=False)
 
 def make_family(directory, name):
     """A random model of FAMILIES with a tokenizer."""
     torch.manual_seed(0)
     kind, changes = (FAMILIES | REFUSED)[name]
     tokenizer = make_tokenizer(tuple(opsdc.INSTRUCTIONS.values()), QWEN_TEMPLATE)
-    special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
+    special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                   bos_token_id=None)
     if "text_config" in changes:
         text = SHAPE | special | changes["text_config"]
         config = AutoConfig.for_model(kind, **special, **changes | dict(
@@ -1194,7 +1206,8 @@ def stub_torchvision(directory):
         "    def __getattr__(self, name):\n        if name.startswith('__'): raise AttributeError(name)\n"
         "        return Name(name, (), {})\n"
         "class Finder:\n    def find_spec(self, name, path=None, target=None):\n"
-        "        return ModuleSpec(name, self, is_package=True) if name.startswith('torchvision.') else None\n"
+        "        return ModuleSpec(name, self, is_package=True) "
+        "if name.startswith('torchvision.') else None\n"
         "    def create_module(self, spec): return Stub(spec.name)\n    def exec_module(self, module): pass\n"
         "sys.meta_path.append(Finder())\n")
     os.environ["PYTHONPATH"] = f"{package.parent}:{HERE}"
@@ -1210,7 +1223,8 @@ def family_run(directory, name, repaired):
     """opsdc.py's command on directory/model, once more with vLLM's experts repaired."""
     if repaired:
         sync = opsdc.RolloutEngine.sync
-        opsdc.RolloutEngine.sync = lambda self, model: (self.llm.apply_model(forget_kernels), sync(self, model))
+        opsdc.RolloutEngine.sync = lambda self, model: (self.llm.apply_model(forget_kernels),
+                                                        sync(self, model))
     if name == "Gemma 3":  # whose weights have other names in a checkpoint
         without_cpu_packing()
         opsdc.RolloutEngine.sync = sync_over_nan
@@ -1275,29 +1289,33 @@ def family_row(directory, name):
     directory.mkdir(parents=True)
     log, start, remark = directory / "log", time.perf_counter(), REMARKS.get(name, "")
     make_family(directory / "model", name)
-    failed = lambda: [line for line in log.read_text().splitlines() if "Error: " in line or "error: " in line][-1]
+    failed = lambda: [line for line in log.read_text().splitlines()
+                      if "Error: " in line or "error: " in line][-1]
     if forked(family_run, log, directory, name, False):
         stopped = re.search("differ by ([0-9.]+) nats", failed())
         remark = f"{remark}; {failed()[:100]}" if not stopped else f"stops at a gap of {stopped[1]}; {remark}"
         if stopped and name != "gpt-oss" and "experts" in str(FAMILIES[name]):
             forked(family_run, log, directory, name, True)
-            remark += "; " * remark.endswith("engine") + "vLLM's CPU packs experts at the first load only; gap and export are with that repaired"
+            remark += ("; " * remark.endswith("engine") + "vLLM's CPU packs experts at the first load only; "
+                       "gap and export are with that repaired")
     gap = family_gap(directory)
     if gap is not None and forked(family_export, log, directory, name):
         remark = "export: " + failed()[:150]
     export = float((directory / "export").read_text()) if (directory / "export").exists() else None
-    return dict(family=name, gap=gap, export=export, remark=remark, seconds=round(time.perf_counter() - start))
+    return dict(family=name, gap=gap, export=export, remark=remark,
+                seconds=round(time.perf_counter() - start))
 
 def families(*names, directory="out-families"):
     """The table of the README; in the order of FAMILIES, two at a time."""
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1",
-                      TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1")
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR",
+                      VLLM_CPU_KVCACHE_SPACE="1", TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1")
     import vllm.entrypoints.llm  # noqa: F401  once, for all children
     with ThreadPoolExecutor(2) as pool:
         rows, found = [], []
         for row in pool.map(lambda name: family_row(directory, name), names or FAMILIES):
             found.append(row)
-            rows.append([f"{x:.0e}" if isinstance(x, float) else "" if x is None else x for x in row.values()])
+            rows.append([f"{x:.0e}" if isinstance(x, float) else "" if x is None else x
+                         for x in row.values()])
             print(*rows[-1], sep=" | ", flush=True)
     print(ev.markdown(["family", "gap", "export", "remark", "s"], rows))
     (Path(directory) / "table.json").write_text(json.dumps(found))
@@ -1319,7 +1337,8 @@ def test_logits_that_the_loss_does_not_compute_stop_with_one_line(one_rank, tmp_
         opsdc.load_model(opsdc.Config(model=str(tmp_path)), torch.device("cpu"))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
     assert exit.value.code == 1 and len(lines) == 1
-    assert re.search("expected the loss to compute the model's own log-probabilities, found [0-9.]+ nats", lines[0])
+    assert re.search("expected the loss to compute the model's own log-probabilities, found [0-9.]+ nats",
+                     lines[0])
 
 def test_weights_are_neither_made_up_nor_tied_against_their_files(one_rank, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
@@ -1333,8 +1352,8 @@ def test_weights_are_neither_made_up_nor_tied_against_their_files(one_rank, tmp_
     (tmp_path / "config.json").write_text(json.dumps(config | dict(tie_word_embeddings=True)))
     assert re.search("error: --model .* expected embedding and head to be one, .* found two tensors", said())
     weights = load_file(tmp_path / "model.safetensors")
-    save_file({name: w for name, w in weights.items() if "q_proj" not in name}, tmp_path / "model.safetensors",
-              metadata=dict(format="pt"))
+    save_file({name: w for name, w in weights.items() if "q_proj" not in name},
+              tmp_path / "model.safetensors", metadata=dict(format="pt"))
     assert re.search("error: --model .* expected weights .*q_proj.* found none in its files", said())
 
 def test_dropout_in_the_config_changes_nothing(one_rank, tmp_path):
@@ -1422,12 +1441,14 @@ def test_sigterm_saves_and_exits_with_0_and_no_rollout_kept_means_no_update(whol
         assert line["accuracy"] == line["skipped_updates"] == 0 and not {"loss", "grad_norm"} & set(line)
 
 def test_conversations_as_they_are_that_are_never_right_then_more_steps_than_asked_for(whole_run, tmp_path):
-    """With --wrapper none; ten steps without a rollout to keep are enough. Then a run that has gone further."""
+    """With --wrapper none; ten steps without a rollout to keep are enough. Then a run that went further."""
     model, _, whole = whole_run
     data = as_file(tmp_path, "chats.json.gz", json.dumps([
         dict(prompt=turns("system", "user", "assistant", "user"), answer=str(i)) | dict(question=str(i))
-        for i in range(3)] + [dict(prompt=[dict(role="user", content=f"Say {i}.")], answer=i) for i in range(9)]))
-    done = run(*small_run(model, data, tmp_path / "out", steps=50, batch_size=2, keep="correct", wrapper="none"))
+        for i in range(3)] + [
+        dict(prompt=[dict(role="user", content=f"Say {i}.")], answer=i) for i in range(9)]))
+    done = run(*small_run(model, data, tmp_path / "out", steps=50, batch_size=2, keep="correct",
+                          wrapper="none"))
     assert done.returncode == 1 and "no rollout was kept in ten steps" in done.stdout, done.stdout[-3000:]
     assert "warning: no rollout was kept in three steps" in done.stdout
     assert "a response ends with 1 <|im_end|>\n" in done.stdout
@@ -1446,7 +1467,8 @@ def test_weights_that_are_not_finite_stop_before_the_first_step(whole_run, tmp_p
         model.model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
     model.save_pretrained(tmp_path / "m")
     done = run(*small_run(tmp_path / "m", whole_run[1], tmp_path / "out"))
-    assert done.returncode == 1 and done.stdout.count("m: expected finite weights, found NaN or infinity") == 1
+    assert (done.returncode == 1
+            and done.stdout.count("m: expected finite weights, found NaN or infinity") == 1)
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 def die(moment, *arguments):
@@ -1617,7 +1639,8 @@ def test_real_problems(tmp_path):
     assert all(w.abs().max() < 0.01 for w in trained.parameters())
     dropped = int(re.search(r"(\d+) dropped \(a prompt longer than 400", output)[1])
     assert 0 < dropped < 250 and "500 left" not in output
-    assert output.count("warning: all rollouts were cut at 8 tokens: do the model's turns end with 1 <|im_end|>?") == 1
+    assert output.count("warning: all rollouts were cut at 8 tokens: do the model's turns end with "
+                        "1 <|im_end|>?") == 1
     for line in metrics_of(tmp_path / "out"):
         assert line["loss"] > 0 and line["logprob_gap_max"] < 1e-4 and line["accuracy"] == 0
         assert line["truncated"] == 1
@@ -1664,11 +1687,13 @@ def others(directory, name, content):
     return dict(out=directory / "theirs")
 
 RANGES = {  # option of opsdc.py: values, and the words of the range
-    "steps": ("0 -1", "at least 1"), "batch_size": ("0 -32", "at least 1"), "lr": ("-0.1 nan inf 2", "at least 0 and at most 1"),
+    "steps": ("0 -1", "at least 1"), "batch_size": ("0 -32", "at least 1"),
+    "lr": ("-0.1 nan inf 2", "at least 0 and at most 1"),
     "weight_decay": ("-0.1 nan inf", "at least 0"), "clip": ("-1 nan inf", "at least 0"),
     "temperature": ("-1 nan 2.1 inf", "at least 0 and at most 2"), "max_prompt_tokens": ("0", "at least 1"),
     "max_response_tokens": ("0 -5", "at least 1"), "refresh_every": ("-1", "at least 0"),
-    "micro_batch_tokens": ("0", "at least 1"), "loss_chunk": ("0 -1", "at least 1"), "vllm_tp": ("0", "at least 1"),
+    "micro_batch_tokens": ("0", "at least 1"), "loss_chunk": ("0 -1", "at least 1"),
+    "vllm_tp": ("0", "at least 1"),
     "vllm_memory": ("0 1.1 -0.5 nan", "at least 0.01 and at most 1"), "eval_every": ("-1", "at least 0"),
     "eval_samples": ("0", "at least 1"), "save_every": ("0 -1", "at least 1"),
     "seed": ("-1 4294967296", "at least 0 and at most 4294967295"),
@@ -1685,29 +1710,39 @@ BAD_INPUT = {
                        "line 3, expected a JSON object, found"),
     "no problem field": (lambda d, good: broken_data(d, '{"text": "x"}\n'),
                          "line 1: expected a field problem, prompt or question, found text"),
-    "conversation": (lambda d, good: broken_data(d, json.dumps(dict(prompt=turns("user", "assistant", "user")))),
+    "conversation": (lambda d, good: broken_data(d, json.dumps(dict(
+                         prompt=turns("user", "assistant", "user")))),
                      "line 1, field prompt: .*--wrapper none"),
     "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "none with prompts of at most 5 tokens"),
     "context": (lambda d, good: dict(max_response_tokens=4000),
                 "= 4512 is more than the model's context of 2048"),
-    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a number of ranks that it divides, found 1"),
+    "tp": (lambda d, good: dict(vllm_tp=2),
+           "--vllm_tp 2: expected a number of ranks that it divides, found 1"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
                    "--keep correct: 1 of the 1 problems"),
-    "blank answers": (lambda d, good: broken_data(d, '{"problem": "x", "answer": " "}\n') | dict(keep="correct"),
+    "blank answers": (lambda d, good: (broken_data(d, '{"problem": "x", "answer": " "}\n')
+                                       | dict(keep="correct")),
                       "--keep correct: 1 of the 1 problems"),
-    "instruction": (lambda d, good: dict(instruction="@nowhere.txt"), "--instruction @nowhere.txt.* No such file"),
-    "one word": (lambda d, good: dict(instruction="V3"), "--instruction V3: expected v1, v2, 20%, 50%, 80%, @FILE"),
+    "instruction": (lambda d, good: dict(instruction="@nowhere.txt"),
+                    "--instruction @nowhere.txt.* No such file"),
+    "one word": (lambda d, good: dict(instruction="V3"),
+                 "--instruction V3: expected v1, v2, 20%, 50%, 80%, @FILE"),
     "no text": (lambda d, good: text_file(d, b" \n"), "--instruction @.*c.txt: expected v1, .* found ''"),
-    "latin-1": (lambda d, good: text_file(d, "sois pr\u00e9cis".encode("latin-1")), "--instruction @.* encoding UTF-8"),
-    "another's model": (lambda d, good: others(d, "note", ""), "--out .*theirs holds a run .or a model. already"),
-    "out is a file": (lambda d, good: dict(out=good["data"]), "--out .*rows.jsonl, expected a folder to write to"),
-    "out below a file": (lambda d, good: dict(out=good["data"] + "/x"), "--out .*rows.jsonl/x, expected a folder"),
+    "latin-1": (lambda d, good: text_file(d, "sois pr\u00e9cis".encode("latin-1")),
+                "--instruction @.* encoding UTF-8"),
+    "another's model": (lambda d, good: others(d, "note", ""),
+                        "--out .*theirs holds a run .or a model. already"),
+    "out is a file": (lambda d, good: dict(out=good["data"]),
+                      "--out .*rows.jsonl, expected a folder to write to"),
+    "out below a file": (lambda d, good: dict(out=good["data"] + "/x"),
+                         "--out .*rows.jsonl/x, expected a folder"),
     "wandb": (lambda d, good: dict(report_to="wandb"), "wandb is not installed"),
     "no number": (lambda d, good: dict(steps="many"), "--steps: invalid int value: 'many'"),
     "no choice": (lambda d, good: dict(divergence="KL"), "--divergence: invalid choice: 'KL'.*reverse_kl"),
     "no option": (lambda d, good: dict(batch_sise=8), "expected options as in --help, found --batch_sise 8"),
     "stray word": (lambda d, good: dict(seed="1 2".split()), "expected options as in --help, found 2"),
-} | {f"{name} {value}": (lambda d, good, change={name: value}: change, f"--{name} {value}.*: expected {words}")
+} | {f"{name} {value}": (lambda d, good, change={name: value}: change,
+                         f"--{name} {value}.*: expected {words}")
      for name, (values, words) in RANGES.items() for value in values.split()}
 
 @pytest.fixture
@@ -1766,13 +1801,16 @@ FOLDERS = {
     **{name: (folder(as_is, quantization_config=dict(quant_method=name, bits=4, load_in_4bit=True)),
               f"{CAUSAL}.*quantised weights; take") for name in ("fp8", "gptq", "awq", "bitsandbytes")},
     "adapter": (folder(as_adapter), "model: expected a whole model, found a LoRA adapter; merge"),
-    "multimodal, no causal text": (of_type("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", vision_config={}),
+    "multimodal, no causal text": (of_type("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration",
+                                           vision_config={}),
                                    f"{CAUSAL}.*Qwen2_5_VLForConditionalGeneration of type qwen2_5_vl_text"),
     "longrope": (of_type("phi3", "Phi3ForCausalLM", rope_parameters=PHI3_ROPE,
-                         original_max_position_embeddings=512), f"{CAUSAL}.*LongRoPE and 536 tokens.* at 512; lower"),
+                         original_max_position_embeddings=512),
+                 f"{CAUSAL}.*LongRoPE and 536 tokens.* at 512; lower"),
     "no weights": (folder(lambda target: (target / "model.safetensors").unlink()),
                    "model: expected weights, found no .safetensors or .bin in the folder"),
-    "head bias": (of_type("phi", "PhiForCausalLM", partial_rotary_factor=0.5), "expected .layers and a head without a bias, found PhiForCausalLM"),
+    "head bias": (of_type("phi", "PhiForCausalLM", partial_rotary_factor=0.5),
+                  "expected .layers and a head without a bias, found PhiForCausalLM"),
     "other layers": (of_type("gpt2", "GPT2LMHeadModel"), f"{CAUSAL}.*GPT2LMHeadModel"),
     "remote code": (folder(touch("code.py"), model_type="odd", architectures=["OddForCausalLM"],
                            auto_map=REMOTE), "model: expected a folder .* contains custom code"),
@@ -1862,7 +1900,8 @@ def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, capsys, monkeyp
     tokenizer, again, *_ = prepare(steps=200)
     assert "the run has steps 100, found 200; going on with the latter" in capsys.readouterr().out
     assert tokenizer.decode(again[0].student).startswith("26 Jul 2024 ")
-    assert json.loads((out / "config.json").read_text()) == kept | dict(date="2024-07-26", steps=200, resume=True)
+    assert (json.loads((out / "config.json").read_text())
+            == kept | dict(date="2024-07-26", steps=200, resume=True))
     assert again[0].student != problems[0].student
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(model)
@@ -1884,11 +1923,12 @@ def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, capsys, monkeyp
 
 def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, capsys):
     rows = [dict(problem="one"), dict(problem="one", answer=1), dict(problem="one", answer="1"),
-            dict(problem="one", answer=2), dict(problem="two", answer=2), dict(problem="long " * 500, answer=3),
-            dict(problem="three", answer=" ")]
+            dict(problem="one", answer=2), dict(problem="two", answer=2),
+            dict(problem="long " * 500, answer=3), dict(problem="three", answer=" ")]
     data = broken_data(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
     no_switch = bad_template(tmp_path, good, R1_TEMPLATE)
-    cfg = opsdc.Config(**good | data | no_switch | dict(out=str(tmp_path / "out"), thinking=False, instruction="20%"))
+    cfg = opsdc.Config(**good | data | no_switch | dict(out=str(tmp_path / "out"), thinking=False,
+                                                        instruction="20%"))
     _, problems, *_ = opsdc.prepare(cfg)
     assert [(p.text, p.answer) for p in problems] == [("one", "1"), ("two", "2"), ("three", None)]
     said = capsys.readouterr().out
@@ -1921,7 +1961,8 @@ def test_command_line_takes_dashes_and_underscores():
 def test_opsdc_alone_in_a_folder_trains_without_accuracy(good, tmp_path):
     shutil.copy(HERE / "opsdc.py", tmp_path)
     alone = lambda *more: subprocess.run(
-        [sys.executable, "opsdc.py", *map(str, small_run(good["model"], good["data"], "out", steps=1)), *more],
+        [sys.executable, "opsdc.py", *map(str, small_run(good["model"], good["data"], "out", steps=1)),
+         *more],
         cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": ""}, text=True, timeout=200, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT)
     for more in (["--keep", "correct"], ["--eval_every", "1"]):
@@ -2335,17 +2376,22 @@ def test_problem_files_and_their_faults(tmp_path, capsys):
                           ('{"problem": "a", "answer": " "}\n', "line 1: expected a field answer"),
                           (row.replace("}", ', "id": 1}') + '{"problem": "b", "answer": 3, "id": 1}\n',
                            "found 2 rows and {.1.: 2}"),
-                          (row.replace("}", ', "id": ["1"]}'), "line 1, unique_id, id or level: expected a text"),
-                          (row.replace("}", ', "level": {}}'), "line 1, unique_id, id or level: expected a text"),
-                          (choices % ("null", 1) + "\n" + choices % ('["x", null]', 1), "line 3, a question with choices: expected"),
-                          (choices % ('["x", "y"]', 2), "line 1, a question with choices: expected a question, up to ten texts"),
+                          (row.replace("}", ', "id": ["1"]}'),
+                           "line 1, unique_id, id or level: expected a text"),
+                          (row.replace("}", ', "level": {}}'),
+                           "line 1, unique_id, id or level: expected a text"),
+                          (choices % ("null", 1) + "\n" + choices % ('["x", null]', 1),
+                           "line 3, a question with choices: expected"),
+                          (choices % ('["x", "y"]', 2),
+                           "line 1, a question with choices: expected a question, up to ten texts"),
                           (choices % ('["x", "y"]', '"B"'), "line 1, a question with choices: .*'B'"),
                           (choices % ('"xy"', 1), "line 1, a question with choices: expected")):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             ev.load_problems(str(file))
     leveled = row.replace("}", ', "level": 1.50}')  # once more: how verl's aime-2024.parquet repeats problems
-    file.write_text(leveled * 32 + '{"problem": "a", "answer": 4}\n' + choices % ('"[\\"x\\", \\"y\\"]"', '"1"'))
+    file.write_text(leveled * 32 + '{"problem": "a", "answer": 4}\n'
+                    + choices % ('"[\\"x\\", \\"y\\"]"', '"1"'))
     one, other = ev.load_problems(str(file))
     assert one == {"id": "0", "problem": "a", "answer": "3", "level": "1.50"} and "y" in other["problem"]
     assert "34 rows are 2 problems; 1 rows have another answer" in capsys.readouterr().out
@@ -2608,7 +2654,8 @@ def command(toy, out, *more):
 
 def kill_rank(launcher, rank):
     """SIGKILL for the process of this rank under a torchrun."""
-    for pid in subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split():
+    for pid in subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True,
+                              text=True).stdout.split():
         if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             os.kill(int(pid), signal.SIGKILL)
 
@@ -2630,7 +2677,8 @@ def test_eval_end_to_end_killed_resumed_compared(toy, tmp_path, capsys):
     assert not json.loads((base / "summary.json").read_text())["finished"]
     with open(parts[1], "a") as file:
         file.write('{"id": "half a li')
-    evaluate = lambda words: subprocess.run(words, capture_output=True, text=True, timeout=180, env=ENVIRONMENT)
+    evaluate = lambda words: subprocess.run(words, capture_output=True, text=True, timeout=180,
+                                            env=ENVIRONMENT)
     with ThreadPoolExecutor(2) as pool:
         for done in pool.map(evaluate, (command(toy, base), command(toy, whole, "--block", "1000"),
                                         command(toy, concise, "--instruction", "v1"))):
@@ -2677,31 +2725,37 @@ def test_results_of_older_weights_are_not_taken_for_those_of_newer_ones(toy, tmp
     with pytest.raises(ValueError, match="holds another run .weights: there"):
         ev.done_before(tmp_path / "out", settings, {"eval": problems})
 
-EVAL_RANGES = {"samples": "0 -1", "max-tokens": "0", "temperature": "-1 nan 2.5", "top-p": "0 1.5 -1", "top-k": "-5",
-               "seed": "-1 4294967296", "vllm-tp": "0", "block": "0", "k": "0 3 -1"}
+EVAL_RANGES = {"samples": "0 -1", "max-tokens": "0", "temperature": "-1 nan 2.5", "top-p": "0 1.5 -1",
+               "top-k": "-5", "seed": "-1 4294967296", "vllm-tp": "0", "block": "0", "k": "0 3 -1"}
 BAD_EVALUATION = {
     "benchmark": (lambda d, good: dict(data="", benchmarks="math501"), "math501: expected math500, .*aime25"),
     "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl: .* No such file"),
     "empty": (lambda d, good: broken_data(d, ""), "rows.jsonl: expected each id once, found 0 rows"),
     "no answer": (lambda d, good: broken_data(d, '{"problem": "x"}\n'), "line 1: expected a field answer"),
-    "list": (lambda d, good: broken_data(d, '{"problem": "x", "answer": ["2", "3"]}\n'), "line 1, field answer: exp"),
-    "conversation": (lambda d, good: broken_data(d, json.dumps(dict(prompt=turns("user", "assistant"), answer=1))),
+    "list": (lambda d, good: broken_data(d, '{"problem": "x", "answer": ["2", "3"]}\n'),
+             "line 1, field answer: exp"),
+    "conversation": (lambda d, good: broken_data(d, json.dumps(dict(
+                         prompt=turns("user", "assistant"), answer=1))),
                      "line 1, field prompt: expected the user's turn last"),
     "model": (lambda d, good: dict(model=d / "no"), "--model .*no: expected a folder with a model"),
     "template that raises": (bad_template, "chat template fails on .*: the system only"),
-    "long responses": (lambda d, good: {"max-tokens": 100000}, "prompt of problem 39 .*lower --max-tokens from 100000"),
-    "long problem": (lambda d, good: broken_data(d, json.dumps(dict(problem="x " * 3000, answer=1, id="huge"))),
+    "long responses": (lambda d, good: {"max-tokens": 100000},
+                       "prompt of problem 39 .*lower --max-tokens from 100000"),
+    "long problem": (lambda d, good: broken_data(d, json.dumps(dict(
+                         problem="x " * 3000, answer=1, id="huge"))),
                      "prompt of problem huge has .* tokens.*leave that problem out"),
     "instruction": (lambda d, good: dict(instruction="@nofile"), "--instruction @nofile.* No such file"),
     "one word": (lambda d, good: dict(instruction="short"), "--instruction short: expected v1"),
     "no text": (lambda d, good: dict(instruction=""), "--instruction : expected v1"),
     "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp 2: expected a number of ranks that it divides"),
-} | {f"{name} {value}": (lambda d, good, change={name: value}: change, f"--{name} {value}.*: expected at least ")
+} | {f"{name} {value}": (lambda d, good, change={name: value}: change,
+                         f"--{name} {value}.*: expected at least ")
      for name, values in EVAL_RANGES.items() for value in values.split()}
 
 def evaluation(good, out, **change):
     settings = dict(model=good["model"], data=good["data"], out=out, samples=2) | {"max-tokens": 60} | change
-    return ["--" + word if at == 0 else str(word) for pair in settings.items() for at, word in enumerate(pair)]
+    return ["--" + word if at == 0 else str(word)
+            for pair in settings.items() for at, word in enumerate(pair)]
 
 @pytest.mark.parametrize("case", BAD_EVALUATION)
 def test_bad_evaluation_is_refused_before_the_engine_starts(case, good, no_group, tmp_path, capsys):
@@ -2712,7 +2766,8 @@ def test_bad_evaluation_is_refused_before_the_engine_starts(case, good, no_group
 
 def test_an_evaluation_keeps_its_folder_and_its_date(good, one_rank, tmp_path, capsys):
     out, model = tmp_path / "out", bad_template(tmp_path, good, DATED)["model"]
-    prepare = lambda **change: ev.prepare(ev.parse_args(evaluation(good, out, **dict(model=model) | change))[0])
+    prepare = lambda **change: ev.prepare(ev.parse_args(
+        evaluation(good, out, **dict(model=model) | change))[0])
     settings = prepare()[2]
     ev.write_summary(out, settings | dict(date="2024-07-26"), {}, finished=False)
     tokenizer, problems, again, *_ = prepare(model=f"{model}/")
@@ -2725,7 +2780,8 @@ def test_an_evaluation_keeps_its_folder_and_its_date(good, one_rank, tmp_path, c
     (out / "rows.jsonl").write_text("mine\n")
     with pytest.raises(ValueError, match="no summary.json"):
         prepare()
-    for words, message in (("--samples many", "invalid int value"), ("--sampels 2", "--sampels"), ("stray", "stray")):
+    for words, message in (("--samples many", "invalid int value"), ("--sampels 2", "--sampels"),
+                           ("stray", "stray")):
         with pytest.raises(SystemExit, match=f"eval.py: .*{message}"):
             ev.main(["--model", "m", *words.split()])
 
@@ -3001,8 +3057,8 @@ def profile(*arguments):
     names = ("sample_rollouts", "make_micro_batches", "teacher_pass", "copy_into",
              "student_pass", "update", "refresh", "log_step", "peak_memory", "save_checkpoint", "export",
              "load_model", "prepare")
-    for owner, name in ((opsdc.RolloutEngine, "__init__"), (opsdc.RolloutEngine, "sync"), (ev, "grade_rollouts"),
-                        *((opsdc, name) for name in names)):
+    for owner, name in ((opsdc.RolloutEngine, "__init__"), (opsdc.RolloutEngine, "sync"),
+                        (ev, "grade_rollouts"), *((opsdc, name) for name in names)):
         timed(owner, name)
     sys.argv, start = ["opsdc.py", *arguments], time.perf_counter()
     opsdc.main()
@@ -3014,8 +3070,8 @@ def profile(*arguments):
 
 if __name__ == "__main__":
     commands = dict(toy=make_toy) | {command.__name__: command for command in (
-        quickstart, claims, families, fork, drill, large, profile, bench, bench_row, gradients, sync, nan, die, leave,
-        recomputation, gpu, objective_rows, training_side)}
+        quickstart, claims, families, fork, drill, large, profile, bench, bench_row, gradients, sync, nan,
+        die, leave, recomputation, gpu, objective_rows, training_side)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])
