@@ -309,8 +309,9 @@ LINE = re.compile(r"(check )?(\d) \+ ([a-f])(\d) = \d$")
 @torch.no_grad()
 def toy_rates(model, tokenizer, rows, kind="", teacher=None, **generation):
     """Samples an answer to each row -> {(event, level): rate} at the places that RATES is about, of
-    probabilities and not of draws; {level: accuracy}; and, with a `teacher`, the rates' like of KL(model ||
-    teacher told v2), nats. Prompts of a level are of one length: no padding."""
+    probabilities and not of draws; {level: accuracy}; and, with a `teacher`, means of KL(model || teacher told
+    v2), nats, at the same places, of all and of right or wrong responses (event, level, right). Prompts of a
+    level are of one length: no padding."""
     check, newline = tokenizer.convert_tokens_to_ids(["check", "\n"])
     found, right, gaps = {}, {}, {}
     for level in LEVELS:
@@ -339,7 +340,8 @@ def toy_rates(model, tokenizer, rows, kind="", teacher=None, **generation):
                 found.setdefault((event, level), []).append(p[end, check].item())
                 if teacher:
                     gap = opsdc.reverse_kl(logits[i, end:end + 1], theirs[i, end:end + 1]).item()
-                    gaps.setdefault((event, level), []).append(gap)
+                    for of in ((event, level), (event, level, verdicts[i].correct)):
+                        gaps.setdefault(of, []).append(gap)
     averages = lambda values: {name: statistics.fmean(each) for name, each in values.items()}
     return averages(found), right, averages(gaps)
 
@@ -538,10 +540,11 @@ def claims(directory="toy", *seeds):
     print("\n" + ev.markdown(["reduction, %", *levels], reductions))
     print("\n" + ev.markdown(["accuracy, %, and its change, points", *levels], changes))
     print("\n" + ev.markdown(["after a step, by terms 3 / 4 / 5 / 6", "checks", "told v2 it would",
-                              "KL(student || teacher) there, nats"], habits(toy, seeds[0])))
+                              "KL(student || teacher) there, nats", "in right responses", "in wrong ones"],
+                             habits(toy, seeds[0])))
 
 def habits(toy, seed):
-    """Rows of what students, and the teachers they are or would become, do at the place that decides."""
+    """Rows of what students, and the teachers they have or would become, do at the place that decides."""
     load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     trained = lambda row: load(claim_folder(toy, row, seed) / "run/model")
     base, frozen, refreshed = load(toy / "model"), trained("frozen teacher"), trained("OPSDC v2")
@@ -555,8 +558,9 @@ def habits(toy, seed):
         torch.manual_seed(0)
         own, gap = toy_rates(student, tokenizer, rows, teacher=teacher)[::2]
         told, _, _ = toy_rates(teacher, tokenizer, rows, "v2")
-        cell = lambda found: " / ".join(f"{found['check', k]:.3f}" for k in LEVELS)
-        table.append([name, cell(own), cell(told), cell(gap)])
+        cell = lambda found, *right: " / ".join(
+            f"{found.get(('check', k, *right), math.nan):.3f}" for k in LEVELS)
+        table.append([name, cell(own), cell(told), cell(gap), cell(gap, True), cell(gap, False)])
     return table
 
 def picture(directory="toy", file="toy.png"):
