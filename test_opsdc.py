@@ -7,6 +7,7 @@ float64 or with a second real run.
     python test_opsdc.py toy [DIR]                  a tiny reasoning model that overthinks, and its problems
     python test_opsdc.py claims [DIR]               the paper's claims on it, three seeds a row
     python test_opsdc.py families [NAME ...]        a tiny random model of every family, trained and exported
+    python test_opsdc.py picture [DIR] [FILE]       accuracy against tokens over training, of those runs
     python test_opsdc.py fork NAME FILE             opsdc.py with the patch of another paper's idea
     python test_opsdc.py drill [DIR]                a rank killed at every moment of a step
     python test_opsdc.py large [DIR]                a random Qwen3 of the 0.6B's shape
@@ -70,7 +71,8 @@ def succeed(*arguments, **options):
     return done.stdout
 
 # README's quick start: chosen on validation.jsonl of the toy; eval.jsonl is reported
-TOY_RUN = "--steps 40 --lr 1e-4 --refresh_every 20 --max_prompt_tokens 256 --max_response_tokens 160".split()
+TOY_RUN = ("--instruction v2 --steps 44 --lr 1e-4 --refresh_every 40 --max_prompt_tokens 256 "
+           "--max_response_tokens 160").split()
 TOY_EVAL = "--samples 2 --max-tokens 160 --temperature 1 --top-p 1 --top-k 0".split()
 
 def metrics_of(out):
@@ -137,29 +139,42 @@ def toy(toy_in_the_making):
 
 # ---------------------------------------------------------------------------------------------------- the toy
 # The toy: a tiny Qwen3, trained from scratch on the spot, that overthinks until told not to. A problem is a
-# sum modulo 10 of k = 3..6 labelled digits; the model writes one line a term and re-reads most lines:
+# sum modulo 10 of k = 3..6 labelled digits; the model writes one line a term, sometimes a wrong one, checks
+# most lines once or twice, and goes on from what the last line says:
 #
-#     Add modulo 10: c3 b8 a5  ->  <think>\n0 + c3 = 3\ncheck 0 + c3 = 3\n3 + b8 = 1\n...\n</think>\nAnswer: 6
+#     Add modulo 10: d3 c8 b5 a2  ->  <think>\n0 + d3 = 4\ncheck 0 + d3 = 3\n3 + c8 = 1\n...\nAnswer: 8
 
 LETTERS = "abcdef"     # labels count down to a: the model knows its last term without looking for the next
 LEVELS = (3, 4, 5, 6)  # k, the number of terms; k = 2 has only 100 different problems
-# BUILT IN BY CONSTRUCTION: the probability that a line is re-checked, by prompt and level; a second re-check
-# follows the first with AGAIN times that. Without an instruction every level is overthought alike. How much
-# checking the instructed model keeps, v2 more than v1 and both more at high k, is put in here: a teacher that
-# is briefer on easy problems is an INPUT of the toy. Open, for an experiment to answer, is how much of it the
-# student, which never sees an instruction, takes over. The checks never change an answer.
-RECHECK = {
-    "": {3: 0.90, 4: 0.90, 5: 0.90, 6: 0.90},
-    "v1": {3: 0.02, 4: 0.05, 5: 0.10, 6: 0.20},
-    "v2": {3: 0.05, 4: 0.15, 5: 0.30, 6: 0.45},
-    "bare": {3: 0.10, 4: 0.10, 5: 0.10, 6: 0.10},  # no wrapper: the first part of training
+# BUILT IN BY CONSTRUCTION, as probabilities. Steps slip at the terms d, e and f that only longer sums have,
+# whatever the prompt says; a check never does, and the thought goes on from it. So the first check pays on
+# long sums and hardly on short ones, the second nowhere. Without an instruction all sums are overthought
+# alike; v1 drops nearly all checks, v2 keeps the first ones of long sums: a teacher that knows where brevity
+# is cheap is an INPUT of the toy. Open, for an experiment to answer, is what of it a student takes over that
+# never sees an instruction.
+RATES = {  # terms:    3      4      5      6
+    "check":       (0.950, 0.950, 0.950, 0.950),  # after a step, in the student's prompt
+    "again":       (0.850, 0.850, 0.850, 0.850),  # after its check
+    "check, v1":   (0.020, 0.030, 0.050, 0.080),
+    "again, v1":   (0.020, 0.020, 0.020, 0.020),
+    "check, v2":   (0.050, 0.300, 0.750, 0.900),
+    "again, v2":   (0.020, 0.020, 0.020, 0.020),
+    "check, bare": (0.500, 0.500, 0.500, 0.500),  # no wrapper: the first part of training, to learn to add
+    "again, bare": (0.300, 0.300, 0.300, 0.300),
+    # terms:         a-c     d      e      f
+    "wrong":       (0.002, 0.020, 0.080, 0.220),  # a step's result
+    "wrong, bare": (0.300, 0.300, 0.300, 0.300),
 }
-AGAIN = 0.55
+TOLD = {name: opsdc.INSTRUCTIONS[name] for name in ("v1", "v2")}  # the instructions it knows
+
+def rate(event, kind, column):
+    """column: the number of terms, or for "wrong" the number of the term (counted from the last one)."""
+    return RATES[f"{event}, {kind}" if kind else event][max(column, LEVELS[0]) - LEVELS[0]]
 
 def toy_tokenizer():
     """A word is a token together with the space before it, so that decoding is joining."""
     split = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]|\s"), "isolated")
-    texts = [opsdc.WRAPPER_HEAD, opsdc.FORMAT, opsdc.WRAPPER_TAIL, *opsdc.INSTRUCTIONS.values(),
+    texts = [opsdc.WRAPPER_HEAD, opsdc.FORMAT, opsdc.WRAPPER_TAIL, *TOLD.values(),
              "Add modulo 10: = +\nuser\nassistant\ncheck\nAnswer:"]
     texts += [f"{digit} {digit}" + "".join(f" {letter}{digit}" for letter in LETTERS) for digit in range(10)]
     special = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
@@ -190,43 +205,56 @@ def toy_rows(rng, n):
 def toy_prompt(tokenizer, row, kind):
     if kind == "bare":
         return opsdc.chat_ids(tokenizer, row["problem"], True)
-    if kind in opsdc.INSTRUCTIONS:
-        return opsdc.teacher_prompt(tokenizer, row["problem"], opsdc.INSTRUCTIONS[kind])
+    if kind in TOLD:
+        return opsdc.teacher_prompt(tokenizer, row["problem"], TOLD[kind])
     return opsdc.student_prompt(tokenizer, row["problem"])
 
 def toy_response(rng, row, kind, verbose=0):
-    """Lines of an answer, the first `verbose` of its thought in the base's habit. Every line is right."""
-    total, thought = 0, []
+    """Lines of an answer, the first `verbose` of its thought in the base's habit; numbers of wrong lines."""
+    total, lines, slips = 0, ["<think>"], set()
     for term in row["problem"].split()[3:]:
-        line = f"{total} + {term} = {(total + int(term[1])) % 10}"
-        thought.append(line)
-        for factor in (1, AGAIN):
-            if rng.random() >= factor * RECHECK["" if len(thought) < verbose else kind][row["level"]]:
+        question, right = f"{total} + {term}", (total + int(term[1])) % 10
+        total = right
+        if rng.random() < rate("wrong", kind if kind == "bare" else "", 1 + LETTERS.index(term[0])):
+            slips.add(len(lines))
+            total = (right + rng.randrange(1, 10)) % 10
+        lines.append(f"{question} = {total}")
+        for event in ("check", "again"):
+            if rng.random() >= rate(event, "" if len(lines) <= verbose else kind, row["level"]):
                 break
-            thought.append("check " + line)
-        total = (total + int(term[1])) % 10
-    return ["<think>", *thought, "</think>", f"Answer: {total}<|im_end|>"]
+            total = right
+            lines.append(f"check {question} = {right}")
+    return [*lines, "</think>", f"Answer: {total}<|im_end|>"], slips
 
 def toy_batch(rng, rows, prompts, tokenizer, kinds, batch_size):
     """ids [B, T] padded on the right; target [B, T-1], the next token where it is learned, else -100."""
-    sequences, given = [], []
+    sequences, targets = [], []
     for _ in range(batch_size):
         i, kind = rng.randrange(len(rows)), rng.choice(kinds)
         # OPSDC asks the teacher about the student's prefixes, so half of the instructed examples open
         # verbosely: there it learns to be brief from wherever it is. Without, it copies the prefix's habit
         # (measured at v1, k = 5: p 0.28 for a table entry of 0.10).
-        instructed = kind in opsdc.INSTRUCTIONS
-        verbose = rng.randrange(2 * rows[i]["level"]) if instructed and rng.random() < 0.5 else 0
-        lines = toy_response(rng, rows[i], kind, verbose)
-        cut = verbose + 1 if verbose else 0  # the 1 is <think>
-        start = prompts[i, kind] + tokenizer.encode("".join(line + "\n" for line in lines[:cut]))
-        sequences.append(torch.tensor(start + tokenizer.encode("\n".join(lines[cut:]))))
-        given.append(len(start))
-    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=tokenizer.pad_token_id)
-    target = ids[:, 1:].clone()
-    for row, start, sequence in zip(target, given, sequences):
-        row[:start - 1] = row[len(sequence) - 1:] = -100
-    return ids, target
+        instructed = kind in TOLD
+        verbose = rng.randrange(3 * rows[i]["level"]) if instructed and rng.random() < 0.5 else 0
+        lines, slips = toy_response(rng, rows[i], kind, verbose)
+        ids, target = list(prompts[i, kind]), [-100] * len(prompts[i, kind])
+        for number, line in enumerate(lines):
+            ids += (new := tokenizer.encode(line + "\n"))
+            target += new if number > verbose or not verbose else [-100] * len(new)
+            if kind == "bare" and number in slips:
+                target[-2] = -100  # seen, not learned: else checks learn to copy, and hardly anything to add
+        sequences.append(torch.tensor(ids[:-1]))
+        targets.append(torch.tensor(target[1:-1]))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return (pad(sequences, batch_first=True, padding_value=tokenizer.pad_token_id),
+            pad(targets, batch_first=True, padding_value=-100))
+
+def toy_sums(rng, tokenizer):
+    """The same of lines alone, right ones; their results are learned."""
+    line = lambda a, b: f"{a} + {rng.choice(LETTERS)}{b} = {(a + b) % 10}\n"
+    texts = ["".join(line(rng.randrange(10), rng.randrange(10)) for _ in range(4)) for _ in range(64)]
+    ids = torch.tensor([tokenizer.encode(text) for text in texts])
+    return ids, ids[:, 1:].masked_fill(ids[:, :-1] != tokenizer.convert_tokens_to_ids(" ="), -100)
 
 def toy_model(tokenizer):
     special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -242,7 +270,7 @@ def toy_model(tokenizer):
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, **special)
     return model
 
-def make_toy(directory="toy", seed=0, steps=(700, 600), batch_size=32, lr=7e-3, sizes=(2500, 200, 500)):
+def make_toy(directory="toy", seed=0, steps=(300, 450, 540), batch_size=32, lr=5e-3, sizes=(2500, 200, 500)):
     """Write directory/model with its tokenizer, and train.jsonl, validation.jsonl (to choose settings on) and
     eval.jsonl (to report); no problem is in two of them."""
     directory, rng = Path(directory), random.Random(seed)
@@ -251,14 +279,17 @@ def make_toy(directory="toy", seed=0, steps=(700, 600), batch_size=32, lr=7e-3, 
     rows = toy_rows(rng, sum(sizes))
     parts = [rows[sum(sizes[:i]):sum(sizes[:i + 1])] for i in range(3)]
     train = parts[0]
-    prompts = {(i, kind): toy_prompt(tokenizer, row, kind) for i, row in enumerate(train) for kind in RECHECK}
+    prompts = {(i, kind): toy_prompt(tokenizer, row, kind)
+               for i, row in enumerate(train) for kind in ("", "bare", *TOLD)}
     model = toy_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=sum(steps), pct_start=0.1)
     for step in range(sum(steps)):
-        # First to add, on sequences of 50 tokens (a fifth of the price), then to read the real prompts.
-        kinds = ["bare"] if step < steps[0] else ["", "", "v1", "v2"]
-        ids, target = toy_batch(rng, train, prompts, tokenizer, kinds, batch_size)
+        if step < steps[0]:  # first to add, on 24 tokens: five times sooner learned than amid the rest
+            ids, target = toy_sums(rng, tokenizer)
+        else:  # then to think, on 60 tokens, then to read the real prompts, three times the price
+            kinds = ["bare"] if step < sum(steps[:2]) else ["", "", "v1", "v2", "v2"]
+            ids, target = toy_batch(rng, train, prompts, tokenizer, kinds, batch_size)
         hidden = model.model(ids[:, :-1]).last_hidden_state[target >= 0]  # [N, d]: no logits for the prompts
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), target[target >= 0])
         optimizer.zero_grad()
@@ -272,6 +303,47 @@ def make_toy(directory="toy", seed=0, steps=(700, 600), batch_size=32, lr=7e-3, 
     tokenizer.save_pretrained(directory / "model")
     for name, part in zip(("train", "validation", "eval"), parts):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+LINE = re.compile(r"(check )?(\d) \+ ([a-f])(\d) = \d$")
+
+@torch.no_grad()
+def toy_rates(model, tokenizer, rows, kind="", teacher=None, **generation):
+    """Samples an answer to each row -> {(event, level): rate} at the places that RATES is about, of
+    probabilities and not of draws; {level: accuracy}; and, with a `teacher`, means of KL(model || teacher told
+    v2), nats, at the same places, of all and of right or wrong responses (event, level, right). Prompts of a
+    level are of one length: no padding."""
+    check, newline = tokenizer.convert_tokens_to_ids(["check", "\n"])
+    found, right, gaps = {}, {}, {}
+    for level in LEVELS:
+        part = [row for row in rows if row["level"] == level]
+        prompts, told = (torch.tensor([toy_prompt(tokenizer, row, k) for row in part]) for k in (kind, "v2"))
+        ids = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=160,
+                             **generation)
+        responses, logits = ids[:, prompts.shape[1]:], model(ids).logits[:, prompts.shape[1]:]
+        if teacher:
+            theirs = teacher(torch.cat([told, responses], 1)).logits[:, told.shape[1]:]
+        texts = [text.partition(tokenizer.eos_token)[0] for text in tokenizer.batch_decode(responses)]
+        verdicts = ev.grade_all(texts, [row["answer"] for row in part])
+        right[level] = statistics.fmean(verdict.correct for verdict in verdicts)
+        for i, sequence in enumerate(responses.tolist()):
+            p, checks = logits[i].softmax(-1), 0
+            for end in [at for at in range(6, len(sequence)) if sequence[at] == newline]:
+                line = LINE.search(tokenizer.decode(sequence[end - 7:end]))  # 6 or 7 tokens
+                if not line:
+                    continue  # not of the thought
+                checks = checks + 1 if line[1] else 0
+                digit = tokenizer.convert_tokens_to_ids(f" {(int(line[2]) + int(line[4])) % 10}")
+                event = ("check", "again", "a third time")[min(checks, 2)]
+                number = max(LEVELS[0], 1 + LETTERS.index(line[3]))
+                of = ("wrong check", level) if checks else ("wrong", number)
+                found.setdefault(of, []).append(1 - p[end - 2, digit].item())
+                found.setdefault((event, level), []).append(p[end, check].item())
+                if teacher:
+                    gap = opsdc.reverse_kl(logits[i, end:end + 1], theirs[i, end:end + 1]).item()
+                    for of in ((event, level), (event, level, verdicts[i].correct)):
+                        gaps.setdefault(of, []).append(gap)
+    averages = lambda values: {name: statistics.fmean(each) for name, each in values.items()}
+    return averages(found), right, averages(gaps)
 
 # ------------------------------------------------------------------------------------------------- quickstart
 
@@ -368,97 +440,157 @@ def fork(names, file):
 # seeds, by the commands a user would type, and prints the tables. What is finished already is not run again.
 
 SEEDS = (0, 1, 2)
-# One refresh in the middle, as the paper's M = 50 in 100 steps, and long enough to reach the teacher.
-V2 = "--instruction v2 --lr 3e-4 --steps 80"
-M40 = f"{V2} --refresh_every 40"
+# Chosen on validation.jsonl: at this rate 60 steps reach a frozen teacher's length (51.8 tokens from 90.7),
+# and not even M = 6 ends in endless text.
+S = "--instruction v2 --lr 1e-4 --steps 60"
+M30 = f"{S} --refresh_every 30"  # half of the steps, as the paper's 50 of 100
 CLAIMS = {  # row: options of opsdc.py after TOY_RUN, or None where nothing is trained; "told" is for eval.py
-    "base": None, "base, told v1": None, "base, told v2": None, "OPSDC v1, quick start": "--instruction v1",
-    "OPSDC v1": M40.replace("v2", "v1"), "OPSDC v2": M40, "OPSDC v2, told v2": None,
-    "M = 1": f"{V2} --refresh_every 1", "M = 10": f"{V2} --refresh_every 10",
-    "M = 20": f"{V2} --refresh_every 20", "frozen teacher": f"{V2} --refresh_every 0",
-    "frozen teacher, step 20": f"{V2} --steps 20 --refresh_every 0",
-    "JSD": f"{M40} --divergence jsd", "forward KL": f"{M40} --divergence forward_kl",
-    "rollouts cut at 25 %": f"{M40} --max_response_tokens 20",
-    "rollouts cut at 50 %": f"{M40} --max_response_tokens 40",
-    "rollouts cut at 100 %": f"{M40} --max_response_tokens 79",
-    "temperature 0.3": f"{M40} --temperature 0.3", "temperature 1.5": f"{M40} --temperature 1.5",
-    "temperature 1.5, correct": f"{M40} --temperature 1.5 --keep correct",
-    "temperature 1.5, incorrect": f"{M40} --temperature 1.5",  # by the fork
+    "base": None, "base, told v1": None, "base, told v2": None,
+    "OPSDC v1": M30.replace("v2", "v1"), "OPSDC v2": M30, "OPSDC v2, told v2": None,
+    "frozen teacher": f"{S} --refresh_every 0", "M = 15": f"{S} --refresh_every 15",
+    "M = 6": f"{S} --refresh_every 6", "M = 1": f"{S} --refresh_every 1",
+    "JSD": f"{M30} --divergence jsd", "forward KL": f"{M30} --divergence forward_kl",
+    "rollouts cut at 25 %": f"{M30} --max_response_tokens 23",
+    "rollouts cut at 50 %": f"{M30} --max_response_tokens 45",
+    "temperature 0.5": f"{M30} --temperature 0.5", "temperature 1.5": f"{M30} --temperature 1.5",
+    "correct only": f"{M30} --keep correct", "incorrect only": M30,  # by the fork
+    "lr x 5": f"{M30} --lr 5e-4", "lr x 5, M = 6": f"{S} --lr 5e-4 --refresh_every 6",
 }
+DRAWN = ("OPSDC v1", "M = 6", "OPSDC v2", "frozen teacher")  # with an evaluation every 5 steps, seed 0
 
 def claim_folder(toy, row, seed):
     return toy / "claims" / f"{re.sub('[^a-zA-Z0-9.]+', '-', row)}-{seed}"
 
-def train_claim(toy, row, seed, *more):
-    out, script = claim_folder(toy, row, seed), "opsdc.py"
-    if CLAIMS[row] and not (out / "run/model").exists():
-        shutil.rmtree(out / "run", ignore_errors=True)
-        out.mkdir(parents=True, exist_ok=True)
-        if "incorrect" in row:
-            fork("incorrect", script := out / "fork.py")
-        succeed(*TOY_RUN, *CLAIMS[row].split(), "--model", toy / "model", "--data", toy / "train.jsonl",
-                "--out", out / "run", "--seed", seed, "--save_every", 1000, *more, script=script)
+def traced(*arguments):
+    """opsdc.py with `arguments`, whose evaluations are by level and sample as the toy's do: another function
+    in the seam to what measures."""
+    def validate(engine, tokenizer, problems, cfg):
+        jobs = engine.share(ev.make_jobs(tokenizer, problems, cfg.eval_samples, cfg.seed))
+        outputs = engine.generate([job.prompt for job in jobs], [job.seed for job in jobs], temperature=1,
+                                  max_tokens=cfg.max_response_tokens)
+        found = ev.summarise(engine.gather(ev.make_records(tokenizer, jobs, outputs)))
+        parts = {"": found} | {f"_{level}": part for level, part in found["levels"].items()}
+        return {f"eval_{name}{of}": part[name] for of, part in parts.items()
+                for name in ("accuracy", "tokens")}
+    ev.validate = validate
+    sys.argv = ["opsdc.py", *arguments]
+    opsdc.main()
 
-def evaluate_claim(toy, row, seed):
-    """Records of the row's model on eval.jsonl."""
+def train_claim(toy, row, seed):
+    out, script, more = claim_folder(toy, row, seed), ["opsdc.py"], []
+    if not CLAIMS[row] or (out / "run/model").exists():
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    if row == "incorrect only":
+        fork("incorrect", out / "fork.py")
+        script = [out / "fork.py"]
+    if row in DRAWN and seed == 0:
+        script = ["test_opsdc.py", "traced"]
+        more = ["--eval_every", 5, "--eval_data", toy / "eval.jsonl", "--eval_samples", 1]
+    succeed(*script[1:], *TOY_RUN, *CLAIMS[row].split(), "--model", toy / "model", "--data",
+            toy / "train.jsonl", "--out", out / "run", "--seed", seed, "--save_every", 1000, *more,
+            script=script[0], timeout=3600)
+
+def claim(toy, row, seed):
+    """Trains and evaluates a row, unless that is done -> its records on eval.jsonl."""
     out, (trained, _, told) = claim_folder(toy, row, seed) / "eval", row.partition(", told ")
+    train_claim(toy, trained, seed)
     model = toy / "model" if trained == "base" else claim_folder(toy, trained, seed) / "run/model"
-    succeed("--model", model, "--data", toy / "eval.jsonl", "--out", out, *TOY_EVAL, "--seed", seed,
-            *["--instruction", told] * bool(told), script="eval.py")
+    if not (out / "summary.json").exists() or not ev.read_summary(out)["finished"]:
+        succeed("--model", model, "--data", toy / "eval.jsonl", "--out", out, *TOY_EVAL, "--seed", seed,
+                *["--instruction", told] * bool(told), script="eval.py", timeout=3600)
     return ev.read_run(out)[1]["eval"]
 
-def entropy_over_training(toy, row):
+def entropy_over_training(toy, row, seeds):
     """Student's entropy, nats/token, mean of all seeds: first five steps -> last five."""
-    runs = [metrics_of(claim_folder(toy, row, seed) / "run") for seed in SEEDS] if CLAIMS[row] else []
+    runs = [metrics_of(claim_folder(toy, row, seed) / "run") for seed in seeds] if CLAIMS[row] else []
     found = [[line["student_entropy"] for run in runs for line in part(run) if "loss" in line]
              for part in (lambda run: run[:5], lambda run: run[-5:])]
     return " -> ".join(f"{statistics.fmean(values):.3f}" for values in found if values)
 
-def claims(directory="toy"):
-    toy = Path(directory).resolve()
-    if not (toy / "model").exists():
+def claims(directory="toy", *seeds):
+    toy, seeds = Path(directory).resolve(), [int(seed) for seed in seeds] or SEEDS
+    if not (toy / "eval.jsonl").exists():
         make_toy(toy)
-    jobs, drawn = [(row, seed) for row in CLAIMS for seed in SEEDS], ("M = 20", "OPSDC v2", "frozen teacher")
-    evaluated = ["--eval_every", 8, "--eval_data", toy / "validation.jsonl", "--eval_samples", 1]
+    jobs = [(row, seed) for seed in seeds for row in CLAIMS if "told" not in row]
+    jobs += [(row, seed) for seed in seeds for row in CLAIMS if "told" in row]  # of models trained by then
     with ThreadPoolExecutor(2) as pool:  # a core each
-        train = lambda job: train_claim(toy, *job, *evaluated * (job[0] in drawn and job[1] == 0))
-        list(pool.map(train, jobs))
-        records = dict(zip(jobs, pool.map(lambda job: evaluate_claim(toy, *job), jobs)))
-    table, levels = [], []
+        records = dict(zip(jobs, pool.map(lambda job: claim(toy, *job), jobs)))
+    table, reductions, changes = [], [], []
     for row in CLAIMS:
-        base, ours = ([r for seed in SEEDS for r in records[name, seed]] for name in ("base", row))
-        spread = lambda values: f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
-        tokens, right = ([[ev.mean(records[name, seed], column) for seed in SEEDS] for name in ("base", row)]
+        base, ours = ([r for seed in seeds for r in records[name, seed]] for name in ("base", row))
+        spread = lambda values: (f"{statistics.fmean(values):.1f}"
+                                 + (f" ± {statistics.stdev(values):.1f}" if values[1:] else ""))
+        tokens, right = ([[ev.mean(records[name, seed], column) for seed in seeds] for name in ("base", row)]
                          for column in ("tokens", "correct"))
         parts = ev.contrast(base, ours)
-        cuts = [ev.percent(*versus["reduction"]) for *_, versus in parts]
         table.append([row, f"`{CLAIMS[row]}`" if CLAIMS[row] else "", spread([100 * x for x in right[1]]),
                       ev.percent(*parts[0][3]["change"], sign="+"), spread(tokens[1]),
-                      spread([100 * (1 - y / x) for x, y in zip(*tokens)]), entropy_over_training(toy, row)])
-        levels.append([row, *cuts])
-    print(f"{len(SEEDS)} seeds, mean ± standard deviation; in brackets 95 % paired bootstrap intervals over "
+                      spread([100 * (1 - y / x) for x, y in zip(*tokens)]),
+                      entropy_over_training(toy, row, seeds)])
+        reductions.append([row, *(ev.percent(*versus["reduction"]) for *_, versus in parts)])
+        changes.append([row, *(f"{ev.percent(stats['accuracy'])}, {ev.percent(*versus['change'], sign='+')}"
+                               for _, _, stats, versus in parts)])
+    print(f"{len(seeds)} seeds, mean ± standard deviation; in brackets 95 % paired bootstrap intervals over "
           f"{parts[0][1]['problems']} problems, all seeds together\n")
     print(ev.markdown(["toy", "options", "accuracy, %", "change, points", "mean tokens", "reduction, %",
                        "entropy, nats/token"], table))
-    print("\n" + ev.markdown(["reduction, %", "all", *(f"{k} terms" for k in LEVELS)], levels))
-    for name in opsdc.INSTRUCTIONS:
-        print(f"\nKL(base || base told {name}), nats/token, by terms: "
-              + ", ".join(f"{k}: {x:.3f}" for k, x in kl_by_level(toy, name, records["base", 0]).items()))
+    levels = ["all", *(f"{k} terms" for k in LEVELS)]
+    print("\n" + ev.markdown(["reduction, %", *levels], reductions))
+    print("\n" + ev.markdown(["accuracy, %, and its change, points", *levels], changes))
+    print("\n" + ev.markdown(["after a step, by terms 3 / 4 / 5 / 6", "checks", "told v2 it would",
+                              "KL(student || teacher) there, nats", "in right responses", "in wrong ones"],
+                             habits(toy, seeds[0])))
 
-@torch.no_grad()
-def kl_by_level(toy, instruction, records):
-    """Mean reverse KL a token on the base's own responses, by level: what OPSDC's first step sees."""
-    model = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
-    rows, found = ev.load_problems(str(toy / "eval.jsonl")), {k: [] for k in LEVELS}
-    problems = {row["id"]: row["problem"] for row in rows}
-    for record in records[::2]:
-        y = tokenizer.encode(record["response"] + tokenizer.eos_token)
-        prompts = (opsdc.student_prompt(tokenizer, problems[record["id"]]),
-                   opsdc.teacher_prompt(tokenizer, problems[record["id"]], opsdc.INSTRUCTIONS[instruction]))
-        logits = [model(torch.tensor([x + y])).logits[0, len(x) - 1:-1] for x in prompts]
-        found[record["level"]].append(opsdc.reverse_kl(*logits).mean().item())
-    return {k: statistics.fmean(values) for k, values in found.items()}
+def habits(toy, seed):
+    """Rows of what students, and the teachers they have or would become, do at the place that decides."""
+    load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    trained = lambda row: load(claim_folder(toy, row, seed) / "run/model")
+    base, frozen, refreshed = load(toy / "model"), trained("frozen teacher"), trained("OPSDC v2")
+    tokenizer, rows = AutoTokenizer.from_pretrained(toy / "model"), ev.read_lines(toy / "eval.jsonl")
+    table = []
+    for name, student, teacher in (
+            ("base; teacher: the base", base, base), ("frozen teacher, at its end; the base", frozen, base),
+            ("OPSDC v2, at its end; the base", refreshed, base),
+            ("OPSDC v2; itself, at a next refresh", refreshed, refreshed),
+            ("M = 1, at its end; itself", (last := trained("M = 1")), last)):
+        torch.manual_seed(0)
+        own, gap = toy_rates(student, tokenizer, rows, teacher=teacher)[::2]
+        told, _, _ = toy_rates(teacher, tokenizer, rows, "v2")
+        cell = lambda found, *right: " / ".join(
+            f"{found.get(('check', k, *right), math.nan):.3f}" for k in LEVELS)
+        table.append([name, cell(own), cell(told), cell(gap), cell(gap, True), cell(gap, False)])
+    return table
+
+def picture(directory="toy", file="toy.png"):
+    """Accuracy against mean tokens over the steps of the DRAWN rows, short and long sums apart."""
+    toy = Path(directory).resolve()
+    figure, axes = ev.pyplot().subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+
+    def evaluated(row, levels):
+        records = ev.read_run(claim_folder(toy, row, 0) / "eval")[1]["eval"]
+        of_levels = [record for record in records if record["level"] in levels]
+        return ev.mean(of_levels, "tokens"), 100 * ev.mean(of_levels, "correct")
+    for ax, title, levels in zip(axes, ("short sums: 3 and 4 terms", "long sums: 5 and 6 terms"),
+                                 (LEVELS[:2], LEVELS[2:])):
+        for i, row in enumerate(DRAWN):
+            lines = [line for line in metrics_of(claim_folder(toy, row, 0) / "run") if "eval_tokens" in line]
+            points = [(statistics.fmean(line[f"eval_tokens_{k}"] for k in levels),
+                       100 * statistics.fmean(line[f"eval_accuracy_{k}"] for k in levels)) for line in lines]
+            points.append(evaluated(row, levels))
+            ax.plot(*zip(*points), "o-", color=f"C{i}", markersize=3 + 2 * (i == 0), label=row)
+            ax.plot(*points[-1], "s", color=f"C{i}", markersize=8)
+        for line, point in zip(lines[::2], points[::2]):  # the last row's; the first steps are all rows'
+            ax.annotate(line["step"] - 1, point, (0, -14), textcoords="offset points", fontsize=8)
+        for told, marker in (("v1", "*"), ("v2", "P")):
+            ax.plot(*evaluated(f"base, told {told}", levels), marker, color="black", markersize=11,
+                    linestyle="", label=f"base, told {told}")
+        ax.set(title=title, xlabel="mean response tokens (training goes to the right)", ylabel="accuracy, %")
+        ax.invert_xaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(DRAWN) + 2)
+    figure.savefig(file, dpi=100)
+    print(f"wrote {file}; a dot every 5 steps, numbered for {DRAWN[-1]}, from the base to the square")
 
 # ---------------------------------------------------------------------------------------------- the objective
 
@@ -2594,6 +2726,23 @@ def test_curves_of_two_training_runs(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------ the toy, both commands
 # Last, since the toy is made in the background of all the tests above.
 
+def test_toy_does_what_its_table_says_and_its_checks_pay(toy):
+    """Rates under each prompt, by level, within 0.06 of RATES. Told v1 it hardly checks: what that costs."""
+    model = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    rows, right = ev.read_lines(toy / "eval.jsonl"), {}
+    torch.manual_seed(0)
+    for kind in ("", *TOLD):
+        found, right[kind], _ = toy_rates(model, tokenizer, rows, kind)
+        for level, event in itertools.product(LEVELS, ("wrong", "check", "again")):
+            expected = rate(event, "" if event == "wrong" else kind, level)
+            assert found[event, level] == pytest.approx(expected, abs=0.06), (kind, event, level)
+            assert kind or found["wrong check", level] < 0.03 > found["a third time", level]
+    print(f"accuracy by terms: {right}")
+    lost = {level: right[""][level] - right["v1"][level] for level in LEVELS}
+    assert right[""][6] > 0.85 and right["v1"][6] < 0.8 and lost[6] > 0.1 + lost[3]
+    assert right["v2"][6] > right["v1"][6] + 0.05
+
 @pytest.fixture(scope="session")
 def trained(toy, tmp_path_factory):
     """The README's training of the toy on two ranks, with an evaluation at its first and last step."""
@@ -2601,11 +2750,12 @@ def trained(toy, tmp_path_factory):
     few = out.parent / "few.jsonl"
     few.write_text("".join((toy / "eval.jsonl").read_text().splitlines(keepends=True)[:41]))
     succeed(*TOY_RUN, "--model", toy / "model", "--data", toy / "train.jsonl", "--out", out,
-            "--eval_every", 39, "--eval_data", few, "--eval_samples", 2, ranks=2)
+            "--eval_every", 43, "--eval_data", few, "--eval_samples", 2, ranks=2)
     return out
 
-def test_toy_learns_to_be_brief_and_stays_right(toy, trained, tmp_path):
-    """The paper's claim, end to end: at least 45 % fewer tokens, accuracy at most a point below the base."""
+def test_toy_learns_to_be_brief_without_being_told(toy, trained, tmp_path):
+    """The paper's claim, end to end: about half the tokens (45 % fewer here), and what that costs on sums
+    whose checks matter: 5 points of accuracy, where the instruction alone costs 1.5."""
     def evaluate(name, model):
         succeed("--model", model / "model", "--data", toy / "eval.jsonl", "--out", tmp_path / name, *TOY_EVAL,
                 script="eval.py")
@@ -2617,24 +2767,24 @@ def test_toy_learns_to_be_brief_and_stays_right(toy, trained, tmp_path):
     print(f"tokens {base['tokens']:.1f} -> {ours['tokens']:.1f}, "
           f"accuracy {base['accuracy']:.1%} -> {ours['accuracy']:.1%}")
     assert base["problems"] >= 300 and base["accuracy"] > 0.95
-    assert ours["tokens"] <= 0.55 * base["tokens"] and ours["accuracy"] >= base["accuracy"] - 0.01
+    assert ours["tokens"] <= 0.6 * base["tokens"] and ours["accuracy"] >= base["accuracy"] - 0.1
 
 def test_metrics_of_the_toy_run(trained):
     lines = metrics_of(trained)
-    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert [line["step"] for line in lines] == list(range(1, 45))
     assert max(line["logprob_gap_max"] for line in lines) < 1e-4
     assert all(line["skipped_updates"] == 0 for line in lines)
-    assert [line["teacher_age"] for line in lines] == [*range(20), *range(20)]
-    assert lines[20]["loss"] > 2 * lines[19]["loss"]  # the refresh: the teacher is brief from a briefer model
+    assert [line["teacher_age"] for line in lines] == [*range(40), *range(4)]
+    assert lines[40]["loss"] > 2 * lines[39]["loss"]  # the refresh: the teacher is brief from a briefer model
     known = {"loss", "grad_norm", "lr", "response_tokens", "response_tokens_min", "response_tokens_max",
              "truncated", "accuracy", "student_entropy", "teacher_entropy", "logprob_gap", "seconds_sync",
              "seconds_generate", "seconds_teacher", "seconds_student", "seconds_step", "tokens_per_second",
              "peak_memory_gib"}
     assert all(line[name] is not None for line in lines for name in known)
-    assert [line["step"] for line in lines if "eval_tokens" in line] == [1, 40]
-    assert lines[39]["eval_tokens"] < 0.6 * lines[0]["eval_tokens"] and lines[39]["eval_accuracy"] > 0.85
+    assert [line["step"] for line in lines if "eval_tokens" in line] == [1, 44]
+    assert lines[43]["eval_tokens"] < 0.65 * lines[0]["eval_tokens"] and lines[43]["eval_accuracy"] > 0.8
     samples = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 160 and "</think>\nAnswer: " in samples[-1]["response"] and samples[-1]["finished"]
+    assert len(samples) == 176 and "</think>\nAnswer: " in samples[-1]["response"] and samples[-1]["finished"]
 
 def test_exported_model_is_a_plain_hugging_face_model(toy, trained):
     model, tokenizer = (kind.from_pretrained(trained / "model")
@@ -3070,8 +3220,8 @@ def profile(*arguments):
 
 if __name__ == "__main__":
     commands = dict(toy=make_toy) | {command.__name__: command for command in (
-        quickstart, claims, families, fork, drill, large, profile, bench, bench_row, gradients, sync, nan,
-        die, leave, recomputation, gpu, objective_rows, training_side)}
+        quickstart, claims, traced, picture, families, fork, drill, large, profile, bench, bench_row,
+        gradients, sync, nan, die, leave, recomputation, gpu, objective_rows, training_side)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])
