@@ -309,9 +309,9 @@ LINE = re.compile(r"(check )?(\d) \+ ([a-f])(\d) = \d$")
 @torch.no_grad()
 def toy_rates(model, tokenizer, rows, kind="", teacher=None, **generation):
     """Samples an answer to each row -> {(event, level): rate} at the places that RATES is about, of
-    probabilities and not of draws; {level: accuracy}; and, with a `teacher`, means of KL(model || teacher told
-    v2), nats, at the same places, of all and of right or wrong responses (event, level, right). Prompts of a
-    level are of one length: no padding."""
+    probabilities and not of draws; {level: accuracy}; and, with a `teacher`, means of KL(model || teacher
+    told v2), nats, at the same places, of all and of right or wrong responses (event, level, right). Prompts
+    of a level are of one length: no padding."""
     check, newline = tokenizer.convert_tokens_to_ids(["check", "\n"])
     found, right, gaps = {}, {}, {}
     for level in LEVELS:
