@@ -48,7 +48,7 @@ VERSION = 2  # of the grading rules and of the files written; runs of different 
 
 SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # left over
 MARKER = re.compile(r"(?m)(?:^[ \t>*_#`$-]*(?i:(?:the )?(?:final )?answer)"  # in any case at a line's start,
-                    r"|\bAnswer|\bANSWER)[ \t*_`]{0,8}[:：]"                # elsewhere with its capital
+                    r"|\b(?:Answer|ANSWER))[ \t*_`]{0,8}[:：]"              # elsewhere with its capital
                     r"|\b[Ff]inal answer is\b:?(?=[^\n]{1,400}I hope it is correct)")
 SPANS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$\n": "$"}  # maths that may go over several lines
 LONGEST = 1000  # characters of an answer that is still looked at; the longest gold of MATH-500 has 53
@@ -123,7 +123,7 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"(\\\\) ?\[-?[\d.]+ ?[a-z]{2}\]", r"\1"), (r"\\text\{([-+]?[\d(][^{}]*)\}", r"\1 "),
     (r"(\\(?:sin|cos|tan|cot|sec|csc)[ ({]*)([\d.]+)°", r"\1\\frac{\2\\pi}{180}"),
     (r"° ?(?:\\text\{[CF]\}|[CF](?![a-zA-Z]))?", ""),
-    (r"([\d.]+) ?(\\text\{)?(?:\\?%|percent\b)(?(2)\})", r"\\frac{\1}{100}"),
+    (r"([\d.]+|\d*\\frac\{\d+\}\{\d+\}) ?(\\text\{)?(?:\\?%|percent\b)(?(2)\})", r"\\frac{\1}{100}"),
     (r"(?:,? ?(?:\\text\{,? ?(?:and|or),?\}|" + NAKED.format("and|or") + "))+", ","),
     (r"(?<![\d./^_{}])(\d+) (\d+)/ ?(\d+)(?![\d./])", r"\1\\frac{\2}{\3}"),  # 3 1/2
     (r"\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: "." + m[1] + (m[2] * 30)[:30]),  # 0.1666...
