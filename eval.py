@@ -108,21 +108,21 @@ SYMBOLS = str.maketrans({x[0]: x[1:] + " " for x in (r"−- –- —- ×\cdot ·
 NAKED = r"(?<![\\a-zA-Z])(?:{})(?![a-zA-Z])"  # a word that is no command
 GROUP = r" ?(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\w|\\pi|\\theta))"  # an argument
 REWRITES = [(re.compile(pattern), by) for pattern, by in [
-    ("º", "°"), ("[²³¹⁰-ⁿ]+", r"^{\g<0>}"), ("[₀-ₜ]+", r"_{\g<0>}"), ("[¼-¾⅐-⅞]", r" \g<0>"),  # before
-    ("[^ -~]+", lambda m: unicodedata.normalize("NFKC", m[0]).translate(SYMBOLS)),  # makes 103 of 10³
+    ("º", "°"), ("[²³¹⁰-ⁿ]+", r"^{\g<0>}"), ("[₀-ₜ]+", r"_{\g<0>}"), ("[¼-¾⅐-⅞]", r" \g<0>"),  # before what
+    ("[^ -~]+", lambda m: unicodedata.normalize("NFKC", m[0]).translate(SYMBOLS)),  # would make 103 of 10³
     (r"(?:\\q?quad(?![a-zA-Z])|~|(?<!\\)\\[,;: ]|\s)+", " "),
     (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|boxed)(?![a-zA-Z])|(?<!\\)\\!|\\?[$€£¥]|^ ?\\approx "
-     "|[\u200b-\u200f\u2060-\u2064\ufeff]", ""),  # the last have no width
+     "|[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]", ""),  # the last have no width
     (r"\\math(?:rm|bf|it|sf) ?\{ ?(\w) ?\}", r" \1"),  # a single letter is no unit
     (r"\\(?:text\w+|mbox|operatorname|math(?:rm|bf|it|sf)) ?(?=\{)", r"\\text"),
     (r"(?<=[{(\[]) | (?=[{})\]^])", ""), (r"\*\*(?=[\w({\\-])", "^"), (r"\{,\}", ","),
-    (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot "), (NAKED.format("pi"), r"\\pi "),
-    (NAKED.format("i"), r"\\sqrt{-1}"), (r"\\varnothing", r"\\emptyset"), (r"\^\{?\\circ\}?|\\degree", "°"),
+    (r"\^\{?\\circ\}?|\\degree", "°"), (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot "),
+    (NAKED.format("pi"), r"\\pi "), (r"(?<![\\a-zA-Z_])(?<!_\{)i(?![a-zA-Z])", r"\\sqrt{-1}"),
     (r"(?:√|" + NAKED.format("sqrt") + r" ?(?=\())(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}"),
     (r"\\[dtc]?frac" + GROUP * 2, r"\\frac{\1\2}{\3\4}"), (r"\\(sqrt|log_)" + GROUP, r"\\\1{\2\3}"),
     (r"(\\\\) ?\[-?[\d.]+ ?[a-z]{2}\]", r"\1"), (r"\\text\{([-+]?[\d(][^{}]*)\}", r"\1 "),
     (r"(\\(?:sin|cos|tan|cot|sec|csc)[ ({]*)([\d.]+)°", r"\1\\frac{\2\\pi}{180}"),
-    (r"° ?(?:\\text\{[CF]\}|[CF](?![a-zA-Z]))?", ""),
+    (r"° ?(?:\\text\{[CF]\}|[CF](?![a-zA-Z]))?", ""), (r"\\varnothing", r"\\emptyset"),
     (r"([\d.]+|\d*\\frac\{\d+\}\{\d+\}) ?(\\text\{)?(?:\\?%|percent\b)(?(2)\})", r"\\frac{\1}{100}"),
     (r"(?:,? ?(?:\\text\{,? ?(?:and|or),?\}|" + NAKED.format("and|or") + "))+", ","),
     (r"(?<![\d./^_{}])(\d+) (\d+)/ ?(\d+)(?![\d./])", r"\1\\frac{\2}{\3}"),  # 3 1/2
@@ -207,7 +207,7 @@ MEMORY = 4 << 30  # bytes of address space of a worker: a huge power must not ta
 IDLE = []         # started workers, waiting
 
 def ask_worker(pair):
-    """[equal, vote of a wrong answer] of (answer, gold). A worker that does not say is killed: wrong."""
+    """[equal, vote of a wrong answer] of (answer, gold). What takes too long or ends the worker is wrong."""
     worker, reply = IDLE.pop() if IDLE else None, ""
     if worker is None or worker.poll() is not None:
         worker = subprocess.Popen([sys.executable, os.path.abspath(__file__), "worker"], text=True, stdin=-1,
@@ -231,9 +231,10 @@ def worker_main():
     import math_verify  # noqa: F401  slow: no pair pays for it
     logging.disable()
     replies, sys.stdout = sys.stdout, sys.stderr  # a stray print must not look like a reply
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin:  # ends when the parent does
-        # CPU time first: a verdict must not depend on the load. The kernel kills, in C code and orphans too.
+        # CPU time: a verdict must not depend on the load. The kernel kills, in C code and orphans too.
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         answer, gold = map(tidy, json.loads(line))
         right, poll = False, key(answer)

@@ -2270,7 +2270,8 @@ def test_every_format_takes_the_right_value_and_refuses_a_wrong_one(name, value)
     ("8 \\text{ cm}", "8"), ("\\boxed{8}", "8"), ("1.0\\times10^{-4}", "0.0001"),
     ("6.02 x 10^{23}", "6.02 \\cdot 10^{23}"), ("x₁+x²", "x_1+x^2"), ("\\sin 30^\\circ", "\\frac12"),
     ("\\ln(xy)", "\\ln x+\\ln y"), ("\\sin^2 x+\\cos^2 x", "1"), ("4 h", "4\\text{ h}"),
-    ("33\\frac13\\%", "1/3"), ("0.4\\overline{6}", "7/15"), ("x<2 \\text{ or } x>3", "(-\\infty,2)\\cup(3,\\infty)"),
+    ("33\\frac13\\%", "1/3"), ("0.4\\overline{6}", "7/15"), ("a_i", "a_{i}"),
+    ("x<2 \\text{ or } x>3", "(-\\infty,2)\\cup(3,\\infty)"),
 ])
 def test_equal(answer, gold):
     assert ev.grade(f"Answer: {answer}", gold).correct
@@ -2282,15 +2283,16 @@ def test_equal(answer, gold):
     ("6.74\\times10^{-5}", ".0000672"), ("10\\%", "10"), ("10", "10\\%"), ("52_9", "52_8"), ("52", "52_8"),
     ("52_8", "52"), ("seat", "\\text{east}"), ("(2,1)", "(1,2)"), ("[1,2]", "(1,2)"), ("x=2", "y=2"),
     ("0.33", "1/3"), ("2k", "2k+1"), ("", "42"), ("\\frac{1}{23}", "\\frac{1}{2}3"),
-    ("AB", "ab"), ("4 h", "4"), ("(3,4)", "3,4"), ("(3,4)", "\\{3,4\\}"), ("1,2,2", "1,1,2"), ("7 million", "7"),
-    ("\\angle ABC", "\\angle ACB"), ("0.46", "7/15"), ("x<2, y<3", "y<2, x<3"),
+    ("AB", "ab"), ("4 h", "4"), ("(3,4)", "3,4"), ("(3,4)", "\\{3,4\\}"), ("1,2,2", "1,1,2"),
+    ("7 million", "7"), ("\\angle ABC", "\\angle ACB"), ("0.46", "7/15"), ("x<2, y<3", "y<2, x<3"),
 ])
 def test_not_equal(answer, gold):
     assert not ev.grade(f"Answer: {answer}", gold).correct
 
 @pytest.mark.parametrize("answer, right", [("C", True), ("(C)", True), ("C)", True), ("C.", True),
                                            ("C) 14 m", True), ("(C) 14", True), ("\\text{C}", True),
-                                           ("**C**", True), ("**C**: 5", True), ("B", False), ("c", False), ("B or C", False),
+                                           ("**C**", True), ("**C**: 5", True), ("C because", True),
+                                           ("B", False), ("c", False), ("B or C", False),
                                            ("C) or B)", False), ("B, C", False), ("Carbon", False),
                                            ("14 m", False)])
 def test_multiple_choice_by_exact_letter(answer, right):
