@@ -9,14 +9,12 @@ Reading order: grading, benchmarks, generation, statistics, comparing runs, pict
 
 What counts as right decides the figures: one model reads 54.5 on MATH-500 by its boxes alone, 93.0 by
 either format. The rules here, of the text after the last </think>:
-    formats      the last `Answer:` line or the last \\boxed{}, whichever is later; of several boxes the last,
-                 a later empty one takes the earlier one's place. Nothing is picked up from elsewhere
-    no answer    neither format, cut at the limit, <think> never closed: wrong
-    42 because   wrong: only a known unit may stand beside a value, and no second letter beside a choice
-    decimals     equal to 1e-6 of the value where one side is a decimal: 0.333333333 is 1/3, 0.333 is not
-    percent      25% is 0.25 and 1/4, not 25
-    case         counts in single letters (c is not C), not in a word (even is Even)
-    text         must agree (7 million, 7 PM are not 7), but a unit may go (5 cm is 5 km); 2m is not 2
+    formats    the later of the last `Answer:` line that is not empty and the last \\boxed{} (an empty one
+               hides those before it); a response with neither, or cut at the limit, is wrong
+    text       must agree (7 million is not 7, nor is 42 because ...), but a unit may go; 2m is not 2
+    numbers    equal to 1e-6 where one side is a decimal (0.333 is not 1/3); 25% is 0.25 and 1/4, not 25
+    letters    their case counts (c is not C), but not in words; a choice names one letter
+    lists      in any order, each item as often; (1, 2), 1, 2 and [1, 2) differ, 1, 2 and {1, 2} do not
 Each record also holds the verdict of three other rules, to compare published figures like for like:
 `answer_only`, `boxed_only`, and `either_full_text` (the paper's: either format, think block included).
 Left out: models as graders, code and proofs, conversion of units and bases.
@@ -29,7 +27,6 @@ import contextlib
 import fractions
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -50,9 +47,8 @@ VERSION = 2  # of the grading rules and of the files written; runs of different 
 # Grading, first half: find the answer. All is linear in the text: a megabyte of brackets must not hang.
 
 SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # left over
-HOPE = re.compile(r"(?i)(?:^(?:the )?(?:final )?answer is:? |\.? ?I hope it is correct$)")
 MARKER = re.compile(r"(?m)(?:^[ \t>*_#`$-]*(?i:(?:the )?(?:final )?answer)"  # in any case at a line's start,
-                    r"|\bAnswer|\bANSWER)[ \t*_`]{0,8}[:：]"                # elsewhere with its capital
+                    r"|\b(?:Answer|ANSWER))[ \t*_`]{0,8}[:：]"              # elsewhere with its capital
                     r"|\b[Ff]inal answer is\b:?(?=[^\n]{1,400}I hope it is correct)")
 SPANS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$\n": "$"}  # maths that may go over several lines
 LONGEST = 1000  # characters of an answer that is still looked at; the longest gold of MATH-500 has 53
@@ -65,7 +61,7 @@ class Verdict(NamedTuple):
     either_full_text: bool
     truncated: bool         # cut at the token limit, or still inside <think>
     no_answer: bool         # ended by itself, but in neither format
-    vote: str | None        # in majority@k: one string for equal answers, however spelled
+    vote: str | None        # in majority@k: one string for equal wrong answers, however spelled
 
 def last_answer_line(text):
     """(start of the last `Answer:` that has a value, the value), or (-1, None)."""
@@ -80,7 +76,7 @@ def last_answer_line(text):
 
 def last_box(text):
     """(end of the last balanced \\boxed{}, its content), or (-1, None)."""
-    stack, best = [], None  # one pass with a stack of open braces: unbalanced ones cost nothing
+    stack, best = [], (-1, -1)  # one pass with a stack of open braces: unbalanced ones cost nothing
     for token in re.finditer(r"\\f?box(?:ed)?\s*\{|\\boxed\s*[-+]?\d+(?:[.,/]\d+)*|\\.|[{}]", text):
         # `\\.` eats \{ and \}; a number needs no braces
         if token[0][-1].isdigit():
@@ -90,8 +86,6 @@ def last_box(text):
             best = (opened, token.start()) if is_box else best
         elif token[0].endswith("{") and token[0] != "\\{":
             stack.append((token.end(), token[0] != "{"))
-    if best is None:
-        return -1, None
     return best[1], clean(MARKER.sub("", text[slice(*best)][:4 * LONGEST])) or None
 
 def find_answers(text):
@@ -105,193 +99,150 @@ def clean(text):
     text = " ".join(text.split()).lstrip(" *`\":").rstrip(" *_`\".,;:。")  # a leading point: that of .5
     if text.count("}") > text.count("{"):  # \textbf{Answer: 7}
         text = text.removesuffix("}").rstrip(" .")
-    return HOPE.sub("", text).rstrip("\\ .").strip()
+    return re.sub(r"(?i)^the answer is:? |[. ]*I hope it is correct$", "", text).rstrip("\\ .").strip()
 
-# Grading, second half: are two values equal? Exact rules first; math-verify decides what they leave open.
+# Grading, second half, in a worker: are two values equal? Exact rules first; math-verify for what they leave.
 
-UNITS = (  # Not math-verify's list: that has single letters (2m would be 2), am, pm and east
-    r"(?:(?:square|cubic|sq|cu)[. ]+)?(?:[ckm]m|[km]?g|ml|(?:centi|milli|kilo)?(?:met(?:er|re)|gram|liter)|"
-    "in|inche?|feet|foot|ft|yard|mile|pound|lb|ounce|second|sec|minute|min|hour|hr|day|week|month|year|mph|"
-    "dollar|cent|degree|radian|unit|people|person|student|child(?:ren)?|boy|girl|men|women|way|apple|marble|"
-    r"ball|coin|book|ticket|point|time|page|car|worker|member|step|side|digit|integer)s?(?![a-zA-Z])\.?")
-POWER = r"(?: ?\^ ?\{? ?[23] ?\}?)?"
-UNIT = (r"(?:(?:(?<=[\d)}\]!]) ?|(?<=\\pi) )(?=[a-z]{2}|m ?/)|(?<=.) ?/? ?\\text ?\{ ?)"  # bare, or in \text,
-        rf"(?:{UNITS}|m(?= ?/)|(?:(?<=\{{)|(?<=\{{ ))[A-Zmgshl](?=[ }}/^]))"  # where one letter is enough
-        rf"{POWER}(?: ?(?:/|per) ?(?:{UNITS}|[smh](?![a-zA-Z])){POWER})?(?: ?\}}{POWER})?")
+SYMBOLS = str.maketrans({x[0]: x[1:] + " " for x in (r"−- –- —- ×\cdot ·\cdot ⋅\cdot ÷/ ⁄/ π\pi ∞\infty "
+                         r"∪\cup ≤\le ≥\ge ±\pm ∅\emptyset ∠\angle θ\theta ∈\in ≈\approx").split()})
+NAKED = r"(?<![\\a-zA-Z])(?:{})(?![a-zA-Z])"  # a word that is no command
+GROUP = r" ?(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\w|\\pi|\\theta))"  # an argument
 REWRITES = [(re.compile(pattern), by) for pattern, by in [
-    ("[−–—]", "-"), ("π", r"\\pi "), ("∞", r"\\infty "), ("[×·⋅]", r"\\cdot "), ("∪", r"\\cup "),
-    ("≤", r"\\le "), ("≥", r"\\ge "), ("±", r"\\pm "), ("[÷⁄]", "/"), ("∅|\\\\varnothing", r"\\emptyset "),
-    ("∠", r"\\angle "), ("θ", r"\\theta "), ("∈", r"\\in "), (r"\*\*", "^"), (r"\\\$|[€£¥]|\{\}", ""),
-    (r"(?<![\\a-zA-Z])sqrt\(([^()]*)\)|√\(([^()]*)\)|√(\w+)", r"\\sqrt{\1\2\3}"), (r"\{,\}", ","),
-    (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "), (r"\\[dtc]frac", r"\\frac"),
-    (r"\\\\(?: ?\[-?[\d.]+ ?(?:pt|e[mx]|[cm]m)\])?", r"\\\\ "),  # the end of a row, before `\ ` is a space
-    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|boxed)(?![a-zA-Z])|(?<!\\)\\!", ""),
-    (r"\\q?quad(?![a-zA-Z])|~|(?<!\\)\\[,;: ]", " "),
+    ("º", "°"), ("[²³¹⁰-ⁿ]+", r"^{\g<0>}"), ("[₀-ₜ]+", r"_{\g<0>}"), ("[¼-¾⅐-⅞]", r" \g<0>"),  # before what
+    ("[^ -~]+", lambda m: unicodedata.normalize("NFKC", m[0]).translate(SYMBOLS)),  # would make 103 of 10³
+    (r"(?:\\q?quad(?![a-zA-Z])|~|(?<!\\)\\[,;: ]|\s)+", " "),
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|boxed)(?![a-zA-Z])|(?<!\\)\\!|\\?[$€£¥]|^ ?\\approx "
+     "|[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]", ""),  # the last have no width
     (r"\\math(?:rm|bf|it|sf) ?\{ ?(\w) ?\}", r" \1"),  # a single letter is no unit
-    (r"\\(?:text\w+|mbox|math(?:rm|bf|it|sf)) ?(?=\{)", r"\\text"),
-    (r"\\text ?\{ ?([-+]?[\d(][^{}]*)\}", r"\1 "), (r"(^|[(\[{,=]) ?\+", r"\1"),
-    (r"(?:\^ ?\{? ?\\circ ?\}?|[°º]|\\degree(?![a-z])) ?(?:[CF](?![a-zA-Z]))?", ""),
-    (r"\\text ?\{ ?(?:\\?%|percent) ?\}|\\?%| ?\bpercent\b", r"\\%"), (UNIT, ""),
-    (r"\\text ?\{[ ,]*(?:and|or)[ ,]*\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])", ","), (r",(?: ?,)+", ","),
-    (r"(?<![\d./^_{}])(\d+) (\d+)/(\d+)(?![\d./])", r"\1\\frac{\2}{\3}"),  # 3 1/2
-    (r"(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: r"\frac{%d}{%d}" % (  # 0.1666...
-        int(m[1] + m[2] + m[3]) - int("0" + m[1] + m[2]), 10 ** len(m[2]) * (10 ** len(m[3]) - 1))),
+    (r"\\(?:text\w+|mbox|operatorname|math(?:rm|bf|it|sf)) ?(?=\{)", r"\\text"),
+    (r"(?<=[{(\[]) | (?=[{})\]^])", ""), (r"\*\*(?=[\w({\\-])", "^"), (r"\{,\}", ","),
+    (r"\^\{?\\circ\}?|\\degree", "°"), (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot "),
+    (NAKED.format("pi"), r"\\pi "), (r"(?<![\\a-zA-Z_])(?<!_\{)i(?![a-zA-Z])", r"\\sqrt{-1}"),
+    (r"(?:√|" + NAKED.format("sqrt") + r" ?(?=\())(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}"),
+    (r"\\[dtc]?frac" + GROUP * 2, r"\\frac{\1\2}{\3\4}"), (r"\\(sqrt|log_)" + GROUP, r"\\\1{\2\3}"),
+    (r"(\\\\) ?\[-?[\d.]+ ?[a-z]{2}\]", r"\1"), (r"\\text\{([-+]?[\d(][^{}]*)\}", r"\1 "),
+    (r"(\\(?:sin|cos|tan|cot|sec|csc)[ ({]*)([\d.]+)°", r"\1\\frac{\2\\pi}{180}"),
+    (r"° ?(?:\\text\{[CF]\}|[CF](?![a-zA-Z]))?", ""), (r"\\varnothing", r"\\emptyset"),
+    (r"([\d.]+|\d*\\frac\{\d+\}\{\d+\}) ?(\\text\{)?(?:\\?%|percent\b)(?(2)\})", r"\\frac{\1}{100}"),
+    (r"(?:,? ?(?:\\text\{,? ?(?:and|or),?\}|" + NAKED.format("and|or") + "))+", ","),
+    (r"(?<![\d./^_{}])(\d+) (\d+)/ ?(\d+)(?![\d./])", r"\1\\frac{\2}{\3}"),  # 3 1/2
+    (r"\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: "." + m[1] + (m[2] * 30)[:30]),  # 0.1666...
     (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)", lambda m: m[0].replace(" ", "")),  # 1 000
-    (r"\\frac ?(\w|\\pi|\\theta) ?(?=[\w\\{])", r"\\frac{\1}"),
-    (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\}) ?(\w|\\pi)", r"\1{\2}"), (r"^\{([^{}]*)\}$", r"\1"),
-    (r"^ ?(?:≈|\\approx)", ""), (r"≈|\\approx", "="),
 ]]
+# Not math-verify's list of units: that has single letters (2m would be 2), am, pm and east
+UNIT = re.compile(
+    r"(?:(?:(?<=[\d)}\]!]) ?|(?<=\\pi) )(?=[a-z]{2}|m ?/)|(?<=.) ?/? ?(\\text\{))"  # bare, or inside of \text
+    r"(?:(?:square|cubic|sq|cu|per|[ckm]m|m(?= ?/)|(?<=/)[smh]|(?<=\{)[A-Zmgshl](?=[}/ ^])|[km]?g|ml|in|ft|"
+    "mph|inche?|feet|foot|(?:centi|milli|kilo)?(?:met(?:er|re)|gram|liter)|yard|mile|pound|lb|ounce|sec|"
+    "second|min|minute|hr|hour|day|week|month|year|dollar|cent|degree|radian|unit|people|person|student|boy|"
+    "girl|child(?:ren)?|men|women|way|apple|marble|ball|coin|book|ticket|point|time|side)s?"
+    r"(?![a-zA-Z])(?:[. /]|\^\{?[23]\}?)*)+(?(1)\}(?:\^\{?[23]\}?)?)")
+TEXT = re.compile(r"\\text\{([^{}]*)\}")
 OPTION = re.compile(r"\(?[A-J]\)?")
 # B, (B), B: seven, B because ...; no other letter beside it ("A measure" is none) but in its own sentence
-CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(? ?([A-J])(?:[.)] ?[A-Z][a-z].*|(?:[).,:;?!*](?!\w)|"
+CHOICE = re.compile(r" ?(?:[Oo]ption |[Cc]hoice )?\(?([A-J])(?:[.)] ?[A-Z][a-z].*|(?:[).,:;?!*](?!\w)|"
                     r"(?= [^=+*/^_<>])|$)(?:(?!(?<![\w'\\])(?:[B-HJ]|[AI](?! [a-z]))(?![\w'])).)*)")
-NUMBER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d*)(\.\d+)?(?:[eE]([+-]?\d\d?))?(\\%)?")
-# Misread by math-verify: a base (52_8), "5 6" (as 5 + 6), f' (as f), text (as letters in any order)
-UNREAD = re.compile(r"(?<![a-zA-Z\d_{])\d[\dA-F]*_|(?<![\d_^])\d+ \d|'|\\text|\\angle")
+NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|(?=\.?\d)\d*(?:\.\d*)?)(?:[eE][+-]?\d\d?)?")
+# Misread by math-verify: a base (52_8), "5 6" (as 5 + 6), f' (as f), text and names (as letters in any order)
+UNREAD = re.compile(r"(?<![a-zA-Z\d_{])\d[\dA-F]*_|(?<![\d_^])\d+ \d|'|\\text|\\angle|[A-Z]{3}")
 
-@functools.lru_cache(10000)
 def tidy(text):
     """One spelling for each thing, still LaTeX that math-verify reads."""
-    text = re.sub("[²³¹⁰-ⁿ]+", r"^{\g<0>}", text.replace("º", "°"))  # before NFKC makes 103 of 10³
-    text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))  # and 31/2 of 3½
-    text = " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())  # no zero widths
     for pattern, by in REWRITES:
         text = pattern.sub(by, text)
-    return " ".join(text.split())
+    return text.strip()
 
 def key(text):
     """Canonical string of a tidied value: equal keys, equal answers. "3 5" keeps its space: it is not 35."""
-    text = re.sub(r"\\(?:text|operatorname)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<!\d) | (?!\d)", "", text)
+    text = re.sub(r"(?<!\d) | (?!\d)", "", TEXT.sub(r"\1", text))
     text = re.sub(r"\{(\w)\}", r"\1", text).rstrip(".")  # \frac{1}{2} and \frac12, 5_{4} and 5_4
-    return text.casefold() if text.isalpha() and len(text) > 1 else text
+    return text.casefold() if text.isalpha() and (text[2:] or text[1:].islower()) else text
 
-def number(text):
-    """Exact value of a plain decimal or percentage: 055, 11,111, 1 000, .5, 1e3, 10\\%; None for the rest."""
-    match = NUMBER.fullmatch(text) if len(text) < 100 else None
-    if not match or not (match[2] or match[3]):
-        return None
-    value = fractions.Fraction(match[1] + (match[2].replace(",", "") or "0") + (match[3] or ""))
-    value *= fractions.Fraction(10) ** int(match[4] or 0)
-    return value / 100 if match[5] else value  # math-verify holds 10\% = 10
+def equal(answer, gold):
+    """Of two tidied values, in a worker: exact rules, then math-verify's opinion."""
+    if OPTION.fullmatch(key(gold)):  # multiple choice: by exact letter
+        letter = CHOICE.fullmatch(TEXT.sub(r" \1", answer))
+        return bool(letter) and letter[1] == key(gold).strip("()")
+    bare = [UNIT.sub("", text).strip() for text in (answer, gold)]
+    a, g = map(key, bare)
+    if a == g or key(answer) == key(gold):
+        return True
+    if NUMBER.fullmatch(a) and NUMBER.fullmatch(g):  # 055, 11,111, .5, 1e3
+        return fractions.Fraction(a.replace(",", "")) == fractions.Fraction(g.replace(",", ""))
+    return not any(UNREAD.search(x.rpartition("=")[2]) for x in bare) and sympy_equal(*map(read, bare))
 
-def quick_equal(answer, gold):
-    """True or False where an exact rule decides, None where only math-verify can tell."""
-    if max(len(answer), len(gold)) > LONGEST:  # before any work on it
-        return answer == gold
-    stems = [re.sub(POWER + "$", "", text) for text in (answer, gold)]
-    if answer != gold and stems[0] == stems[1] and answer not in stems and gold not in stems:
-        return False  # cm^2 and cm^3, though a unit may go
-    answer, gold = tidy(answer), tidy(gold)
-    a, g = key(answer), key(gold)
-    if OPTION.fullmatch(g):  # multiple choice: by exact letter
-        letter = CHOICE.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", answer))
-        return bool(letter) and letter[1] == g.strip("()")
-    if a == g or not a or number(a) is not None and number(g) is not None:
-        return a == g or a != "" and number(a) == number(g)
-    return False if any(UNREAD.search(x.rpartition("=")[2]) for x in (answer, gold)) else None
-
+@functools.lru_cache(1000)
 def read(text):
-    """A value as sympy reads it, in a worker: 3 + 4 = 7 is 7, and so is \\text{Area} = 7."""
+    """A value as sympy has it. Letters keep their case."""
     import sympy
-    from latex2sympy2_extended import NormalizationConfig, latex2sympy
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-    for pattern, by in ((r"([\d.]+)\\%", r"\\frac{\1}{100}"),
-                        (r"(?<![a-zA-Z\\])i(?![a-zA-Z])", r"\\sqrt{-1}"),  # `i` is a variable there
-                        (r"^[^,]*(?<![<>!])=(?=[^,]*=)|^.*\\text.*?=|^\w \\in(?![a-z])", "")):
-        text = re.sub(pattern, by, text)
-    value = latex2sympy(text, is_real=True, conversion_config=ConversionConfig(lowercase_symbols=False),
-                        normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"))
-    listed = isinstance(value, sympy.FiniteSet) and len(value.free_symbols) == 1 and all(
-        x.is_Relational and not isinstance(x, (sympy.Eq, sympy.Ne)) for x in value.args)
-    return sympy.Union(*(x.as_set() for x in value.args)) if listed else value  # x < 2 or x > 3
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+    value = latex2sympy(text, is_real=True, conversion_config=ConversionConfig(lowercase_symbols=False))
+    if isinstance(value, sympy.FiniteSet) and all(x.is_Relational for x in value.args):
+        return sympy.Union(*(x.as_set() for x in value.args)) if len(value.free_symbols) == 1 else value
+    return sympy.expand_log(value, force=True) if isinstance(value, sympy.Expr) else value
 
-def traits(text, value):
-    """What math-verify forgets: letters (names of points in order), how often each item of a list occurs."""
-    names = re.findall("[A-Z]{3,}|[a-zA-Z]", re.sub(r"\\(?:begin|end|mathbb)\{\w+\}|\\[a-zA-Z]+", "", text))
-    items = sorted(map(str, value._unsorted_args)) if type(value).__name__ == "FiniteSet" else []
-    return set(names) - {"e", "i"}, [len(list(equal)) for _, equal in itertools.groupby(items)]
-
-def sympy_equal(answer, gold):
-    """math-verify's opinion of two tidied values, less its false equalities."""
-    import sympy
+def sympy_equal(a, g):
+    """math-verify's opinion, less its false equalities."""
     from math_verify import verify
-    a, g = read(answer), read(gold)
-    if isinstance(a, sympy.Eq) and isinstance(g, sympy.Eq):  # up to a factor
-        factor = sympy.cancel((a.lhs - a.rhs).doit() / (g.lhs - g.rhs).doit())
-        if factor.is_number and factor.is_finite and factor.is_nonzero:
-            return True
     # With 15 digits, the default, 1/2^99 = 1/2^98. The set option: -2 <= x <= 7 is the interval [-2, 7].
     if not verify(g, a, numeric_precision=50, allow_set_relation_comp=True, timeout_seconds=None):
         return False
-    related = [bool(re.search(r"[<>=]|\\(?:[lgn]eq?|in)(?![a-z])", text)) for text in (answer, gold)]
-    if related[0] == related[1] and traits(answer, a) != traits(gold, g):
-        return False
-    if {re.sub(r"^(\\\{|\((?=[^()]*\)$)).*|.+", r"\1", x) for x in (answer, gold)} == {"(", "\\{"}:
-        return False  # a set is no tuple
-    if not all(isinstance(x, sympy.Expr) and x.is_number and x.is_finite for x in (g, a)):
+    kinds = {type(a).__name__, type(g).__name__}
+    if "FiniteSet" in kinds:  # 1, 2, 2 is not 1, 1, 2; and no set is (1, 2), be it a pair or an interval
+        items = [sorted(map(str, x._unsorted_args)) for x in (a, g) if hasattr(x, "_unsorted_args")]
+        often = [[part.count(x) for x in part] for part in items]
+        return often[:1] == often[-1:] and not kinds & {"Tuple", "Interval"}
+    if not all(getattr(x, "is_number", False) and x.is_finite for x in (a, g)):
         return True
     # Numbers again: floats were compared to 6 absolute decimals, which makes .0000672 = .0000674.
-    x, y, rough = g.evalf(60), a.evalf(60), g.has(sympy.Float) or a.has(sympy.Float)
+    x, y, rough = a.evalf(60), g.evalf(60), "." in f"{a}{g}"
     return bool(abs(x - y) <= (1e-6 if rough else 1e-40) * max(abs(x), abs(y)))
 
 # math-verify runs in processes of its own: its alarm works in the main thread only, its TimeoutException
-# escapes `except Exception`, and neither stops C code (9^9^9^9 is one big-integer power). A process can be
-# killed. It is started by exec, never by fork of a trainer that holds CUDA and NCCL, and it is kept, since
-# importing sympy takes a second.
-
-CPU_SECONDS, WALL_SECONDS, START_SECONDS = 5, 20, 120  # a comparison takes 0.01 to 0.5 s of CPU time
+# escapes `except Exception`, and neither stops C code (9^9^9^9 is one power of integers). They can be killed,
+# start by exec, not by fork of a trainer that holds CUDA and NCCL, and are kept: sympy imports in a second.
+CPU_SECONDS = 5     # a comparison takes 0.01 to 0.5
+WALL_SECONDS = 300  # room to start on a busy machine; later no answer takes as long: its CPU time is bounded
 MEMORY = 4 << 30  # bytes of address space of a worker: a huge power must not take the trainer's memory
 IDLE = []         # started workers, waiting
 
-def read_reply(worker, seconds):
-    """A worker's next line, "" if it died or stays silent. Question and answer alternate: no line waits."""
-    ready, _, _ = select.select([worker.stdout], [], [], seconds)
-    return worker.stdout.readline().strip() if ready else ""
-
 def ask_worker(pair):
-    """[equal, vote of a wrong answer] of (answer, gold). A worker that does not say is killed: wrong."""
-    worker = IDLE.pop() if IDLE else None
+    """[equal, vote of a wrong answer] of (answer, gold). What takes too long or ends the worker is wrong."""
+    worker, reply = IDLE.pop() if IDLE else None, ""
     if worker is None or worker.poll() is not None:
         worker = subprocess.Popen([sys.executable, os.path.abspath(__file__), "worker"], text=True, stdin=-1,
                                   stdout=-1, start_new_session=True,  # -1: a pipe. Ctrl-C is not for workers
                                   env=os.environ | {"PYTHONHASHSEED": "0"})  # sympy's order, and so verdicts
-        if read_reply(worker, START_SECONDS) != "ready":
-            raise RuntimeError("a grading worker did not start (see above); is math-verify installed?")
-    try:
-        worker.stdin.write(json.dumps(pair) + "\n")
-        worker.stdin.flush()
-        reply = read_reply(worker, WALL_SECONDS)
-    except OSError:  # killed from outside just now; no reason to end a training run
-        reply = ""
+    with contextlib.suppress(OSError):  # killed from outside just now; no reason to end a training run
+        print(json.dumps(pair), file=worker.stdin, flush=True)
+        reply = worker.stdout.readline() if select.select([worker.stdout], [], [], WALL_SECONDS)[0] else None
     if reply:
         IDLE.append(worker)
-    else:
-        worker.kill()
-        worker.wait()
-    return json.loads(reply or '[false, ""]')
+        return json.loads(reply)
+    worker.kill()
+    if worker.wait() > 0 or reply is None:  # not killed, or stands still: no fault of the answer
+        raise RuntimeError("a grading worker did not start (see above); is math-verify installed?")
+    return [False, ""]
 
 def worker_main():
     import logging
     import resource
-    import math_verify  # noqa: F401  slow, so before "ready": no pair pays for it
+    import signal
+    import math_verify  # noqa: F401  slow: no pair pays for it
     logging.disable()
     replies, sys.stdout = sys.stdout, sys.stderr  # a stray print must not look like a reply
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    print("ready", file=replies, flush=True)
     for line in sys.stdin:  # ends when the parent does
-        # CPU time first: a verdict must not depend on the load. The kernel kills, in C code and orphans too.
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        limit = math.ceil(used.ru_utime + used.ru_stime) + CPU_SECONDS
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-        equal, pair = quick_equal(*json.loads(line)), [tidy(text) for text in json.loads(line)]
-        poll = key(pair[0])
+        # CPU time: a verdict must not depend on the load. The kernel kills, in C code and orphans too.
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        answer, gold = map(tidy, json.loads(line))
+        right, poll = False, key(answer)
         with contextlib.suppress(Exception):  # what sympy cannot read is not the answer
-            equal = sympy_equal(*pair) if equal is None else equal
+            right = equal(answer, gold)
         with contextlib.suppress(Exception):
-            poll = poll if equal else vote(*pair)
-        print(json.dumps([bool(equal), poll]), file=replies, flush=True)
+            poll = poll if right else vote(answer, gold)
+        print(json.dumps([right, poll]), file=replies, flush=True)
 
 def grade_all(responses, golds, finished=None, workers=2):
     """Verdicts of many responses. Each distinct pair (answer, gold) is compared once."""
@@ -303,18 +254,15 @@ def grade_all(responses, golds, finished=None, workers=2):
         whole = find_answers(response)
         by_rule = (None,) * 3 if cut else whole if tail == response else find_answers(tail)
         found.append((gold, cut, *by_rule, *whole[1:]))
-    pairs = {(x, gold) for gold, _, *answers in found for x in answers if x is not None}
-    equal = {pair: quick_equal(*pair) for pair in pairs}
-    asked = sorted(pair for pair in equal if not equal[pair] and len(pair[0]) <= LONGEST)
+    told = {(x, gold): [x == gold, ""] for gold, _, *answers in found for x in answers}
+    asked = sorted(pair for pair in told if pair[0] and not told[pair][0] and max(map(len, pair)) <= LONGEST)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        told = dict(zip(asked, pool.map(ask_worker, asked)))
-    equal.update({pair: right for pair, (right, _) in told.items()})
+        told.update(zip(asked, pool.map(ask_worker, asked)))
     verdicts = []
     for gold, cut, answer, *others in found:
-        right, line, box, full_line, full_box = (equal.get((x, gold), False) for x in (answer, *others))
-        poll = gold if right else told.get((answer, gold), ("", ""))[1] or answer
-        no_answer = answer is None and not cut
-        verdicts.append(Verdict(right, answer, line, box, full_line or full_box, cut, no_answer, poll))
+        right, line, box, full_line, full_box = (told[x, gold][0] for x in (answer, *others))
+        verdicts.append(Verdict(right, answer, line, box, full_line or full_box, cut,
+                                answer is None and not cut, told[answer, gold][1] or answer))
     return verdicts
 
 def grade(response, gold, finished=True):
@@ -506,10 +454,12 @@ def pass_at_k(n, c, k):
 def vote(answer, gold):
     """What all spellings of a wrong answer share: its letter, value, simplest form or key (in a worker)."""
     import sympy
-    value, letter = number(key(answer)), OPTION.fullmatch(key(gold)) and CHOICE.fullmatch(answer)
-    if letter or value is None and (UNREAD.search(answer) or key(answer).isalpha()):
+    letter = OPTION.fullmatch(key(gold)) and CHOICE.fullmatch(TEXT.sub(r" \1", answer))
+    answer = UNIT.sub("", answer).strip()
+    number = NUMBER.fullmatch(key(answer))
+    if letter or not number and (UNREAD.search(answer) or key(answer).isalpha()):
         return letter[1] if letter else key(answer)
-    value = read(answer) if value is None else sympy.Rational(value)
+    value = sympy.Rational(number[0].replace(",", "")) if number else read(answer)
     value = sympy.simplify(value.xreplace({x: sympy.Rational(str(x)) for x in value.atoms(sympy.Float)}))
     value = value.rhs if isinstance(value, sympy.Eq) and value.lhs.is_Symbol else value  # x = 3 votes for 3
     value = value.expand() if isinstance(value, sympy.Expr) else value

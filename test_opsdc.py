@@ -2270,6 +2270,10 @@ def test_every_format_takes_the_right_value_and_refuses_a_wrong_one(name, value)
     ("[-1,4]", "-1 \\le x \\le 4"), ("-1 \\le x \\le 4", "[-1,4]"), ("(t-2)(t+2)", "t^2-4"),
     ("4x+6y=2", "2x+3y=1"), ("12_{7}", "12_7"), ("0.333333333", "\\frac13"), ("2 \\text{ or } 5", "2, 5"),
     ("8 \\text{ cm}", "8"), ("\\boxed{8}", "8"), ("1.0\\times10^{-4}", "0.0001"),
+    ("6.02 x 10^{23}", "6.02 \\cdot 10^{23}"), ("x₁+x²", "x_1+x^2"), ("\\sin 30^\\circ", "\\frac12"),
+    ("\\ln(xy)", "\\ln x+\\ln y"), ("\\sin^2 x+\\cos^2 x", "1"), ("4 h", "4\\text{ h}"),
+    ("33\\frac13\\%", "1/3"), ("0.4\\overline{6}", "7/15"), ("a_i", "a_{i}"),
+    ("x<2 \\text{ or } x>3", "(-\\infty,2)\\cup(3,\\infty)"),
 ])
 def test_equal(answer, gold):
     assert ev.grade(f"Answer: {answer}", gold).correct
@@ -2281,13 +2285,16 @@ def test_equal(answer, gold):
     ("6.74\\times10^{-5}", ".0000672"), ("10\\%", "10"), ("10", "10\\%"), ("52_9", "52_8"), ("52", "52_8"),
     ("52_8", "52"), ("seat", "\\text{east}"), ("(2,1)", "(1,2)"), ("[1,2]", "(1,2)"), ("x=2", "y=2"),
     ("0.33", "1/3"), ("2k", "2k+1"), ("", "42"), ("\\frac{1}{23}", "\\frac{1}{2}3"),
+    ("AB", "ab"), ("4 h", "4"), ("(3,4)", "3,4"), ("(3,4)", "\\{3,4\\}"), ("1,2,2", "1,1,2"),
+    ("7 million", "7"), ("\\angle ABC", "\\angle ACB"), ("0.46", "7/15"), ("x<2, y<3", "y<2, x<3"),
 ])
 def test_not_equal(answer, gold):
     assert not ev.grade(f"Answer: {answer}", gold).correct
 
 @pytest.mark.parametrize("answer, right", [("C", True), ("(C)", True), ("C)", True), ("C.", True),
                                            ("C) 14 m", True), ("(C) 14", True), ("\\text{C}", True),
-                                           ("**C**", True), ("B", False), ("c", False), ("B or C", False),
+                                           ("**C**", True), ("**C**: 5", True), ("C because", True),
+                                           ("B", False), ("c", False), ("B or C", False),
                                            ("C) or B)", False), ("B, C", False), ("Carbon", False),
                                            ("14 m", False)])
 def test_multiple_choice_by_exact_letter(answer, right):
@@ -2356,6 +2363,24 @@ def test_one_worker_and_three_give_the_same_verdicts_in_order_and_quickly():
     three = ev.grade_all(texts, golds, workers=3)
     assert time.time() - start < 5  # warm: about 0.1 s; the rest is room for a busy machine
     assert one == three == [ev.grade(*pair) for pair in pairs] and {v.correct for v in one} == {True, False}
+
+def cpu_time():
+    """Seconds of CPU of this process and its grading workers: those of the clock depend on the load."""
+    stats = [Path(f"/proc/{w.pid}/stat").read_text().rpartition(")")[2].split() for w in ev.IDLE]
+    return time.process_time() + sum(int(s[11]) + int(s[12]) for s in stats) / os.sysconf("SC_CLK_TCK")
+
+def test_a_long_value_costs_nothing_and_a_thousand_responses_six_seconds():
+    ev.grade("Answer: \\sqrt{4}", "2")  # a worker is there: its start is not what is measured
+    long = "~" * 3900
+    for text, gold in (("Answer: " + long, "7"), ("Answer: 7", long), ("\\boxed{" + long + "}", "7")):
+        start = cpu_time()
+        assert not ev.grade(text, gold).correct
+        assert cpu_time() - start < 0.05, text[:20]  # measured: 0.001
+    filler = "we find that the value of $x^2$ is \\frac{1}{2} so (a+b) = 3. Then { } answer " * 250
+    texts = [f"{filler}{i}\nAnswer: \\frac{{{i}}}{{2}}" for i in range(1000)]
+    start = cpu_time()
+    assert sum(v.correct for v in ev.grade_all(texts, ["7"] * 1000, workers=1)) == 1 and len(texts[0]) > 19000
+    assert cpu_time() - start < 6  # on one core, so on two; measured: 3.4
 
 def test_grading_loads_neither_torch_nor_vllm_nor_opsdc():
     code = ("import sys, eval; v = eval.grade('Answer: $\\\\frac{2}{4}$', '0.5'); "
