@@ -356,7 +356,7 @@ def quickstart(directory="toy"):
         (f"torchrun --nproc_per_node 2 opsdc.py --model {toy}/model --data {toy}/train.jsonl --out {toy}/run "
          + " ".join(TOY_RUN), "run/model"),
         (f"{evaluate} --model {toy}/model --out {toy}/base", ""),
-        (f"{evaluate} --model {toy}/model --instruction v1 --out {toy}/concise", ""),
+        (f"{evaluate} --model {toy}/model --instruction v2 --out {toy}/concise", ""),
         (f"{evaluate} --model {toy}/run/model --out {toy}/ours", ""),
         (f"python eval.py compare {toy}/base {toy}/concise {toy}/ours --plot {toy}/compare.png", "")]
     for command, leaves in steps:
