@@ -356,7 +356,7 @@ def quickstart(directory="toy"):
         (f"torchrun --nproc_per_node 2 opsdc.py --model {toy}/model --data {toy}/train.jsonl --out {toy}/run "
          + " ".join(TOY_RUN), "run/model"),
         (f"{evaluate} --model {toy}/model --out {toy}/base", ""),
-        (f"{evaluate} --model {toy}/model --instruction v1 --out {toy}/concise", ""),
+        (f"{evaluate} --model {toy}/model --instruction v2 --out {toy}/concise", ""),
         (f"{evaluate} --model {toy}/run/model --out {toy}/ours", ""),
         (f"python eval.py compare {toy}/base {toy}/concise {toy}/ours --plot {toy}/compare.png", "")]
     for command, leaves in steps:
@@ -539,28 +539,29 @@ def claims(directory="toy", *seeds):
     levels = ["all", *(f"{k} terms" for k in LEVELS)]
     print("\n" + ev.markdown(["reduction, %", *levels], reductions))
     print("\n" + ev.markdown(["accuracy, %, and its change, points", *levels], changes))
-    print("\n" + ev.markdown(["after a step, by terms 3 / 4 / 5 / 6", "checks", "told v2 it would",
-                              "KL(student || teacher) there, nats", "in right responses", "in wrong ones"],
-                             habits(toy, seeds[0])))
+    print("\n" + ev.markdown(["by terms 3 / 4 / 5 / 6 (slips: at a-c / d / e / f)", "steps slip", "are checked",
+                              "told v2 its teacher checks", "KL from the teacher there, nats",
+                              "in right responses", "in wrong ones"], habits(toy, seeds[0])))
 
 def habits(toy, seed):
     """Rows of what students, and the teachers they have or would become, do at the place that decides."""
     load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    trained = lambda row: load(claim_folder(toy, row, seed) / "run/model")
-    base, frozen, refreshed = load(toy / "model"), trained("frozen teacher"), trained("OPSDC v2")
+    trained = {row: load(claim_folder(toy, row, seed) / "run/model")
+               for row in ("frozen teacher", "OPSDC v2", "M = 1", "forward KL", "incorrect only")}
+    trained["base"] = load(toy / "model")
     tokenizer, rows = AutoTokenizer.from_pretrained(toy / "model"), ev.read_lines(toy / "eval.jsonl")
     table = []
-    for name, student, teacher in (
-            ("base; teacher: the base", base, base), ("frozen teacher, at its end; the base", frozen, base),
-            ("OPSDC v2, at its end; the base", refreshed, base),
-            ("OPSDC v2; itself, at a next refresh", refreshed, refreshed),
-            ("M = 1, at its end; itself", (last := trained("M = 1")), last)):
+    for row, teacher in (("base", "base"), ("frozen teacher", "base"), ("OPSDC v2", "base"),
+                         ("OPSDC v2", "OPSDC v2"), ("M = 1", "M = 1"), ("forward KL", "base"),
+                         ("incorrect only", "base")):
         torch.manual_seed(0)
-        own, gap = toy_rates(student, tokenizer, rows, teacher=teacher)[::2]
-        told, _, _ = toy_rates(teacher, tokenizer, rows, "v2")
-        cell = lambda found, *right: " / ".join(
-            f"{found.get(('check', k, *right), math.nan):.3f}" for k in LEVELS)
-        table.append([name, cell(own), cell(told), cell(gap), cell(gap, True), cell(gap, False)])
+        own, _, gap = toy_rates(trained[row], tokenizer, rows, teacher=trained[teacher])
+        told, _, _ = toy_rates(trained[teacher], tokenizer, rows, "v2")
+        cell = lambda found, event, *right: " / ".join(
+            f"{found.get((event, k, *right), math.nan):.3f}" for k in LEVELS)
+        table.append([f"{row}; teacher: {'itself, refreshed' if row == teacher != 'base' else 'the base'}",
+                      cell(own, "wrong"), cell(own, "check"), cell(told, "check"), cell(gap, "check"),
+                      cell(gap, "check", True), cell(gap, "check", False)])
     return table
 
 def picture(directory="toy", file="toy.png"):
