@@ -440,8 +440,8 @@ def fork(names, file):
 # seeds, by the commands a user would type, and prints the tables. What is finished already is not run again.
 
 SEEDS = (0, 1, 2)
-# Chosen on validation.jsonl: at this rate 60 steps reach a frozen teacher's length (51.8 tokens from 90.7),
-# and not even M = 6 ends in endless text.
+# Chosen on validation.jsonl: at this rate 60 steps reach a frozen teacher's length (51.8 tokens of 90.7), and
+# M = 6 still answers (79 %). 5e-5 goes the same way at half the speed; at 2e-4 M = 6 ends in endless text.
 S = "--instruction v2 --lr 1e-4 --steps 60"
 M30 = f"{S} --refresh_every 30"  # half of the steps, as the paper's 50 of 100
 CLAIMS = {  # row: options of opsdc.py after TOY_RUN, or None where nothing is trained; "told" is for eval.py
@@ -517,7 +517,7 @@ def claims(directory="toy", *seeds):
     jobs += [(row, seed) for seed in seeds for row in CLAIMS if "told" in row]  # of models trained by then
     with ThreadPoolExecutor(2) as pool:  # a core each
         records = dict(zip(jobs, pool.map(lambda job: claim(toy, *job), jobs)))
-    table, reductions, changes = [], [], []
+    table, reductions, changes, wrong = [], [], [], []
     for row in CLAIMS:
         base, ours = ([r for seed in seeds for r in records[name, seed]] for name in ("base", row))
         spread = lambda values: (f"{statistics.fmean(values):.1f}"
@@ -529,6 +529,7 @@ def claims(directory="toy", *seeds):
                       ev.percent(*parts[0][3]["change"], sign="+"), spread(tokens[1]),
                       spread([100 * (1 - y / x) for x, y in zip(*tokens)]),
                       entropy_over_training(toy, row, seeds)])
+        wrong.append([row, *faults(toy, ours)])
         reductions.append([row, *(ev.percent(*versus["reduction"]) for *_, versus in parts)])
         changes.append([row, *(f"{ev.percent(stats['accuracy'])}, {ev.percent(*versus['change'], sign='+')}"
                                for _, _, stats, versus in parts)])
@@ -539,9 +540,35 @@ def claims(directory="toy", *seeds):
     levels = ["all", *(f"{k} terms" for k in LEVELS)]
     print("\n" + ev.markdown(["reduction, %", *levels], reductions))
     print("\n" + ev.markdown(["accuracy, %, and its change, points", *levels], changes))
-    print("\n" + ev.markdown(["by terms 3 / 4 / 5 / 6 (slips: at a-c / d / e / f)", "steps slip", "are checked",
-                              "told v2 its teacher checks", "KL from the teacher there, nats",
+    print("\n" + ev.markdown([f"wrong, % of responses: {' / '.join(FAULTS)}", "3 and 4 terms",
+                              "5 and 6 terms"], wrong))
+    print("\n" + ev.markdown(["by terms 3 / 4 / 5 / 6 (slips: at a-c / d / e / f)", "steps slip",
+                              "are checked", "told v2 its teacher checks", "KL from the teacher there, nats",
                               "in right responses", "in wrong ones"], habits(toy, seeds[0])))
+
+FAULTS = ("an unchecked slip", "a term left out", "the last term again", "other terms", "else")
+
+def fault(response, problem):
+    """What is wrong in a wrong response: one of FAULTS."""
+    steps = [line[3] + line[4] for line in map(LINE.search, response.split("\n")) if line and not line[1]]
+    terms = problem.split()[3:]
+    if steps != terms:
+        if steps[:len(terms)] == terms:
+            return FAULTS[2]
+        return FAULTS[1] if len(steps) < len(terms) else FAULTS[3]
+    slips = [line for line in map(LINE.search, response.split("\n"))
+             if line and not line[1] and (int(line[2]) + int(line[4]) - int(line[0][-1])) % 10]
+    return FAULTS[0] if slips else FAULTS[4]
+
+def faults(toy, records):
+    """[short sums, long sums]: shares of all responses that are wrong, by fault, in %."""
+    problems = {row["id"]: row["problem"] for row in ev.load_problems(str(toy / "eval.jsonl"))}
+    cells = []
+    for levels in (LEVELS[:2], LEVELS[2:]):
+        part = [record for record in records if record["level"] in levels]
+        found = [fault(r["response"], problems[r["id"]]) for r in part if not r["correct"]]
+        cells.append(" / ".join(f"{100 * found.count(name) / len(part):.1f}" for name in FAULTS))
+    return cells
 
 def habits(toy, seed):
     """Rows of what students, and the teachers they have or would become, do at the place that decides."""
