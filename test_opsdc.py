@@ -2798,6 +2798,14 @@ def test_toy_does_what_its_table_says_and_its_checks_pay(toy):
     assert right[""][6] > 0.85 and right["v1"][6] < 0.8 and lost[6] > 0.1 + lost[3]
     assert right["v2"][6] > right["v1"][6] + 0.05
 
+def test_faults_of_wrong_answers_to_the_toys_problems():
+    fault_of = lambda *lines: fault("\n".join(["<think>", *lines, "</think>"]), "Add modulo 10: b8 a5")
+    assert fault_of("0 + b8 = 9", "9 + a5 = 4") == "an unchecked slip"
+    assert fault_of("0 + b8 = 8", "check 0 + b8 = 8") == "a term left out"
+    assert fault_of("0 + b8 = 8", "8 + a5 = 3", "3 + a5 = 8") == "the last term again"
+    assert fault_of("0 + b8 = 8", "8 + a6 = 4") == "other terms"
+    assert fault_of("0 + b8 = 8", "check 0 + b8 = 7", "7 + a5 = 2") == "else"
+
 @pytest.fixture(scope="session")
 def trained(toy, tmp_path_factory):
     """The README's training of the toy on two ranks, with an evaluation at its first and last step."""
