@@ -828,10 +828,9 @@ def run(args):
 def evaluate(args):
     """Evaluates a model; on several ranks (torchrun) each engine makes its share of the samples."""
     opsdc().start_processes()
-    with opsdc().refusals():
+    with opsdc().refusals():  # all leave it together: all have read before one writes
         tokenizer, problems, settings, out, done, cfg = prepare(args)
     rank, barrier = opsdc().dist.get_rank(), opsdc().dist.barrier
-    barrier()  # all have read before one writes
     if rank == 0:
         write_summary(out, settings, {}, finished=False)
         for name, records in done.items():

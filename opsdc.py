@@ -871,9 +871,10 @@ def load_problems(cfg, tokenizer):
     answers, rows, contradictions, instruction = {}, 0, 0, read_instruction(cfg.instruction)
     for rows, (where, row) in enumerate(read_rows(cfg.data), 1):
         problem, answer = problem_and_answer(row, where, cfg.wrapper)
-        first = answers.setdefault(json.dumps(problem, default=float), answer)
+        key = json.dumps(problem, default=float)  # a conversation is no key
+        first = answers.setdefault(key, answer)
         contradictions += None not in (first, answer) and first != answer
-        answers[json.dumps(problem, default=float)] = first or answer
+        answers[key] = first or answer
     problems = [Problem(text, answer, student_prompt(tokenizer, text, cfg.thinking, cfg.wrapper),
                         teacher_prompt(tokenizer, text, instruction, cfg.thinking, cfg.wrapper))
                 for text, answer in zip(map(json.loads, answers), answers.values())]
