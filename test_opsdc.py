@@ -419,6 +419,15 @@ FORKS = {
     # the student learns to answer at once what the teacher is told to think about in brief
     "thinking": [("student_prompt(tokenizer, text, cfg.thinking, cfg.wrapper)",
                   "student_prompt(tokenizer, text, False, cfg.wrapper)")],
+    # the metrics on wandb too: begun before the engine, as a missing login would end the run after a step
+    "wandb": [
+        ("import torch\n", "import torch\nimport wandb\n"),
+        ("    engine = RolloutEngine(cfg)\n",
+         "    if dist.get_rank() == 0:\n"
+         "        wandb.init(project=\"opsdc\", config=asdict(cfg))\n"
+         "    engine = RolloutEngine(cfg)\n"),
+        ("    say(\"  \".join(form", "    wandb.log(metrics, step=metrics[\"step\"])\n    say(\"  \".join(form"),
+        ("    sys.stdout.flush()\n    os._exit", "    wandb.finish(status)\n    sys.stdout.flush()\n    os._exit")],
     # the teacher is told the answer
     "answer": [("text, instruction, cfg.thinking",
                 "text, f\"{instruction}\\n\\nThe answer is {answer}.\", cfg.thinking")],
@@ -885,10 +894,11 @@ ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the er
 def test_a_row_is_read_or_refused_by_name(row, math_, none):
     for wrapper, expected in (("math", math_), ("none", none)):
         if isinstance(expected, tuple):
-            assert opsdc.problem_and_answer(row, "here", wrapper) == expected
+            assert (opsdc.read_problem(row, "here", wrapper), ev.read_answer(row, "here")) == expected
         else:
             with pytest.raises(ValueError, match=expected) as error:
-                opsdc.problem_and_answer(row, "here", wrapper)
+                opsdc.read_problem(row, "here", wrapper)
+                ev.read_answer(row, "here")
             assert str(error.value).startswith("here")
 
 def test_conversations_keep_their_turns_and_only_the_last_is_wrapped():
@@ -947,7 +957,7 @@ def test_files_of_all_formats_read_alike(tmp_path):
     assert len(list(opsdc.read_rows(str(tmp_path / "jsonl")))) == 2
     assert list(opsdc.read_rows(str(tmp_path / "jsonl") + "::test"))[0][1] == dict(problem="c")
     number, = opsdc.read_rows(as_file(tmp_path, "n.jsonl", '{"problem": "x", "answer": 0.10}'))
-    assert opsdc.problem_and_answer(number[1], "here") == ("x", "0.10")
+    assert ev.read_answer(number[1], "here") == "0.10"
 
 @pytest.mark.parametrize("name, content, message", [
     ("x.jsonl", '{"problem": "x"}\n{"problem"\n',
@@ -958,7 +968,7 @@ def test_files_of_all_formats_read_alike(tmp_path):
     ("x.jsonl", '{"problem": "\u00e9"}'.encode("latin-1"), "x.jsonl: expected the encoding UTF-8"),
     ("x.csv", "problem\n\u00e9\n".encode("utf-16"), "x.csv: expected the encoding UTF-8"),
     ("x.csv", "problem,answer\nx,1,2\n", "x.csv: line 2: expected .* a cell for each column"),
-    ("x.parquet", "version https://git-lfs", "x.parquet: Parquet magic bytes not found"),
+    ("x.parquet", "version https://git-lfs", "x.parquet: .*Parquet magic bytes not found"),
     ("x.parquet", "", "x.parquet: .* 0 bytes"),
     ("x.txt", "x", "x.txt: expected a file .jsonl, .json, .csv or .parquet"),
 ])
@@ -1330,7 +1340,7 @@ REMARKS = {
     "Qwen3.5 text": "bfloat16 engine; torchvision stubbed", "Qwen3-Next": "bfloat16 engine",
     "gpt-oss": "not served: vLLM's reload leaves its experts as they were (sinks are right)",
     "NemotronH": "not served: vLLM's experts without a gate need a GPU",
-    "Cohere 2, past the window": "vLLM's window is one longer than transformers'",
+    "Cohere 2, past the window": "vLLM adds one to the window, which the engine's config takes off",
 }
 SHAPE = dict(vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
              num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=2048,
@@ -1862,7 +1872,7 @@ RANGES = {  # option of opsdc.py: values, and the words of the range
 }
 BAD_INPUT = {
     "model": (lambda d, good: dict(model=d / "nowhere"),
-              "--model .*nowhere: expected a folder with a model or the id"),
+              "--model .*nowhere: expected a folder with a chat model, or the id .* found no such"),
     "template": (no_template, "no chat template"),
     "template that raises": (bad_template, "chat template fails on .*What is 0.*: the system only"),
     "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl: .* No such file"),
@@ -1898,7 +1908,6 @@ BAD_INPUT = {
                       "--out .*rows.jsonl, expected a folder to write to"),
     "out below a file": (lambda d, good: dict(out=good["data"] + "/x"),
                          "--out .*rows.jsonl/x, expected a folder"),
-    "wandb": (lambda d, good: dict(report_to="wandb"), "wandb is not installed"),
     "no number": (lambda d, good: dict(steps="many"), "--steps: invalid int value: 'many'"),
     "no choice": (lambda d, good: dict(divergence="KL"), "--divergence: invalid choice: 'KL'.*reverse_kl"),
     "no option": (lambda d, good: dict(batch_sise=8), "expected options as in --help, found --batch_sise 8"),
@@ -1962,7 +1971,7 @@ FOLDERS = {
     "embedding": (folder(touch("modules.json")), f"{CAUSAL}.*an embedding model"),
     **{name: (folder(as_is, quantization_config=dict(quant_method=name, bits=4, load_in_4bit=True)),
               f"{CAUSAL}.*quantised weights; take") for name in ("fp8", "gptq", "awq", "bitsandbytes")},
-    "adapter": (folder(as_adapter), "model: expected a whole model, found a LoRA adapter; merge"),
+    "adapter": (folder(as_adapter), "model: expected a folder .* found a LoRA adapter; merge"),
     "multimodal, no causal text": (of_type("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration",
                                            vision_config={}),
                                    f"{CAUSAL}.*Qwen2_5_VLForConditionalGeneration of type qwen2_5_vl_text"),
@@ -1970,7 +1979,7 @@ FOLDERS = {
                          original_max_position_embeddings=512),
                  f"{CAUSAL}.*LongRoPE and 536 tokens.* at 512; lower"),
     "no weights": (folder(lambda target: (target / "model.safetensors").unlink()),
-                   "model: expected weights, found no .safetensors or .bin in the folder"),
+                   "model: expected a folder .* found no weights, .safetensors or .bin"),
     "head bias": (of_type("phi", "PhiForCausalLM", partial_rotary_factor=0.5),
                   "expected .layers and a head without a bias, found PhiForCausalLM"),
     "other layers": (of_type("gpt2", "GPT2LMHeadModel"), f"{CAUSAL}.*GPT2LMHeadModel"),
@@ -2039,7 +2048,7 @@ def test_too_small_a_disk_and_too_old_a_driver_are_named(good, one_rank, monkeyp
     with pytest.raises(SystemExit):
         opsdc.prepare(config)
     said = capsys.readouterr().out
-    assert re.search("error: torch for CUDA 13.0 sees no GPU: expected .*, R580 .*, found none; update", said)
+    assert re.search("error: torch for CUDA 13.0 sees no GPU: expected .* R580 .*, found none; update", said)
 
 DATED = "{{ strftime_now('%d %b %Y') }} " + QWEN_TEMPLATE
 
@@ -2239,13 +2248,13 @@ def test_fork_larger_teacher(good, one_rank, tmp_path):
 
 def test_fork_answer_tells_the_teacher_only(good, one_rank, tmp_path):
     forked, tokenizer = load_fork("answer", tmp_path), AutoTokenizer.from_pretrained(good["model"])
-    problem = forked.load_problems(forked.Config(**good), tokenizer)[2]
+    problem = forked.load_problems(forked.Config(**good), tokenizer, "Be brief.")[2]
     assert problem.text == "What is 2 + 2?" and "The answer is 4." in tokenizer.decode(problem.teacher)
     assert problem.student == opsdc.student_prompt(tokenizer, problem.text)
 
 def test_fork_thinking_lets_the_teacher_think_and_not_the_student(good, one_rank, tmp_path):
     forked, tokenizer = load_fork("thinking", tmp_path), AutoTokenizer.from_pretrained(good["model"])
-    problem = forked.load_problems(forked.Config(**good), tokenizer)[0]
+    problem = forked.load_problems(forked.Config(**good), tokenizer, "Be brief.")[0]
     student, teacher = (tokenizer.decode(ids)[-40:] for ids in (problem.student, problem.teacher))
     assert student.endswith("<think>\n\n</think>\n\n") and "</think>" not in teacher
 
@@ -2952,7 +2961,7 @@ BAD_EVALUATION = {
     "conversation": (lambda d, good: broken_data(d, json.dumps(dict(
                          prompt=turns("user", "assistant"), answer=1))),
                      "line 1, field prompt: expected the user's turn last"),
-    "model": (lambda d, good: dict(model=d / "no"), "--model .*no: expected a folder with a model"),
+    "model": (lambda d, good: dict(model=d / "no"), "--model .*no: expected a folder with a chat model"),
     "template that raises": (bad_template, "chat template fails on .*: the system only"),
     "long responses": (lambda d, good: {"max-tokens": 100000},
                        "prompt of problem 39 .*lower --max-tokens from 100000"),
