@@ -746,7 +746,7 @@ def load_json(text, where=""):
 def read_file(path):
     """(where, row) of every row of a file. All cells of a .csv are texts: 055 is not 55."""
     data, kind = Path(path).read_bytes(), Path(path.removesuffix(".gz")).suffix
-    data = gzip.decompress(data) if path.endswith(".gz") else data
+    data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     if kind == ".parquet":
         import pyarrow.parquet
         rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
@@ -801,7 +801,7 @@ def as_problem(value, wrapper):
     if not any(m["role"] == "user" and m["content"].strip() for m in value):
         return None
     if wrapper == "math":
-        bare = lambda text: text.removeprefix(WRAPPER_HEAD).removesuffix(WRAPPER_TAIL).strip()
+        bare = lambda text: text.strip().removeprefix(WRAPPER_HEAD).removesuffix(WRAPPER_TAIL).strip()
         value = edit_last_user(value, bare)
     return value[0]["content"] if len(value) == 1 else value
 
