@@ -273,8 +273,7 @@ BENCHMARKS = {  # name: hub id, configuration, split
     "aime24": "HuggingFaceH4/aime_2024::train",
     "aime25": "math-ai/aime25::test",
     "gpqa_diamond": "Idavidrein/gpqa:gpqa_diamond:train",
-    "mmlu": "cais/mmlu:all:test",
-}
+    "mmlu": "cais/mmlu:all:test"}
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # the paper's; opsdc.py evaluates with it too
 
@@ -340,8 +339,7 @@ def opsdc():
     return opsdc
 
 def make_jobs(tokenizer, problems, samples, seed, instruction=None, thinking=True, wrapper="math"):
-    """`samples` jobs of each problem: records without a response yet, with their prompts' ids. `instruction`:
-    text of c, for the concise prompt baseline."""
+    """`samples` jobs of each problem: records without a response, with the prompt's ids. instruction: c's."""
     jobs, c = [], [instruction] if instruction else []
     ask = opsdc().teacher_prompt if c else opsdc().student_prompt
     for p in problems:
@@ -363,15 +361,14 @@ def make_records(tokenizer, jobs, outputs):
             "finish_reason": "stop" if done else "length", **verdict._asdict()})
     return records
 
+# The trainer's three functions, see the seam in opsdc.py
 def grade_rollouts(rollouts, problems, tokenizer):
-    """opsdc.py's rollouts: fills in `correct` where the problem's answer is known."""
     known = [r for r in rollouts if problems[r.index].answer is not None]
     jobs = [{"prompt": problems[r.index].student, "gold": problems[r.index].answer} for r in known]
     for r, record in zip(known, make_records(tokenizer, jobs, [(r.ids, None, r.finished) for r in known])):
         r.correct = record["correct"]
 
 def load_held_out(cfg, tokenizer):
-    """Jobs of the trainer's --eval_data; a prompt has to fit its engine."""
     jobs = make_jobs(tokenizer, load_problems(cfg.eval_data, cfg.wrapper), cfg.eval_samples, cfg.seed, None,
                      cfg.thinking, cfg.wrapper)
     longest, worst = max((len(job["prompt"]), job["id"]) for job in jobs)
@@ -380,7 +377,6 @@ def load_held_out(cfg, tokenizer):
     return jobs
 
 def validate(engine, tokenizer, jobs, cfg):
-    """The trainer's metrics of its engine's present weights on load_held_out's jobs; collective."""
     jobs = engine.share(jobs)
     outputs = engine.generate([job["prompt"] for job in jobs], [job["seed"] for job in jobs],
                               max_tokens=cfg.max_response_tokens, **SAMPLING)
@@ -411,9 +407,8 @@ def by_problem(records):
         groups[record["id"]].append(record)
     return groups
 
-def by_level(records):
-    levels = sorted({r["level"] for r in records if r["level"] is not None}, key=str)
-    return {level: [r for r in records if r["level"] == level] for level in levels}
+def levels(records):
+    return sorted({r["level"] for r in records} - {None}, key=str)
 
 def mean(records, column):
     return statistics.fmean(r[column] for r in records)
@@ -468,8 +463,8 @@ def summarise(records, k=None):
         **{column: mean(records, column) for column in (
             "tokens", "think_tokens", "answer_tokens", "truncated", "no_answer", "answer_only", "boxed_only",
             "either_full_text")},
-        "levels": {str(level): summarise([{**r, "level": None} for r in part], k)
-                   for level, part in by_level(records).items()}}
+        "levels": {str(level): summarise([{**r, "level": None} for r in records if r["level"] == level], k)
+                   for level in levels(records)}}
 
 def paired(base, ours, draws=4000):
     """Token reduction (1 - ratio of means), accuracy change: (value, low, high), 95 % bootstrap intervals.
@@ -488,22 +483,22 @@ def paired(base, ours, draws=4000):
             for name, found in (("reduction", 1 - tokens / was), ("change", our_right - right))}
 
 # --------------------------------------------------------------------------------------------- COMPARING RUNS
-PUBLISHED = """arXiv 2603.05433 | accuracy mean@8, % / mean response tokens, in the order of BENCHMARKS
-Qwen3-8B | base | 95.7/4884 76.2/14229 70.4/16492 61.5/7921 81.9/1633
-Qwen3-8B | concise prompt v1 | 95.6/2983 74.2/11352 62.1/14194 56.8/5582 83.0/1195
-Qwen3-8B | concise prompt v2 | 94.2/3833 74.6/12837 63.7/15622 59.5/5490 82.8/1195
-Qwen3-8B | trained v1 | 95.7/2107 72.9/9549 58.8/11804 58.5/5056 80.9/903
-Qwen3-8B | trained v2 | 95.7/3339 75.0/11799 65.8/13605 58.3/6558 81.2/1267
-Qwen3-14B | base | 93.0/4139 75.0/13222 69.2/15622 62.2/6185 85.1/1030
-Qwen3-14B | concise prompt v1 | 95.9/2354 76.7/10114 66.2/12478 60.6/4569 84.9/805
-Qwen3-14B | concise prompt v2 | 94.3/3077 73.3/11509 71.7/14038 60.5/4579 84.9/801
-Qwen3-14B | trained v1 | 96.3/1808 73.8/8261 62.9/10611 61.9/3727 84.2/586
-Qwen3-14B | trained v2 | 95.2/2701 75.0/10615 67.1/12990 62.0/4905 83.9/799
-DeepSeek-R1-Distill-Llama-8B | base | 71.3/3313 33.3/11042 25.0/11983 47.0/8609 71.5/1923
-DeepSeek-R1-Distill-Llama-8B | concise prompt v1 | 80.8/2482 45.0/9920 29.2/10803 46.5/7732 74.1/1746
-DeepSeek-R1-Distill-Llama-8B | concise prompt v2 | 79.7/2635 42.1/10766 28.8/11522 46.0/7800 73.9/1746
-DeepSeek-R1-Distill-Llama-8B | trained v1 | 82.1/2267 39.2/10351 27.1/11131 48.3/7731 71.7/1585
-DeepSeek-R1-Distill-Llama-8B | trained v2 | 79.8/2544 42.1/11317 26.2/11975 46.7/8006 71.4/1703"""
+PUBLISHED = {  # arXiv 2603.05433: accuracy mean@8, % / mean tokens of base, prompt v1, v2, trained v1, v2
+    "Qwen3-8B math500": "95.7/4884 95.6/2983 94.2/3833 95.7/2107 95.7/3339",
+    "Qwen3-8B aime24": "76.2/14229 74.2/11352 74.6/12837 72.9/9549 75.0/11799",
+    "Qwen3-8B aime25": "70.4/16492 62.1/14194 63.7/15622 58.8/11804 65.8/13605",
+    "Qwen3-8B gpqa_diamond": "61.5/7921 56.8/5582 59.5/5490 58.5/5056 58.3/6558",
+    "Qwen3-8B mmlu": "81.9/1633 83.0/1195 82.8/1195 80.9/903 81.2/1267",
+    "Qwen3-14B math500": "93.0/4139 95.9/2354 94.3/3077 96.3/1808 95.2/2701",
+    "Qwen3-14B aime24": "75.0/13222 76.7/10114 73.3/11509 73.8/8261 75.0/10615",
+    "Qwen3-14B aime25": "69.2/15622 66.2/12478 71.7/14038 62.9/10611 67.1/12990",
+    "Qwen3-14B gpqa_diamond": "62.2/6185 60.6/4569 60.5/4579 61.9/3727 62.0/4905",
+    "Qwen3-14B mmlu": "85.1/1030 84.9/805 84.9/801 84.2/586 83.9/799",
+    "DeepSeek-R1-Distill-Llama-8B math500": "71.3/3313 80.8/2482 79.7/2635 82.1/2267 79.8/2544",
+    "DeepSeek-R1-Distill-Llama-8B aime24": "33.3/11042 45.0/9920 42.1/10766 39.2/10351 42.1/11317",
+    "DeepSeek-R1-Distill-Llama-8B aime25": "25.0/11983 29.2/10803 28.8/11522 27.1/11131 26.2/11975",
+    "DeepSeek-R1-Distill-Llama-8B gpqa_diamond": "47.0/8609 46.5/7732 46.0/7800 48.3/7731 46.7/8006",
+    "DeepSeek-R1-Distill-Llama-8B mmlu": "71.5/1923 74.1/1746 73.9/1746 71.7/1585 71.4/1703"}
 MAY_DIFFER = ("model", "weights", "instruction", "template", "date", "seed", "k")  # in two comparable runs
 
 def check(condition, message):  # opsdc.py's, without torch
@@ -521,15 +516,14 @@ def read_lines(path):
     return rows
 
 def read_summary(directory):
-    path = Path(directory, "summary.json")
     try:
-        summary = json.loads(path.read_text())
+        summary = json.loads(Path(directory, "summary.json").read_text())
         version = summary["settings"]["version"]
+        check(version == VERSION, f"version {version} of eval.py, this is {VERSION}; evaluate again")
+        return summary
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{directory}: expected the --out directory of an evaluation, with its summary.json;"
                          f" found {type(error).__name__}: {error}") from None
-    check(version == VERSION, f"{path}: of version {version} of eval.py, this is {VERSION}; evaluate again")
-    return summary
 
 def read_run(directory):
     """(settings, {benchmark: records}) of a finished evaluation."""
@@ -565,22 +559,21 @@ def percent(value, *interval, sign=""):
 
 def contrast(base, ours):
     """[(level or "all", statistics of base, of ours, paired differences)], "all" first."""
-    levels = by_level(ours)
-    parts = [("all", base, ours)] + [(level, part, levels[level]) for level, part in by_level(base).items()]
+    parts = [("all", base, ours)] + [
+        (level, *([r for r in run if r["level"] == level] for run in (base, ours))) for level in levels(base)]
     return [(level, summarise(a), summarise(b), paired(a, b)) for level, a, b in parts]
 
 def published(model, name):
     """What the paper printed for this model and benchmark, in the form of `contrast`, a label before each."""
-    rows = [line.split(" | ") for line in PUBLISHED.splitlines()
-            if line.startswith(f"{Path(model).name} | ") and name in BENCHMARKS]
-    cells = [figures.split()[list(BENCHMARKS).index(name)].split("/") for *_, figures in rows]
-    base, *others = [{"problems": "", "accuracy": float(a) / 100, "tokens": float(t)} for a, t in cells] or "-"
-    return [("paper: " + label, "all", base, ours, {"change": [ours["accuracy"] - base["accuracy"]],
-                                                    "reduction": [1 - ours["tokens"] / base["tokens"]]})
-            for (_, label, _), ours in zip(rows[1:], others)]
+    cells = [cell.split("/") for cell in PUBLISHED.get(f"{Path(model).name} {name}", "").split()]
+    stats = [{"problems": "", "accuracy": float(a) / 100, "tokens": float(tokens)} for a, tokens in cells]
+    labels = ("concise prompt v1", "concise prompt v2", "trained v1", "trained v2")
+    return [("paper: " + label, "all", stats[0], ours, {
+                "change": [ours["accuracy"] - stats[0]["accuracy"]],
+                "reduction": [1 - ours["tokens"] / stats[0]["tokens"]]})
+            for label, ours in zip(labels, stats[1:])]
 
 def won_and_lost(base, ours, show):
-    """How many problems gained and lost accuracy, then the `show` largest of each."""
     base, ours = by_problem(base), by_problem(ours)
     gain = {i: mean(ours[i], "correct") - mean(base[i], "correct") for i in base}
     won = sorted((i for i in base if gain[i] > 0), key=lambda i: -gain[i])
@@ -619,10 +612,9 @@ def compare(args):
 
 # --------------------------------------------------------------------------------------------------- PICTURES
 def pyplot():
-    import matplotlib
-    matplotlib.use("Agg")  # a file, no screen
-    import matplotlib.pyplot
-    return matplotlib.pyplot
+    from matplotlib import pyplot
+    pyplot.switch_backend("Agg")  # a file, no screen
+    return pyplot
 
 def plot_compare(path, base_label, contrasts):
     """Left: accuracy against tokens with 95 % error bars. Right: token reduction, over all and per level."""
@@ -665,7 +657,7 @@ def draw_run(ax, rows, metrics, color, label):
     for metric, line, name in zip(metrics, ("-", "--"), (label, None)):
         known = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
         if known:
-            dots = "o" if metric.startswith("eval_") else ""  # known at some steps only
+            dots = "o" * metric.startswith("eval_")  # known at some steps only
             ax.plot(*zip(*known), dots + line, color=color, markersize=4, label=name)
     for row, following in zip(rows, rows[1:]):
         if following["teacher_age"] < row["teacher_age"]:
@@ -693,20 +685,19 @@ def write_summary(out, settings, benchmarks, finished):
     return summary
 
 def read_parts(out, name, jobs, merge=False):
-    """{place in `jobs`: record}, of a benchmark's file and of what each rank of a killed run had written.
-    merge: puts all into the one file, in order."""
+    """Records of `jobs` in a benchmark's file and in a killed run's parts. merge: into one file, in order."""
     places = {(job["id"], job["sample"], job["problem_hash"]): at for at, job in enumerate(jobs)}
     paths = [path for path in out.glob("*.jsonl") if re.sub(r"\.rank-\d+$", "", path.stem) == name]
     found = {places.get((r["id"], r["sample"], r["problem_hash"])): r
              for path in paths for r in read_lines(path)}
     check(None not in found, f"--out {out}: {name}.jsonl holds other problems; give another directory")
-    found = dict(sorted(found.items()))
+    records = [found[at] for at in sorted(found)]
     if merge:
-        replace_file(out / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in found.values()))
+        replace_file(out / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
         for path in paths:
             if path.stem != name:
                 path.unlink()
-    return found
+    return records
 
 def done_before(out, settings, jobs):
     """{benchmark: records} of a killed run, on any number of ranks; ValueError if they are of another run."""
@@ -722,29 +713,30 @@ def prepare(args):
     """All checks -> tokenizer, {benchmark: jobs}, settings, folder, {benchmark: records}, Config."""
     for name, (_, range, _) in NUMBERS.items():
         opsdc().check_range(name, getattr(args, name.replace("-", "_")), range)
-    k = args.samples if args.k is None else args.k
-    opsdc().check_range("k", k, f"1..{args.samples}")
-    instruction = None if args.instruction is None else opsdc().read_instruction(args.instruction)
+    args.k = args.samples if args.k is None else args.k
+    opsdc().check_range("k", args.k, f"1..{args.samples}")
+    args.instruction = None if args.instruction is None else opsdc().read_instruction(args.instruction)
     tokenizer, context = opsdc().load_tokenizer(args.model)
-    out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if instruction else ""))
+    out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if args.instruction else ""))
     before = read_summary(out)["settings"] if (out / "summary.json").is_file() else {}
     day = before.get("date") or time.strftime("%Y-%m-%d")
     opsdc().fix_date(tokenizer, day)
-    how, jobs = (args.samples, args.seed, instruction, args.thinking, args.wrapper), {}
+    how, jobs = (args.samples, args.seed, args.instruction, args.thinking, args.wrapper), {}
     for source in [args.data] if args.data else args.benchmarks.replace(" ", "").split(","):
         problems = load_problems(source, args.wrapper)
         jobs[Path(source.partition("=")[0]).stem] = make_jobs(tokenizer, problems, *how)
+    first = next(iter(jobs.values()))[0]
+    opsdc().say_prompts(tokenizer, args.thinking, args.instruction, problem=first["prompt"])
     longest, worst = max((len(job["prompt"]), job["id"]) for those in jobs.values() for job in those)
-    opsdc().say_prompts(tokenizer, args.thinking, instruction, problem=next(iter(jobs.values()))[0]["prompt"])
     lower = f"lower --max-tokens from {args.max_tokens} to {context - longest}"
     check(longest + args.max_tokens <= context, f"the prompt of problem {worst} has {longest} tokens, "
           f"{args.model} holds {context}: {lower if longest < context else 'leave that problem out'}")
     cfg = opsdc().Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,
                          seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=0.9)  # no trainer beside it
     opsdc().check_ranks(cfg)
-    settings = {"version": VERSION, "model": opsdc().real_path(args.model), "instruction": instruction, "k": k,
-                "weights": fingerprint(args.model), "template": digest(tokenizer.chat_template), "date": day}
-    for name in ("samples", "max_tokens", "temperature", "top_p", "top_k", "seed", "thinking", "wrapper"):
+    settings = {"version": VERSION, "model": opsdc().real_path(args.model), "date": day,
+                "weights": fingerprint(args.model), "template": digest(tokenizer.chat_template)}
+    for name in (*SAMPLING, "max_tokens", "samples", "k", "seed", "thinking", "wrapper", "instruction"):
         settings[name] = getattr(args, name)
     return tokenizer, jobs, settings, out, done_before(out, settings, jobs), cfg
 
@@ -765,7 +757,6 @@ def sample_and_write(engine, tokenizer, jobs, path, settings, block):
                         f"{percent(mean(records, 'correct'))} %, {mean(records, 'tokens'):.0f} tokens")
 
 def evaluate(args):
-    """Evaluates a model; on several ranks (torchrun) each engine makes its share of the samples."""
     opsdc().start_processes()
     with opsdc().refusals():  # all leave it together: all have read before one writes
         tokenizer, jobs, settings, out, done, cfg = prepare(args)
@@ -776,7 +767,8 @@ def evaluate(args):
             read_parts(out, name, wanted, merge=True)
     opsdc().dist.barrier()
     for name, wanted in jobs.items():
-        todo = [job for at, job in enumerate(wanted) if at not in done[name]]
+        held = {(r["id"], r["sample"]) for r in done[name]}
+        todo = [job for job in wanted if (job["id"], job["sample"]) not in held]
         opsdc().say(f"{name}: {len(todo)} of {len(wanted)} samples to make, the others are in {out}")
         if todo:
             engine = engine or opsdc().RolloutEngine(cfg, load_format="auto")
@@ -786,7 +778,6 @@ def evaluate(args):
         if rank == 0:
             done[name] = read_parts(out, name, wanted, merge=True)
     if rank == 0:
-        done = {name: list(found.values()) for name, found in done.items()}
         print_table(write_summary(out, settings, done, finished=True))
         print(f"wrote {out}/summary.json")
 
@@ -806,9 +797,8 @@ def print_table(summary):
 NUMBERS = {  # option: default, range as in opsdc.py's Config, help
     "samples": (8, "1..", "per problem"), "max-tokens": (30000, "1..", "of a response"),
     "temperature": (SAMPLING["temperature"], "0..2", "of sampling"),
-    "top-p": (SAMPLING["top_p"], "0.001..1", "of sampling"),
+    "top-p": (SAMPLING["top_p"], "0.001..1", "of sampling"), "vllm-tp": (1, "1..", "ranks of an engine"),
     "top-k": (SAMPLING["top_k"], "0..", "of sampling, 0: all"), "seed": (0, "0..4294967295", "of sampling"),
-    "vllm-tp": (1, "1..", "ranks of an engine"),
     "block": (128, "1..", "samples graded and written at a time, or what came in two minutes")}
 
 def parse_args(argv):

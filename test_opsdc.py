@@ -2935,7 +2935,7 @@ def test_results_of_older_weights_are_not_taken_for_those_of_newer_ones(toy, tmp
     jobs = {"eval": ev.make_jobs(tokenizer, problems, 2, 0)}
     settings = {"version": ev.VERSION, "weights": ev.fingerprint(tmp_path / "model"), "samples": 2}
     ev.replace_file(tmp_path / "out/summary.json", json.dumps({"settings": settings}))
-    assert ev.done_before(tmp_path / "out", settings, jobs) == {"eval": {}}
+    assert ev.done_before(tmp_path / "out", settings, jobs) == {"eval": []}
     (tmp_path / "model/model.safetensors").touch()
     settings = settings | {"weights": ev.fingerprint(tmp_path / "model")}
     with pytest.raises(ValueError, match="holds another run .weights: there"):
