@@ -677,10 +677,8 @@ def replace_file(path, text):
     beside.replace(path)
 
 def write_summary(out, settings, benchmarks, finished):
-    pooled = [{**r, "id": f"{name}/{r['id']}"} for name, records in benchmarks.items() for r in records]
-    summary = {"settings": settings, "finished": finished,
-               "benchmarks": {name: summarise(rs, settings["k"]) for name, rs in benchmarks.items()},
-               "all": summarise(pooled, settings["k"]) if pooled else None}  # every problem counts the same
+    found = {name: summarise(records, settings["k"]) for name, records in benchmarks.items()}
+    summary = {"settings": settings, "finished": finished, "benchmarks": found}
     replace_file(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 
@@ -790,8 +788,7 @@ def print_table(summary):
                "either_full_text": "either anywhere"}
     rows = [[name, s["problems"], f"{percent(s['accuracy'])} ± {percent(s['accuracy_se'])}",
              *(percent(s[c]) if "tokens" not in c else "" if s[c] is None else round(s[c]) for c in columns)]
-            for name, s in [*summary["benchmarks"].items(), ("all", summary["all"])]]
-    rows = rows if len(rows) > 2 else rows[:1]  # all of one benchmark is that benchmark
+            for name, s in summary["benchmarks"].items()]
     print(markdown(["in %, or tokens", "problems", "accuracy", *columns.values()], rows))
 
 NUMBERS = {  # option: default, range as in opsdc.py's Config, help
