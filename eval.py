@@ -340,10 +340,10 @@ def opsdc():
 
 def make_jobs(tokenizer, problems, samples, seed, instruction=None, thinking=True, wrapper="math"):
     """`samples` jobs of each problem: records without a response, with the prompt's ids. instruction: c's."""
-    jobs, c = [], [instruction] if instruction else []
-    ask = opsdc().teacher_prompt if c else opsdc().student_prompt
+    jobs = []
+    ask, told = (opsdc().teacher_prompt, [instruction]) if instruction else (opsdc().student_prompt, [])
     for p in problems:
-        prompt = ask(tokenizer, p["problem"], *c, thinking, wrapper)
+        prompt = ask(tokenizer, p["problem"], *told, thinking, wrapper)
         hashes = {"problem_hash": digest(p["problem"], p["answer"]), "prompt_hash": digest(prompt)}
         jobs += [{"id": p["id"], "sample": i, "seed": int(digest(seed, p["id"], i), 16), "level": p["level"],
                   "gold": p["answer"], **hashes, "prompt": prompt} for i in range(samples)]
@@ -781,15 +781,14 @@ def evaluate(args):
 
 def print_table(summary):
     k = summary["settings"]["k"]
-    columns = {"tokens": "tokens", "tokens_median": "median", "tokens_correct": "if correct",
-               "think_tokens": "think", "answer_tokens": "answer", "pass_at_k": f"pass@{k}",
-               "majority_at_k": f"maj@{k}", "truncated": "truncated", "no_answer": "no answer",
-               "answer_only": "Answer: only", "boxed_only": "boxed only",
-               "either_full_text": "either anywhere"}
+    heads = {"tokens": "tokens", "tokens_median": "median", "tokens_correct": "if correct",
+             "think_tokens": "think", "answer_tokens": "answer", "pass_at_k": f"pass@{k}",
+             "majority_at_k": f"maj@{k}", "truncated": "truncated", "no_answer": "no answer",
+             "answer_only": "Answer: only", "boxed_only": "boxed only", "either_full_text": "either anywhere"}
     rows = [[name, s["problems"], f"{percent(s['accuracy'])} ± {percent(s['accuracy_se'])}",
-             *(percent(s[c]) if "tokens" not in c else "" if s[c] is None else round(s[c]) for c in columns)]
+             *(percent(s[c]) if "tokens" not in c else "" if s[c] is None else round(s[c]) for c in heads)]
             for name, s in summary["benchmarks"].items()]
-    print(markdown(["in %, or tokens", "problems", "accuracy", *columns.values()], rows))
+    print(markdown(["in %, or tokens", "problems", "accuracy", *heads.values()], rows))
 
 NUMBERS = {  # option: default, range as in opsdc.py's Config, help
     "samples": (8, "1..", "per problem"), "max-tokens": (30000, "1..", "of a response"),
