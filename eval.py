@@ -537,9 +537,8 @@ def read_run(directory):
     return summary["settings"], runs
 
 def refuse_unless_comparable(base, ours, names):
-    settings, others = ({**run[0], "benchmarks": sorted(run[1])} for run in (base, ours))
-    differ = [f"{k} is {v!r} and {others.get(k)!r}" for k, v in settings.items()
-              if k not in MAY_DIFFER and v != others.get(k)]
+    a, b = ({**run[0], "benchmarks": sorted(run[1])} for run in (base, ours))
+    differ = [f"{k} is {v!r} and {b.get(k)!r}" for k, v in a.items() if k not in MAY_DIFFER and v != b.get(k)]
     for name in base[1].keys() & ours[1].keys():
         a, b = ({(r["id"], r["problem_hash"]) for r in run[1][name]} for run in (base, ours))
         if a != b:
@@ -568,10 +567,9 @@ def published(model, name):
     cells = [cell.split("/") for cell in PUBLISHED.get(f"{Path(model).name} {name}", "").split()]
     stats = [{"problems": "", "accuracy": float(a) / 100, "tokens": float(tokens)} for a, tokens in cells]
     labels = ("concise prompt v1", "concise prompt v2", "trained v1", "trained v2")
-    return [("paper: " + label, "all", stats[0], ours, {
-                "change": [ours["accuracy"] - stats[0]["accuracy"]],
-                "reduction": [1 - ours["tokens"] / stats[0]["tokens"]]})
-            for label, ours in zip(labels, stats[1:])]
+    return [("paper: " + label, "all", stats[0], s, {"change": [s["accuracy"] - stats[0]["accuracy"]],
+                                                     "reduction": [1 - s["tokens"] / stats[0]["tokens"]]})
+            for label, s in zip(labels, stats[1:])]
 
 def won_and_lost(base, ours, show):
     base, ours = by_problem(base), by_problem(ours)
@@ -629,10 +627,9 @@ def plot_compare(path, base_label, contrasts):
                           1.96 * (stats["tokens_se"] or 0), color=shade, label=f"{run}, {name}", **style)
         for level, _, _, versus in parts:
             value, low, high = (100 * x for x in versus["reduction"])
-            right.errorbar([f"{name}\n{'level ' * (level != 'all')}{level}"], value,
-                           [[value - low], [high - value]], color=color, **style)
+            right.errorbar([f"{name}\n{level}"], value, [[value - low], [high - value]], color=color, **style)
     left.set(xlabel="mean response tokens", ylabel="accuracy, %", title="accuracy against length")
-    right.set(ylabel="token reduction, %", title="reduction by difficulty")
+    right.set(xlabel="level", ylabel="token reduction, %", title="reduction by difficulty")
     right.axhline(0, color="gray", linewidth=0.5)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=150)
@@ -684,12 +681,11 @@ def write_summary(out, settings, benchmarks, finished):
 
 def read_parts(out, name, jobs, merge=False):
     """Records of `jobs` in a benchmark's file and in a killed run's parts. merge: into one file, in order."""
-    places = {(job["id"], job["sample"], job["problem_hash"]): at for at, job in enumerate(jobs)}
+    at = {(job["id"], job["sample"], job["problem_hash"]): place for place, job in enumerate(jobs)}
     paths = [path for path in out.glob("*.jsonl") if re.sub(r"\.rank-\d+$", "", path.stem) == name]
-    found = {places.get((r["id"], r["sample"], r["problem_hash"])): r
-             for path in paths for r in read_lines(path)}
+    found = {at.get((r["id"], r["sample"], r["problem_hash"])): r for path in paths for r in read_lines(path)}
     check(None not in found, f"--out {out}: {name}.jsonl holds other problems; give another directory")
-    records = [found[at] for at in sorted(found)]
+    records = [found[place] for place in sorted(found)]
     if merge:
         replace_file(out / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
         for path in paths:
