@@ -644,8 +644,9 @@ def curves(args):
         rows = read_lines(Path(directory, "metrics.jsonl"))
         for ax, metrics in zip(axes.flat, PANELS):
             draw_run(ax, rows, metrics, f"C{i}", directory)
-            ax.set(title=", dashed: ".join(metrics), xlabel="step",
-                   ylim=(-0.02, 1.02) if metrics[0] in ("accuracy", "truncated") else None)
+            ax.set(title=", dashed: ".join(metrics), xlabel="step")
+            if metrics[0] in ("accuracy", "truncated"):
+                ax.set_ylim(-0.02, 1.02)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(args.plot, dpi=90)
     print(f"wrote {args.plot}; dotted lines: thetabar <- theta")
