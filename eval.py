@@ -683,15 +683,14 @@ def write_summary(out, settings, benchmarks, finished):
 def read_parts(out, name, jobs, merge=False):
     """Records of `jobs` in a benchmark's file and in a killed run's parts. merge: into one file, in order."""
     at = {(job["id"], job["sample"], job["problem_hash"]): place for place, job in enumerate(jobs)}
-    paths = [path for path in out.glob("*.jsonl") if re.sub(r"\.rank-\d+$", "", path.stem) == name]
+    paths = [p for p in out.glob("*.jsonl") if re.fullmatch(re.escape(name) + r"(\.rank-\d+)?", p.stem)]
     found = {at.get((r["id"], r["sample"], r["problem_hash"])): r for path in paths for r in read_lines(path)}
     check(None not in found, f"--out {out}: {name}.jsonl holds other problems; give another directory")
     records = [found[place] for place in sorted(found)]
     if merge:
         replace_file(out / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
-        for path in paths:
-            if path.stem != name:
-                path.unlink()
+        for part in {*paths} - {out / f"{name}.jsonl"}:
+            part.unlink()
     return records
 
 def done_before(out, settings, jobs):
@@ -720,8 +719,7 @@ def prepare(args):
     for source in [args.data] if args.data else args.benchmarks.replace(" ", "").split(","):
         problems = load_problems(source, args.wrapper)
         jobs[Path(source.partition("=")[0]).stem] = make_jobs(tokenizer, problems, *how)
-    first = next(iter(jobs.values()))[0]
-    opsdc().say_prompts(tokenizer, args.thinking, args.instruction, problem=first["prompt"])
+    opsdc().say_prompts(tokenizer, args.thinking, args.instruction, problem=[*jobs.values()][0][0]["prompt"])
     longest, worst = max((len(job["prompt"]), job["id"]) for those in jobs.values() for job in those)
     lower = f"lower --max-tokens from {args.max_tokens} to {context - longest}"
     check(longest + args.max_tokens <= context, f"the prompt of problem {worst} has {longest} tokens, "
