@@ -5,8 +5,6 @@
     python eval.py compare BASE_DIR OURS_DIR [OURS_DIR ...] [--plot FILE.png]
     python eval.py curves RUN_DIR [RUN_DIR ...] --plot FILE.png
 
-Reading order: grading, benchmarks, generation, statistics, comparing runs, pictures, command line.
-
 What counts as right decides the figures: one model reads 54.5 on MATH-500 by its boxes alone, 93.0 by
 either format. The rules here, of the text after the last </think>:
     formats    the later of the last `Answer:` line that is not empty and the last \\boxed{} (an empty one
@@ -44,8 +42,8 @@ from typing import NamedTuple
 
 VERSION = 2  # of the grading rules and of the files written; runs of different versions are not compared
 
-# ----------------------------------------------------------------------------------------------------
-# Grading, first half: find the answer. All is linear in the text: a megabyte of brackets must not hang.
+# ---------------------------------------------------------------------------------------------------- GRADING
+# First half: find the answer. All is linear in the text: a megabyte of brackets must not hang.
 
 SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # left over
 MARKER = re.compile(r"(?m)(?:^[ \t>*_#`$-]*(?i:(?:the )?(?:final )?answer)"  # in any case at a line's start,
@@ -102,7 +100,7 @@ def clean(text):
         text = text.removesuffix("}").rstrip(" .")
     return re.sub(r"(?i)^the answer is:? |[. ]*I hope it is correct$", "", text).rstrip("\\ .").strip()
 
-# Grading, second half, in a worker: are two values equal? Exact rules first; math-verify for what they leave.
+# Second half, in a worker: are two values equal? Exact rules first; math-verify for what they leave.
 
 SYMBOLS = str.maketrans({x[0]: x[1:] + " " for x in (r"−- –- —- ×\cdot ·\cdot ⋅\cdot ÷/ ⁄/ π\pi ∞\infty "
                          r"∪\cup ≤\le ≥\ge ±\pm ∅\emptyset ∠\angle θ\theta ∈\in ≈\approx").split()})
@@ -270,16 +268,13 @@ def grade(response, gold, finished=True):
     """Verdict of one response. `gold`: the answer, or a reference solution whose last \\boxed{} holds it."""
     return grade_all([response], [gold], [finished])[0]
 
-# ----------------------------------------------------------------------------------------------------
-# Benchmarks. A problem: id, problem (bare text of the prompt), answer, level (or None).
-
+# ------------------------------------------------------------------------------------------------- BENCHMARKS
 BENCHMARKS = {  # name: hub id, configuration, split
     "math500": "HuggingFaceH4/MATH-500::test",
     "aime24": "HuggingFaceH4/aime_2024::train",
     "aime25": "math-ai/aime25::test",
     "gpqa_diamond": "Idavidrein/gpqa:gpqa_diamond:train",
-    "mmlu": "cais/mmlu:all:test",
-}
+    "mmlu": "cais/mmlu:all:test"}
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # the paper's; opsdc.py evaluates with it too
 
@@ -287,8 +282,8 @@ def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 def load_problems(source, wrapper="math"):
-    """Problems of a benchmark by name, of a local copy of it (math500=DIR), or of what opsdc.py's --data is.
-    Repeated rows are one problem: as several they would shrink the intervals."""
+    """Problems (id, problem: bare text, answer, level or None) of a benchmark, a copy of it (math500=DIR), or
+    what opsdc.py's --data is. Repeated rows are one: as several they would shrink the intervals."""
     name, _, copy = where, *_ = source.partition("=")
     if name in BENCHMARKS:
         hub_id, _, rest = BENCHMARKS[name].partition(":")
@@ -297,13 +292,13 @@ def load_problems(source, wrapper="math"):
     problems, rows, others = {}, 0, 0
     opsdc().say(f"reading {source} ...")
     with opsdc().named(where):
-        opsdc().check(re.search("[./]", source), f"expected {', '.join(BENCHMARKS)}, a file or a hub ID")
+        check(re.search("[./]", source), f"expected {', '.join(BENCHMARKS)}, a file or a hub ID")
         for rows, (at, row) in enumerate(opsdc().read_rows(source), 1):
             new = as_problem(row, rows - 1, at, wrapper)
             old = problems.setdefault(json.dumps(new["problem"], default=float), new)
             others += old["answer"] != new["answer"]
         ids = collections.Counter(p["id"] for p in problems.values()).most_common(1)
-        opsdc().check(ids and ids[0][1] == 1, f"expected each id once, found {rows} rows and {dict(ids)}")
+        check(ids and ids[0][1] == 1, f"expected each id once, found {rows} rows and {dict(ids)}")
     if rows > len(problems):
         opsdc().say(f"{name}: {rows} rows are {len(problems)} problems; {others} rows have another answer "
                     "than their problem's first row, which counts")
@@ -311,8 +306,7 @@ def load_problems(source, wrapper="math"):
 
 def as_text(value):
     """A text, number or boolean as text; "" if it is missing or blank."""
-    opsdc().check(isinstance(value, (str, int, float, Decimal, type(None))),
-                  f"expected a text, found {value!r:.60}")
+    check(isinstance(value, (str, int, float, Decimal, type(None))), f"expected a text, found {value!r:.60}")
     if value is None or value != value:  # NaN: a table's missing number
         return ""
     return format(Decimal(str(value)), "f") if isinstance(value, (float, Decimal)) else str(value).strip()
@@ -325,8 +319,7 @@ def read_answer(row, where):
             value = row.get(key)
             if key == "reward_model":
                 value = opsdc().load_json(value) if value and isinstance(value, str) else value or {}
-                opsdc().check(isinstance(value, dict),
-                              f"expected an object with ground_truth, found {value!r:.60}")
+                check(isinstance(value, dict), f"expected an object with ground_truth, found {value!r:.60}")
                 value = value.get("ground_truth")
             if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"]; not [0, 1)
                 value = opsdc().load_json(value)
@@ -335,102 +328,81 @@ def read_answer(row, where):
             return last_box(text)[1] or text.rpartition("####")[2].strip() or None
 
 def as_problem(row, index, where, wrapper="math"):
-    text, named = as_text, opsdc().named
-    wrong = [row.get(f"Incorrect Answer {i}") for i in (1, 2, 3)]
-    with named(f"{where}, a question with choices"):
-        if row.get("Correct Answer") is not None:  # GPQA
-            problem, answer = lettered(row.get("Question"), [row["Correct Answer"], *wrong], 0)
-        elif row.get("choices") is not None:  # MMLU
-            problem, answer = lettered(row.get("question"), row["choices"], int(text(row.get("answer"))))
-        else:
-            problem = answer = None
-    if not problem:
+    options, right = row.get("choices"), row.get("answer")  # MMLU
+    if row.get("Correct Answer") is not None:  # GPQA
+        options, right = [row["Correct Answer"], *(row.get(f"Incorrect Answer {i}") for i in (1, 2, 3))], 0
+    if options is None:
         problem, answer = opsdc().read_problem(row, where, wrapper), read_answer(row, where)
-    opsdc().check(answer, f"{where}: expected a field answer or solution to grade by, found {', '.join(row)}")
-    with named(f"{where}, unique_id, id or level"):
-        identity = text(row.get("unique_id")) or text(row.get("id")) or str(index)
-        level = row.get("level")
-        level = level if isinstance(level, int) else text(level) or None
+    else:
+        with opsdc().named(f"{where}, a question with choices"):
+            question = row.get("question", row.get("Question"))
+            problem, answer = lettered(question, options, int(as_text(right)))
+    check(answer, f"{where}: expected a field answer or solution to grade by, found {', '.join(row)}")
+    with opsdc().named(f"{where}, unique_id, id or level"):
+        identity = as_text(row.get("unique_id")) or as_text(row.get("id")) or str(index)
+        level = row["level"] if isinstance(row.get("level"), int) else as_text(row.get("level")) or None
     return {"id": identity, "problem": problem, "answer": answer, "level": level}
 
 def lettered(question, options, correct):
     """(question with lettered options, letter of the correct one), in an order only the question decides."""
     options = opsdc().load_json(options) if isinstance(options, str) else options
-    opsdc().check(isinstance(options, list) and correct in range(min(len(options), 10))
-                  and all(isinstance(text, str) and text.strip() for text in (question, *options)),
-                  "expected a question, up to ten texts to choose from and the right one's number, found "
-                  f"{question!r:.40}, {options!r:.80}, {correct!r}")
+    check(isinstance(options, list) and correct in range(min(len(options), 10))
+          and all(isinstance(text, str) and text.strip() for text in (question, *options)),
+          "expected a question, up to ten texts to choose from and the right one's number, found "
+          f"{question!r:.40}, {options!r:.80}, {correct!r}")
     letters, order = "ABCDEFGHIJ", list(range(len(options)))
     random.Random(digest(question)).shuffle(order)  # GPQA lists the correct answer first
     lines = [f"({letter}) {options[i].strip()}" for letter, i in zip(letters, order)]
     head = [question.strip(), "", "Answer with the letter of the correct option."]
     return "\n".join(head + lines), letters[order.index(correct)]
 
-# ----------------------------------------------------------------------------------------------------
-# Generation: jobs, one a sample, their records, and the seam to opsdc.py.
-
+# ------------------------------------------------------------------------------------------------- GENERATION
 def opsdc():
-    """The trainer's module, whose prompts, checks and engine are used here too. Imported nowhere else, and
-    late: it brings torch, which grading and comparing do without."""
+    """The trainer's module. Imported nowhere else, and late: grading and comparing do without its torch."""
     import opsdc
     return opsdc
 
-class Job(NamedTuple):
-    problem: dict
-    prompt: list  # token ids
-    sample: int
-    seed: int
-
-def prompt_ids(tokenizer, problem, instruction, thinking, wrapper):
-    if instruction:
-        return opsdc().teacher_prompt(tokenizer, problem, instruction, thinking, wrapper)
-    return opsdc().student_prompt(tokenizer, problem, thinking, wrapper)
-
-def longest_prompt(tokenizer, problems, *how):
-    return max((len(prompt_ids(tokenizer, p["problem"], *how)), p["id"]) for p in problems)
-
 def make_jobs(tokenizer, problems, samples, seed, instruction=None, thinking=True, wrapper="math"):
-    """`samples` jobs of each problem. `instruction`: text of c, for the concise prompt baseline."""
-    prompts = [prompt_ids(tokenizer, p["problem"], instruction, thinking, wrapper) for p in problems]
-    return [Job(p, prompt, i, int(digest(seed, p["id"], i), 16))
-            for p, prompt in zip(problems, prompts) for i in range(samples)]
+    """`samples` jobs of each problem: records without a response, with the prompt's ids. instruction: c's."""
+    jobs = []
+    ask, told = (opsdc().teacher_prompt, [instruction]) if instruction else (opsdc().student_prompt, [])
+    for p in problems:
+        prompt = ask(tokenizer, p["problem"], *told, thinking, wrapper)
+        hashes = {"problem_hash": digest(p["problem"], p["answer"]), "prompt_hash": digest(prompt)}
+        jobs += [{"id": p["id"], "sample": i, "seed": int(digest(seed, p["id"], i), 16), "level": p["level"],
+                  "gold": p["answer"], **hashes, "prompt": prompt} for i in range(samples)]
+    return jobs
 
 def make_records(tokenizer, jobs, outputs):
     """The graded record of each job, given what the engine sampled for it: (ids, logprobs, finished)."""
-    texts = [readable(tokenizer, job.prompt, ids) for job, (ids, *_) in zip(jobs, outputs, strict=True)]
-    verdicts = grade_all(texts, [job.problem["answer"] for job in jobs], [done for *_, done in outputs])
+    texts = [readable(tokenizer, job["prompt"], ids) for job, (ids, *_) in zip(jobs, outputs, strict=True)]
+    verdicts = grade_all(texts, [job["gold"] for job in jobs], [done for *_, done in outputs])
     records = []
-    for (p, prompt, i, seed), (ids, _, done), text, verdict in zip(jobs, outputs, texts, verdicts):
+    for job, (ids, _, done), text, verdict in zip(jobs, outputs, texts, verdicts):
         think = think_length(tokenizer, ids, text)
-        records.append({
-            "id": p["id"], "sample": i, "seed": seed, "level": p["level"], "gold": p["answer"],
-            "problem_hash": digest(p["problem"], p["answer"]), "prompt_hash": digest(prompt),
+        records.append({name: value for name, value in job.items() if name != "prompt"} | {
             "tokens": len(ids), "think_tokens": think, "answer_tokens": len(ids) - think, "response": text,
             "finish_reason": "stop" if done else "length", **verdict._asdict()})
     return records
 
+# The trainer's three functions, see the seam in opsdc.py
 def grade_rollouts(rollouts, problems, tokenizer):
-    """opsdc.py's rollouts: fills in `correct` where the problem's answer is known."""
-    known = [(r, problems[r.index]) for r in rollouts if problems[r.index].answer is not None]
-    texts = [readable(tokenizer, problem.student, r.ids) for r, problem in known]
-    verdicts = grade_all(texts, [problem.answer for _, problem in known], [r.finished for r, _ in known])
-    for (r, _), verdict in zip(known, verdicts):
-        r.correct = verdict.correct
+    known = [r for r in rollouts if problems[r.index].answer is not None]
+    jobs = [{"prompt": problems[r.index].student, "gold": problems[r.index].answer} for r in known]
+    for r, record in zip(known, make_records(tokenizer, jobs, [(r.ids, None, r.finished) for r in known])):
+        r.correct = record["correct"]
 
 def load_held_out(cfg, tokenizer):
-    """Problems of the trainer's --eval_data; a prompt has to fit its engine."""
-    problems = load_problems(cfg.eval_data, cfg.wrapper)
-    longest, worst = longest_prompt(tokenizer, problems, None, cfg.thinking, cfg.wrapper)
-    if longest > cfg.max_prompt_tokens:
-        raise ValueError(f"--eval_data {cfg.eval_data}: the prompt of problem {worst} has {longest} tokens, "
-                         f"more than --max_prompt_tokens {cfg.max_prompt_tokens}; raise it")
-    return problems
+    jobs = make_jobs(tokenizer, load_problems(cfg.eval_data, cfg.wrapper), cfg.eval_samples, cfg.seed, None,
+                     cfg.thinking, cfg.wrapper)
+    longest, worst = max((len(job["prompt"]), job["id"]) for job in jobs)
+    check(longest <= cfg.max_prompt_tokens, f"--eval_data {cfg.eval_data}: the prompt of problem {worst} has "
+          f"{longest} tokens, more than --max_prompt_tokens {cfg.max_prompt_tokens}; raise it")
+    return jobs
 
-def validate(engine, tokenizer, problems, cfg):
-    """The trainer's metrics of its engine's present weights on `problems`; collective."""
-    jobs = engine.share(make_jobs(tokenizer, problems, cfg.eval_samples, cfg.seed, None, cfg.thinking,
-                                  cfg.wrapper))
-    outputs = engine.generate([job.prompt for job in jobs], [job.seed for job in jobs],
+def validate(engine, tokenizer, jobs, cfg):
+    jobs = engine.share(jobs)
+    outputs = engine.generate([job["prompt"] for job in jobs], [job["seed"] for job in jobs],
                               max_tokens=cfg.max_response_tokens, **SAMPLING)
     found = summarise(engine.gather(make_records(tokenizer, jobs, outputs)))
     return {f"eval_{name}": found[name] for name in ("accuracy", "accuracy_se", "tokens", "truncated")}
@@ -452,24 +424,21 @@ def think_length(tokenizer, ids, text):
         return len(tokenizer.encode(text.rpartition("</think>")[0] + "</think>", add_special_tokens=False))
     return len(ids) if "<think>" in text else 0
 
-# ----------------------------------------------------------------------------------------------------
-# Statistics. The unit is the problem: its samples are not independent of each other.
-
+# ------------------------------------------------------------------------------------------------- STATISTICS
 def by_problem(records):
     groups = collections.defaultdict(list)
     for record in records:
         groups[record["id"]].append(record)
     return groups
 
-def by_level(records):
-    levels = sorted({r["level"] for r in records if r["level"] is not None}, key=str)
-    return {level: [r for r in records if r["level"] == level] for level in levels}
+def levels(records):
+    return sorted({r["level"] for r in records} - {None}, key=str)
 
 def mean(records, column):
     return statistics.fmean(r[column] for r in records)
 
 def clustered_error(groups, column):
-    """Standard error of the mean over problems; None for a single problem."""
+    """Standard error of the mean over problems, whose samples depend on each other; None for a single one."""
     means = [mean(group, column) for group in groups]
     return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
@@ -502,12 +471,11 @@ def summarise(records, k=None):
     """Statistics of records with equally many samples of each problem. Shares are fractions."""
     groups = list(by_problem(records).values())
     sizes = sorted({len(group) for group in groups})
-    if len(sizes) != 1 or not 1 <= (k or 1) <= sizes[0]:
-        found = f"{len(records)} records with {' or '.join(map(str, sizes)) or 'no'} samples a problem"
-        raise ValueError(f"expected equally many samples of each problem, at least k = {k}; found {found}")
+    check(len(sizes) == 1 and 1 <= (k or 1) <= sizes[0], "expected equally many samples of each problem, at "
+          f"least k = {k}; found {len(records)} records with {' or '.join(map(str, sizes)) or 'no'} samples")
     k = k or sizes[0]
     right = [r["tokens"] for r in records if r["correct"]]
-    stats = {
+    return {
         "problems": len(groups), "samples": len(groups[0]), "k": k,
         "accuracy": mean(records, "correct"), "accuracy_se": clustered_error(groups, "correct"),
         "pass_at_k": statistics.fmean(pass_at_k(len(g), sum(r["correct"] for r in g), k) for g in groups),
@@ -515,60 +483,51 @@ def summarise(records, k=None):
         "tokens_se": clustered_error(groups, "tokens"),
         "tokens_median": statistics.median(r["tokens"] for r in records),
         "tokens_correct": statistics.fmean(right) if right else None,
-        "tokens_correct_median": statistics.median(right) if right else None}
-    for column in ("tokens", "think_tokens", "answer_tokens", "truncated", "no_answer", "answer_only",
-                   "boxed_only", "either_full_text"):
-        stats[column] = mean(records, column)
-    stats["levels"] = {str(level): summarise([{**r, "level": None} for r in part], k)
-                       for level, part in by_level(records).items()}
-    return stats
+        "tokens_correct_median": statistics.median(right) if right else None,
+        **{column: mean(records, column) for column in (
+            "tokens", "think_tokens", "answer_tokens", "truncated", "no_answer", "answer_only", "boxed_only",
+            "either_full_text")},
+        "levels": {str(level): summarise([{**r, "level": None} for r in records if r["level"] == level], k)
+                   for level in levels(records)}}
 
 def paired(base, ours, draws=4000):
     """Token reduction (1 - ratio of means), accuracy change: (value, low, high), 95 % bootstrap intervals.
-
-    Problems are drawn, each with all its samples in both runs: what is long in one is long in the other.
-    """
+    Problems are drawn, each with all its samples in both runs: what is long in one is long in the other."""
     import numpy
     base, ours = by_problem(base), by_problem(ours)
-    if not base or base.keys() != ours.keys():
-        raise ValueError(f"expected two runs on the same problems, found {len(base)} and {len(ours)}, of "
-                         f"which {len(base.keys() & ours.keys())} are common")
-    if not any(r["tokens"] for group in base.values() for r in group):
-        raise ValueError("the first run has no tokens at all: there is nothing to reduce")
+    check(base and base.keys() == ours.keys(), "expected two runs on the same problems, found "
+          f"{len(base)} and {len(ours)}, of which {len(base.keys() & ours.keys())} are common")
     means = numpy.array([[mean(run[problem], column) for problem in base]
-                         for run in (base, ours) for column in ("tokens", "correct")])  # [4, problems]
-    rng, count, result = numpy.random.default_rng(0), means.shape[1], {}
-    drawn = numpy.array([means[:, rng.integers(count, size=count)].mean(1) for _ in range(draws)])
-    for name, of in (("reduction", lambda m: 1 - m[..., 2] / m[..., 0]),
-                     ("change", lambda m: m[..., 3] - m[..., 1])):
-        interval = numpy.percentile(of(drawn), [2.5, 97.5])
-        result[name] = tuple(float(x) for x in (of(means.mean(1)), *interval))
-    return result
+                         for column in ("tokens", "correct") for run in (base, ours)])  # [4, problems]
+    check(means[0].any(), "the first run has no tokens at all: there is nothing to reduce")
+    rng, count = numpy.random.default_rng(0), len(base)
+    drawn = [means[:, rng.integers(count, size=count)].mean(1) for _ in range(draws)]
+    was, tokens, right, our_right = numpy.array([means.mean(1), *drawn]).T  # the first is of all problems
+    return {name: (float(found[0]), *numpy.percentile(found[1:], [2.5, 97.5]).tolist())
+            for name, found in (("reduction", 1 - tokens / was), ("change", our_right - right))}
 
-# ----------------------------------------------------------------------------------------------------
-# Comparing runs
-
-PUBLISHED = {  # arXiv 2603.05433: accuracy mean@8, % / mean response tokens, in the order of BENCHMARKS
-    "Qwen3-8B": {
-        "base": "95.7/4884 76.2/14229 70.4/16492 61.5/7921 81.9/1633",
-        "concise prompt v1": "95.6/2983 74.2/11352 62.1/14194 56.8/5582 83.0/1195",
-        "concise prompt v2": "94.2/3833 74.6/12837 63.7/15622 59.5/5490 82.8/1195",
-        "trained v1": "95.7/2107 72.9/9549 58.8/11804 58.5/5056 80.9/903",
-        "trained v2": "95.7/3339 75.0/11799 65.8/13605 58.3/6558 81.2/1267"},
-    "Qwen3-14B": {
-        "base": "93.0/4139 75.0/13222 69.2/15622 62.2/6185 85.1/1030",
-        "concise prompt v1": "95.9/2354 76.7/10114 66.2/12478 60.6/4569 84.9/805",
-        "concise prompt v2": "94.3/3077 73.3/11509 71.7/14038 60.5/4579 84.9/801",
-        "trained v1": "96.3/1808 73.8/8261 62.9/10611 61.9/3727 84.2/586",
-        "trained v2": "95.2/2701 75.0/10615 67.1/12990 62.0/4905 83.9/799"},
-    "DeepSeek-R1-Distill-Llama-8B": {
-        "base": "71.3/3313 33.3/11042 25.0/11983 47.0/8609 71.5/1923",
-        "concise prompt v1": "80.8/2482 45.0/9920 29.2/10803 46.5/7732 74.1/1746",
-        "concise prompt v2": "79.7/2635 42.1/10766 28.8/11522 46.0/7800 73.9/1746",
-        "trained v1": "82.1/2267 39.2/10351 27.1/11131 48.3/7731 71.7/1585",
-        "trained v2": "79.8/2544 42.1/11317 26.2/11975 46.7/8006 71.4/1703"},
-}
+# --------------------------------------------------------------------------------------------- COMPARING RUNS
+PUBLISHED = {  # arXiv 2603.05433: accuracy mean@8, % / mean tokens of base, prompt v1, v2, trained v1, v2
+    "Qwen3-8B math500": "95.7/4884 95.6/2983 94.2/3833 95.7/2107 95.7/3339",
+    "Qwen3-8B aime24": "76.2/14229 74.2/11352 74.6/12837 72.9/9549 75.0/11799",
+    "Qwen3-8B aime25": "70.4/16492 62.1/14194 63.7/15622 58.8/11804 65.8/13605",
+    "Qwen3-8B gpqa_diamond": "61.5/7921 56.8/5582 59.5/5490 58.5/5056 58.3/6558",
+    "Qwen3-8B mmlu": "81.9/1633 83.0/1195 82.8/1195 80.9/903 81.2/1267",
+    "Qwen3-14B math500": "93.0/4139 95.9/2354 94.3/3077 96.3/1808 95.2/2701",
+    "Qwen3-14B aime24": "75.0/13222 76.7/10114 73.3/11509 73.8/8261 75.0/10615",
+    "Qwen3-14B aime25": "69.2/15622 66.2/12478 71.7/14038 62.9/10611 67.1/12990",
+    "Qwen3-14B gpqa_diamond": "62.2/6185 60.6/4569 60.5/4579 61.9/3727 62.0/4905",
+    "Qwen3-14B mmlu": "85.1/1030 84.9/805 84.9/801 84.2/586 83.9/799",
+    "DeepSeek-R1-Distill-Llama-8B math500": "71.3/3313 80.8/2482 79.7/2635 82.1/2267 79.8/2544",
+    "DeepSeek-R1-Distill-Llama-8B aime24": "33.3/11042 45.0/9920 42.1/10766 39.2/10351 42.1/11317",
+    "DeepSeek-R1-Distill-Llama-8B aime25": "25.0/11983 29.2/10803 28.8/11522 27.1/11131 26.2/11975",
+    "DeepSeek-R1-Distill-Llama-8B gpqa_diamond": "47.0/8609 46.5/7732 46.0/7800 48.3/7731 46.7/8006",
+    "DeepSeek-R1-Distill-Llama-8B mmlu": "71.5/1923 74.1/1746 73.9/1746 71.7/1585 71.4/1703"}
 MAY_DIFFER = ("model", "weights", "instruction", "template", "date", "seed", "k")  # in two comparable runs
+
+def check(condition, message):  # opsdc.py's, without torch
+    if not condition:
+        raise ValueError(message)
 
 def read_lines(path):
     """Objects of a .jsonl file. A last line without its end is what a kill left of a write: dropped."""
@@ -581,41 +540,35 @@ def read_lines(path):
     return rows
 
 def read_summary(directory):
-    path = Path(directory, "summary.json")
     try:
-        summary = json.loads(path.read_text())
+        summary = json.loads(Path(directory, "summary.json").read_text())
         version = summary["settings"]["version"]
+        check(version == VERSION, f"version {version} of eval.py, this is {VERSION}; evaluate again")
+        return summary
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{directory}: expected the --out directory of an evaluation, with its summary.json;"
                          f" found {type(error).__name__}: {error}") from None
-    if version != VERSION:
-        raise ValueError(f"{path}: of version {version} of eval.py, this is {VERSION}; evaluate again")
-    return summary
 
 def read_run(directory):
     """(settings, {benchmark: records}) of a finished evaluation."""
-    summary = read_summary(directory)
-    if not summary["finished"]:
-        raise ValueError(f"{directory}: not finished; run its command again, it goes on where it stopped")
-    runs = {name: read_lines(Path(directory, f"{name}.jsonl")) for name in summary["benchmarks"]}
+    summary, runs = read_summary(directory), {}
+    check(summary["finished"], f"{directory}: not finished; repeat its command, it goes on where it stopped")
     for name, stats in summary["benchmarks"].items():
-        if len(runs[name]) != stats["problems"] * stats["samples"]:
-            raise ValueError(f"{directory}/{name}.jsonl: {len(runs[name])} lines, summary.json says "
-                             f"{stats['problems']} problems of {stats['samples']} samples; evaluate again")
+        runs[name] = read_lines(Path(directory, f"{name}.jsonl"))
+        check(len(runs[name]) == stats["problems"] * stats["samples"],
+              f"{directory}/{name}.jsonl: {len(runs[name])} lines, summary.json says {stats['problems']} "
+              f"problems of {stats['samples']} samples; evaluate again")
     return summary["settings"], runs
 
 def refuse_unless_comparable(base, ours, names):
-    differ = [f"{k} is {v!r} and {ours[0].get(k)!r}" for k, v in base[0].items()
-              if k not in MAY_DIFFER and v != ours[0].get(k)]
-    if base[1].keys() != ours[1].keys():
-        differ.append(f"benchmarks are {sorted(base[1])} and {sorted(ours[1])}")
+    a, b = ({**run[0], "benchmarks": sorted(run[1])} for run in (base, ours))
+    differ = [f"{k} is {v!r} and {b.get(k)!r}" for k, v in a.items() if k not in MAY_DIFFER and v != b.get(k)]
     for name in base[1].keys() & ours[1].keys():
         a, b = ({(r["id"], r["problem_hash"]) for r in run[1][name]} for run in (base, ours))
         if a != b:
             differ.append(f"{name} has {len(a - b)} problems only in the first and {len(b - a)} only in the "
                           f"second, e.g. {min(a ^ b)[0]}")
-    if differ:
-        raise ValueError(f"{names[0]} and {names[1]} cannot be compared: " + "; ".join(differ))
+    check(not differ, f"{names[0]} and {names[1]} cannot be compared: " + "; ".join(differ))
 
 def markdown(header, rows):
     rows = [[str(cell) for cell in row] for row in (header, *rows)]
@@ -629,71 +582,61 @@ def percent(value, *interval, sign=""):
 
 def contrast(base, ours):
     """[(level or "all", statistics of base, of ours, paired differences)], "all" first."""
-    levels = by_level(ours)
-    parts = [("all", base, ours)] + [(level, part, levels[level]) for level, part in by_level(base).items()]
+    parts = [("all", base, ours)] + [
+        (level, *([r for r in run if r["level"] == level] for run in (base, ours))) for level in levels(base)]
     return [(level, summarise(a), summarise(b), paired(a, b)) for level, a, b in parts]
 
-def contrast_row(label, level, base, ours, versus):
-    return [label, level, base["problems"], f"{percent(base['accuracy'])} -> {percent(ours['accuracy'])}",
-            percent(*versus["change"], sign="+"), f"{base['tokens']:.0f} -> {ours['tokens']:.0f}",
-            percent(*versus["reduction"])]
-
-def published_rows(model, name):
-    """What the paper printed for this model and benchmark, to stand below what was measured."""
-    paper, rows = PUBLISHED.get(Path(model).name, {}) if name in BENCHMARKS else {}, []
-    for label, line in paper.items():
-        accuracy, tokens = (float(x) for x in line.split()[list(BENCHMARKS).index(name)].split("/"))
-        if label == "base":
-            was, length = accuracy, tokens
-            continue
-        rows.append(["paper: " + label, "all", "", f"{was} -> {accuracy}", f"{accuracy - was:+.1f}",
-                     f"{length:.0f} -> {tokens:.0f}", f"{100 * (1 - tokens / length):.1f}"])
-    return rows
+def published(model, name):
+    """What the paper printed for this model and benchmark, in the form of `contrast`, a label before each."""
+    cells = [cell.split("/") for cell in PUBLISHED.get(f"{Path(model).name} {name}", "").split()]
+    stats = [{"problems": "", "accuracy": float(a) / 100, "tokens": float(tokens)} for a, tokens in cells]
+    labels = ("concise prompt v1", "concise prompt v2", "trained v1", "trained v2")
+    return [("paper: " + label, "all", stats[0], s, {"change": [s["accuracy"] - stats[0]["accuracy"]],
+                                                     "reduction": [1 - s["tokens"] / stats[0]["tokens"]]})
+            for label, s in zip(labels, stats[1:])]
 
 def won_and_lost(base, ours, show):
-    """How many problems gained and lost accuracy, then the `show` largest of each."""
     base, ours = by_problem(base), by_problem(ours)
     gain = {i: mean(ours[i], "correct") - mean(base[i], "correct") for i in base}
     won = sorted((i for i in base if gain[i] > 0), key=lambda i: -gain[i])
     lost = sorted((i for i in base if gain[i] < 0), key=gain.get)
-    lines = [f"accuracy up on {len(won)} problems, down on {len(lost)}, as before on "
-             f"{len(base) - len(won) - len(lost)}"]
-    for i in won[:show] + lost[:show]:
-        lines.append(f"  {percent(gain[i], sign='+')} points, {mean(base[i], 'tokens'):.0f} -> "
-                     f"{mean(ours[i], 'tokens'):.0f} tokens: {i} (gold {base[i][0]['gold']})")
-    return "\n".join(lines)
+    return "\n".join([f"accuracy up on {len(won)} problems, down on {len(lost)}, as before on "
+                      f"{len(gain) - len(won) - len(lost)}"] + [
+        f"  {percent(gain[i], sign='+')} points, {mean(base[i], 'tokens'):.0f} -> "
+        f"{mean(ours[i], 'tokens'):.0f} tokens: {i} (gold {base[i][0]['gold']})"
+        for i in won[:show] + lost[:show]])
 
 def compare(args):
+    check(len(args.directories) > 1, "compare needs the directories of at least two evaluations")
     if args.plot:
         pyplot()  # a missing matplotlib is said before the work
-    (base_dir, *directories), contrasts = args.directories, {}
-    base_run, *runs = (read_run(directory) for directory in args.directories)
+    base_dir, *directories = args.directories
+    base_run, *runs = map(read_run, args.directories)
     for directory, run in zip(directories, runs):
         refuse_unless_comparable(base_run, run, (base_dir, directory))
+    contrasts = {}
     for name, base in base_run[1].items():
-        rows, notes = [], []
+        parts, notes = [], []
         for label, (_, ours) in zip(directories, runs):
             contrasts[name, label] = contrast(base, ours[name])
-            rows += [contrast_row(label, *part) for part in contrasts[name, label]]
+            parts += [(label, *part) for part in contrasts[name, label]]
             notes.append(f"{label}: {won_and_lost(base, ours[name], args.show)}")
         header = [name, "level", "problems", "accuracy, %", "change, points", "mean tokens", "reduction, %"]
-        print(markdown(header, rows + published_rows(base_run[0]["model"], name)), *notes, "", sep="\n")
+        rows = [[label, level, a["problems"], f"{percent(a['accuracy'])} -> {percent(b['accuracy'])}",
+                 percent(*versus["change"], sign="+"), f"{a['tokens']:.0f} -> {b['tokens']:.0f}",
+                 percent(*versus["reduction"])]
+                for label, level, a, b, versus in parts + published(base_run[0]["model"], name)]
+        print(markdown(header, rows), *notes, "", sep="\n")
     print(f"Base: {base_dir}. In brackets: 95 % paired bootstrap intervals over problems.")
     if args.plot:
         plot_compare(args.plot, base_dir, contrasts)
         print(f"wrote {args.plot}")
 
-# ----------------------------------------------------------------------------------------------------
-# Pictures
-
+# --------------------------------------------------------------------------------------------------- PICTURES
 def pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")  # a file, no screen
-    import matplotlib.pyplot
-    return matplotlib.pyplot
+    from matplotlib import pyplot
+    pyplot.switch_backend("Agg")  # a file, no screen
+    return pyplot
 
 def plot_compare(path, base_label, contrasts):
     """Left: accuracy against tokens with 95 % error bars. Right: token reduction, over all and per level."""
@@ -702,37 +645,32 @@ def plot_compare(path, base_label, contrasts):
     for (name, label), parts in contrasts.items():
         style = {"marker": "osD^v"[names.index(name) % 5], "linestyle": "", "capsize": 3}
         color = f"C{labels.index(label)}"
-        _, base, ours, _ = parts[0]
-        for stats, run, shade in [(base, base_label, "gray")] * (label == labels[0]) + [(ours, label, color)]:
+        runs = [(base_label, "gray", parts[0][1])] * (label == labels[0]) + [(label, color, parts[0][2])]
+        for run, shade, stats in runs:
             left.errorbar(stats["tokens"], 100 * stats["accuracy"], 196 * (stats["accuracy_se"] or 0),
                           1.96 * (stats["tokens_se"] or 0), color=shade, label=f"{run}, {name}", **style)
-        ticks = [f"{name}\n{level if level == 'all' else f'level {level}'}" for level, *_ in parts]
-        value, low, high = zip(*([100 * x for x in part[3]["reduction"]] for part in parts))
-        errors = [[v - x for v, x in zip(value, low)], [x - v for v, x in zip(value, high)]]
-        right.errorbar(ticks, value, errors, color=color, **style)
+        for level, _, _, versus in parts:
+            value, low, high = (100 * x for x in versus["reduction"])
+            right.errorbar([f"{name}\n{level}"], value, [[value - low], [high - value]], color=color, **style)
     left.set(xlabel="mean response tokens", ylabel="accuracy, %", title="accuracy against length")
-    right.set(ylabel="token reduction, %", title="reduction by difficulty")
+    right.set(xlabel="level", ylabel="token reduction, %", title="reduction by difficulty")
     right.axhline(0, color="gray", linewidth=0.5)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=150)
 
-PANELS = {  # title: metrics, the second one dashed
-    "response tokens": ("response_tokens", "eval_tokens"), "loss, nats/token": ("loss",),
-    "entropy, nats/token": ("student_entropy", "teacher_entropy"), "accuracy": ("accuracy", "eval_accuracy"),
-    "gradient norm": ("grad_norm",), "truncated share": ("truncated", "eval_truncated"),
-}
+PANELS = (("response_tokens", "eval_tokens"), ("loss",), ("student_entropy", "teacher_entropy"),
+          ("accuracy", "eval_accuracy"), ("grad_norm",), ("truncated", "eval_truncated"))
 
 def curves(args):
     """Metrics of training runs over steps; a dotted line where thetabar was refreshed."""
     figure, axes = pyplot().subplots(2, 3, figsize=(14, 7), layout="constrained")
-    runs = {directory: read_lines(Path(directory, "metrics.jsonl")) for directory in args.directories}
-    for ax, (title, metrics) in zip(axes.flat, PANELS.items()):
-        for i, (directory, rows) in enumerate(runs.items()):
+    for i, directory in enumerate(args.directories):
+        rows = read_lines(Path(directory, "metrics.jsonl"))
+        for ax, metrics in zip(axes.flat, PANELS):
             draw_run(ax, rows, metrics, f"C{i}", directory)
-        drawn = any(metrics[-1] in row for rows in runs.values() for row in rows)
-        ax.set(title=title + (f" (dashed: {metrics[1]})" if metrics[1:] and drawn else ""), xlabel="step")
-        if title in ("accuracy", "truncated share"):
-            ax.set_ylim(-0.02, 1.02)
+            ax.set(title=", dashed: ".join(metrics), xlabel="step")
+            if metrics[0] in ("accuracy", "truncated"):
+                ax.set_ylim(-0.02, 1.02)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(args.plot, dpi=90)
     print(f"wrote {args.plot}; dotted lines: thetabar <- theta")
@@ -741,15 +679,13 @@ def draw_run(ax, rows, metrics, color, label):
     for metric, line, name in zip(metrics, ("-", "--"), (label, None)):
         known = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
         if known:
-            dots = "o" if metric.startswith("eval_") else ""  # known at some steps only
+            dots = "o" * metric.startswith("eval_")  # known at some steps only
             ax.plot(*zip(*known), dots + line, color=color, markersize=4, label=name)
     for row, following in zip(rows, rows[1:]):
         if following["teacher_age"] < row["teacher_age"]:
             ax.axvline(row["step"] + 0.5, color=color, linewidth=0.8, linestyle=":")
 
-# ----------------------------------------------------------------------------------------------------
-# Command line
-
+# ----------------------------------------------------------------------------------------------- COMMAND LINE
 def fingerprint(model):
     """Of the weight files of a local model, None for a hub id: a model trained further is another model."""
     files = [(path.name, path.stat()) for path in sorted(Path(model).glob("*.safetensors"))]
@@ -763,174 +699,146 @@ def replace_file(path, text):
     beside.replace(path)
 
 def write_summary(out, settings, benchmarks, finished):
-    pooled = [{**r, "id": f"{name}/{r['id']}"} for name, records in benchmarks.items() for r in records]
-    summary = {"settings": settings, "finished": finished,
-               "benchmarks": {name: summarise(rs, settings["k"]) for name, rs in benchmarks.items()},
-               "all": summarise(pooled, settings["k"]) if pooled else None}  # every problem counts the same
+    found = {name: summarise(records, settings["k"]) for name, records in benchmarks.items()}
+    summary = {"settings": settings, "finished": finished, "benchmarks": found}
     replace_file(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 
-def read_parts(out, name):
-    """Records of a benchmark: of the whole file, and of what each rank of a killed run had written."""
-    paths = [path for path in (out / f"{name}.jsonl", *out.glob(f"{name}.rank-*.jsonl")) if path.is_file()]
-    return list({(r["id"], r["sample"]): r for path in paths for r in read_lines(path)}.values())
-
-def write_whole(out, name, wanted, records):
-    """The records as one file in the order of the problems `wanted`, and no parts."""
-    order = {p["id"]: i for i, p in enumerate(wanted)}
-    records = sorted(records, key=lambda r: (order[r["id"]], r["sample"]))
-    replace_file(out / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
-    for path in out.glob(f"{name}.rank-*.jsonl"):
-        path.unlink()
+def read_parts(out, name, jobs, merge=False):
+    """Records of `jobs` in a benchmark's file and in a killed run's parts. merge: into one file, in order."""
+    at = {(job["id"], job["sample"], job["problem_hash"]): place for place, job in enumerate(jobs)}
+    paths = [p for p in out.glob("*.jsonl") if re.fullmatch(re.escape(name) + r"(\.rank-\d+)?", p.stem)]
+    found = {at.get((r["id"], r["sample"], r["problem_hash"])): r for path in paths for r in read_lines(path)}
+    check(None not in found, f"--out {out}: {name}.jsonl holds other problems; give another directory")
+    records = [found[place] for place in sorted(found)]
+    if merge:
+        replace_file(out / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+        for part in {*paths} - {out / f"{name}.jsonl"}:
+            part.unlink()
     return records
 
-def done_before(out, settings, problems):
+def done_before(out, settings, jobs):
     """{benchmark: records} of a killed run, on any number of ranks; ValueError if they are of another run."""
-    if not (out / "summary.json").is_file():
-        if any(out.glob("*.jsonl")):
-            raise ValueError(f"--out {out}: holds .jsonl files but no summary.json; give another directory")
-        return {name: [] for name in problems}
-    found = read_summary(out)["settings"]
+    fresh = not (out / "summary.json").is_file()
+    check(not fresh or not any(out.glob("*.jsonl")),
+          f"--out {out}: holds .jsonl files but no summary.json; give another directory")
+    found = settings if fresh else read_summary(out)["settings"]
     differ = [f"{k}: there {found.get(k)!r}, here {v!r}" for k, v in settings.items() if found.get(k) != v]
-    if differ:
-        raise ValueError(f"--out {out} holds another run ({'; '.join(differ)}); give another directory")
-    done = {name: read_parts(out, name) for name in problems}
-    for name, wanted in problems.items():
-        hashes = {p["id"]: digest(p["problem"], p["answer"]) for p in wanted}
-        if any(hashes.get(r["id"]) != r["problem_hash"] for r in done[name]):
-            raise ValueError(f"--out {out}: {name}.jsonl holds other problems; give another directory")
-    return done
+    check(not differ, f"--out {out} holds another run ({'; '.join(differ)}); give another directory")
+    return {name: read_parts(out, name, those) for name, those in jobs.items()}
 
 def prepare(args):
-    """All checks -> tokenizer, {benchmark: problems}, settings, folder, {benchmark: records}, Config."""
-    k = args.samples if args.k is None else args.k
+    """All checks -> tokenizer, {benchmark: jobs}, settings, folder, {benchmark: records}, Config."""
     for name, (_, range, _) in NUMBERS.items():
         opsdc().check_range(name, getattr(args, name.replace("-", "_")), range)
-    opsdc().check_range("k", k, f"1..{args.samples}")
-    instruction = None if args.instruction is None else opsdc().read_instruction(args.instruction)
+    args.k = args.samples if args.k is None else args.k
+    opsdc().check_range("k", args.k, f"1..{args.samples}")
+    args.instruction = None if args.instruction is None else opsdc().read_instruction(args.instruction)
     tokenizer, context = opsdc().load_tokenizer(args.model)
-    out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if instruction else ""))
+    out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if args.instruction else ""))
     before = read_summary(out)["settings"] if (out / "summary.json").is_file() else {}
     day = before.get("date") or time.strftime("%Y-%m-%d")
     opsdc().fix_date(tokenizer, day)
-    sources = [args.data] if args.data else args.benchmarks.replace(" ", "").split(",")
-    problems = {Path(s.partition("=")[0]).stem: load_problems(s, args.wrapper) for s in sources}
-    text, how = next(iter(problems.values()))[0]["problem"], (instruction, args.thinking, args.wrapper)
-    opsdc().say_prompts(tokenizer, args.thinking, instruction, problem=prompt_ids(tokenizer, text, *how))
-    longest, worst = max(longest_prompt(tokenizer, each, *how) for each in problems.values())
-    if longest + args.max_tokens > context:
-        lower = f"lower --max-tokens from {args.max_tokens} to {context - longest}"
-        raise ValueError(f"the prompt of problem {worst} has {longest} tokens, {args.model} holds {context}: "
-                         + (lower if longest < context else "leave that problem out"))
+    how, jobs = (args.samples, args.seed, args.instruction, args.thinking, args.wrapper), {}
+    for source in [args.data] if args.data else args.benchmarks.replace(" ", "").split(","):
+        problems = load_problems(source, args.wrapper)
+        jobs[Path(source.partition("=")[0]).stem] = make_jobs(tokenizer, problems, *how)
+    opsdc().say_prompts(tokenizer, args.thinking, args.instruction, problem=[*jobs.values()][0][0]["prompt"])
+    longest, worst = max((len(job["prompt"]), job["id"]) for those in jobs.values() for job in those)
+    lower = f"lower --max-tokens from {args.max_tokens} to {context - longest}"
+    check(longest + args.max_tokens <= context, f"the prompt of problem {worst} has {longest} tokens, "
+          f"{args.model} holds {context}: {lower if longest < context else 'leave that problem out'}")
     cfg = opsdc().Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,
                          seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=0.9)  # no trainer beside it
     opsdc().count_engines(cfg.vllm_tp)
-    names = ("samples", "max_tokens", "temperature", "top_p", "top_k", "seed", "thinking", "wrapper")
-    settings = {"version": VERSION, "model": opsdc().real_path(args.model),
-                "weights": fingerprint(args.model), "instruction": instruction, "k": k, "date": day,
-                "template": digest(tokenizer.chat_template),
-                **{name: getattr(args, name) for name in names}}
-    return tokenizer, problems, settings, out, done_before(out, settings, problems), cfg
+    settings = {"version": VERSION, "model": opsdc().real_path(args.model), "date": day,
+                "weights": fingerprint(args.model), "template": digest(tokenizer.chat_template)}
+    for name in (*SAMPLING, "max_tokens", "samples", "k", "seed", "thinking", "wrapper", "instruction"):
+        settings[name] = getattr(args, name)
+    return tokenizer, jobs, settings, out, done_before(out, settings, jobs), cfg
 
 def sample_and_write(engine, tokenizer, jobs, path, settings, block):
     """Appends the records of `jobs` to `path` as they come: once `block` are there, or after two minutes, so
     that a kill loses little however long the responses are. No path: a rank that helps another's engine."""
-    pending, written, since = [], 0, time.monotonic()
-    sampling = {name: settings[name] for name in (*SAMPLING, "max_tokens")}
-    for at, sample in engine.stream([job.prompt for job in jobs], [job.seed for job in jobs], **sampling):
+    pending, since = [], time.monotonic()
+    samples = engine.stream([job["prompt"] for job in jobs], [job["seed"] for job in jobs],
+                            **{name: settings[name] for name in (*SAMPLING, "max_tokens")})
+    for count, (at, sample) in enumerate(samples, 1):
         pending.append((jobs[at], sample))
-        if path and (len(pending) >= block or written + len(pending) == len(jobs)
-                     or time.monotonic() - since > 120):
+        if path and (len(pending) >= block or count == len(jobs) or time.monotonic() - since > 120):
             records = make_records(tokenizer, *zip(*pending))
             with path.open("a") as file:
                 file.write("".join(json.dumps(r) + "\n" for r in records))
-            written, pending, since = written + len(pending), [], time.monotonic()
-            opsdc().say(f"{path.stem}: {written} of {len(jobs)} samples; the last {len(records)}: accuracy "
+            pending, since = [], time.monotonic()
+            opsdc().say(f"{path.stem}: {count} of {len(jobs)} samples; the last {len(records)}: accuracy "
                         f"{percent(mean(records, 'correct'))} %, {mean(records, 'tokens'):.0f} tokens")
 
-def run(args):
-    opsdc().run_and_exit(lambda: evaluate(args))
-
 def evaluate(args):
-    """Evaluates a model; on several ranks (torchrun) each engine makes its share of the samples."""
     opsdc().start_processes()
     with opsdc().refusals():  # all leave it together: all have read before one writes
-        tokenizer, problems, settings, out, done, cfg = prepare(args)
-    rank, barrier = opsdc().dist.get_rank(), opsdc().dist.barrier
+        tokenizer, jobs, settings, out, done, cfg = prepare(args)
+    rank, engine = opsdc().dist.get_rank(), None
     if rank == 0:
         write_summary(out, settings, {}, finished=False)
-        for name, records in done.items():
-            write_whole(out, name, problems[name], records)
-    barrier()
-    engine = None
-    for name, wanted in problems.items():
+        for name, wanted in jobs.items():
+            read_parts(out, name, wanted, merge=True)
+    opsdc().dist.barrier()
+    for name, wanted in jobs.items():
         held = {(r["id"], r["sample"]) for r in done[name]}
-        jobs = make_jobs(tokenizer, wanted, args.samples, args.seed, settings["instruction"], args.thinking,
-                         args.wrapper)
-        todo = [job for job in jobs if (job.problem["id"], job.sample) not in held]
-        if held:
-            opsdc().say(f"{name}: {len(held)} of {len(jobs)} samples were made before, read from {out}")
+        todo = [job for job in wanted if (job["id"], job["sample"]) not in held]
+        opsdc().say(f"{name}: {len(todo)} of {len(wanted)} samples to make, the others are in {out}")
         if todo:
             engine = engine or opsdc().RolloutEngine(cfg, load_format="auto")
             path = out / f"{name}.rank-{rank}.jsonl" if rank % cfg.vllm_tp == 0 else None
             sample_and_write(engine, tokenizer, engine.share(todo), path, settings, args.block)
-        barrier()  # all have written before one reads
+        opsdc().dist.barrier()  # all have written before one reads
         if rank == 0:
-            done[name] = write_whole(out, name, wanted, read_parts(out, name))
+            done[name] = read_parts(out, name, wanted, merge=True)
     if rank == 0:
         print_table(write_summary(out, settings, done, finished=True))
         print(f"wrote {out}/summary.json")
 
 def print_table(summary):
     k = summary["settings"]["k"]
-    shares = {"pass_at_k": f"pass@{k}", "majority_at_k": f"maj@{k}", "truncated": "truncated",
-              "no_answer": "no answer", "answer_only": "Answer: only", "boxed_only": "boxed only",
-              "either_full_text": "either anywhere"}
-    counts = {"tokens": "tokens", "tokens_median": "median", "tokens_correct": "if correct",
-              "think_tokens": "think", "answer_tokens": "answer"}
+    heads = {"tokens": "tokens", "tokens_median": "median", "tokens_correct": "if correct",
+             "think_tokens": "think", "answer_tokens": "answer", "pass_at_k": f"pass@{k}",
+             "majority_at_k": f"maj@{k}", "truncated": "truncated", "no_answer": "no answer",
+             "answer_only": "Answer: only", "boxed_only": "boxed only", "either_full_text": "either anywhere"}
     rows = [[name, s["problems"], f"{percent(s['accuracy'])} ± {percent(s['accuracy_se'])}",
-             *("" if s[c] is None else round(s[c]) for c in counts), *(percent(s[c]) for c in shares)]
-            for name, s in [*summary["benchmarks"].items(), ("all", summary["all"])]]
-    rows = rows if len(rows) > 2 else rows[:1]  # all of one benchmark is that benchmark
-    print(markdown(["in %, or tokens", "problems", "accuracy", *counts.values(), *shares.values()], rows))
+             *(percent(s[c]) if "tokens" not in c else "" if s[c] is None else round(s[c]) for c in heads)]
+            for name, s in summary["benchmarks"].items()]
+    print(markdown(["in %, or tokens", "problems", "accuracy", *heads.values()], rows))
 
 NUMBERS = {  # option: default, range as in opsdc.py's Config, help
     "samples": (8, "1..", "per problem"), "max-tokens": (30000, "1..", "of a response"),
     "temperature": (SAMPLING["temperature"], "0..2", "of sampling"),
-    "top-p": (SAMPLING["top_p"], "0.001..1", "of sampling"),
+    "top-p": (SAMPLING["top_p"], "0.001..1", "of sampling"), "vllm-tp": (1, "1..", "ranks of an engine"),
     "top-k": (SAMPLING["top_k"], "0..", "of sampling, 0: all"), "seed": (0, "0..4294967295", "of sampling"),
-    "vllm-tp": (1, "1..", "ranks of an engine"),
     "block": (128, "1..", "samples graded and written at a time, or what came in two minutes")}
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; --help has each option's range")  # one line, no usage
-
 def parse_args(argv):
-    parser = Parser(description=__doc__.partition("Reading order")[0],
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("What counts")[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: check(False, f"{message}; --help has each option's range")  # no usage
+    add = parser.add_argument
     if argv[:1] in (["compare"], ["curves"]):
-        parser.add_argument("command")
-        parser.add_argument("directories", nargs="+")
-        parser.add_argument("--plot", required=argv[0] == "curves", help="FILE.png")
-        parser.add_argument("--show", type=int, default=0, help="number of wins and losses to print")
-        args = parser.parse_args(argv)
-        if argv[0] == "compare" and len(args.directories) < 2:
-            parser.error("compare needs the directories of at least two evaluations")
-        return args, {"compare": compare, "curves": curves}[argv[0]]
-    for name, (default, range, text) in NUMBERS.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, metavar=range,
-                            help=f"{text} (default: {default})")
-    parser.add_argument("--benchmarks", default="math500,aime24,aime25",
-                        help=f"{', '.join(BENCHMARKS)}; NAME=DIR reads a copy")
-    parser.add_argument("--model", required=True, help="hub id or directory")
-    parser.add_argument("--data", help="as of opsdc.py, with answers, instead of benchmarks")
-    parser.add_argument("--out", help="directory of the records and the summary")
-    parser.add_argument("--instruction", help="as of opsdc.py: the concise prompt baseline")
-    parser.add_argument("--wrapper", choices=("math", "none"), default="math", help="as of opsdc.py")
-    parser.add_argument("--k", type=int, help="of pass@k and majority@k; default: samples")
-    parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, default=True)
-    return parser.parse_args([re.sub(r"^--\w+", lambda m: m[0].replace("_", "-"), a) for a in argv]), run
+        add("command")
+        add("directories", nargs="+")
+        add("--plot", required=argv[0] == "curves", help="FILE.png")
+        add("--show", type=int, default=0, help="number of wins and losses to print")
+        return parser.parse_args(argv), {"compare": compare, "curves": curves}[argv[0]]
+    for name, (value, range, text) in NUMBERS.items():
+        add(f"--{name}", type=type(value), default=value, metavar=range, help=f"{text} (default: {value})")
+    add("--benchmarks", default="math500,aime24,aime25", help=f"{', '.join(BENCHMARKS)}; NAME=DIR: a copy")
+    add("--model", required=True, help="hub id or directory")
+    add("--data", help="as of opsdc.py, with answers, instead of benchmarks")
+    add("--out", help="directory of the records and the summary")
+    add("--instruction", help="as of opsdc.py: the concise prompt baseline")
+    add("--wrapper", choices=("math", "none"), default="math", help="as of opsdc.py")
+    add("--k", type=int, help="of pass@k and majority@k; default: samples")
+    add("--thinking", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args([re.sub(r"^--\w+", lambda m: m[0].replace("_", "-"), a) for a in argv])
+    return args, lambda args: opsdc().run_and_exit(lambda: evaluate(args))
 
 def main(argv):
     if argv == ["worker"]:
@@ -940,6 +848,8 @@ def main(argv):
         command(args)
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"eval.py: {error}; pip install {error.name}")
 
 if __name__ == "__main__":
     sys.modules["eval"] = sys.modules["__main__"]  # what opsdc.py imports is this module, not a second one

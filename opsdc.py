@@ -82,8 +82,8 @@ from transformers.utils.logging import disable_progress_bar
 # needs none of them; a fork gives its own.
 #     read_answer(row, where) -> the known answer of a row of --data, or None
 #     grade_rollouts(rollouts, problems, tokenizer)      fills in .correct where the problem's answer is known
-#     load_held_out(cfg, tokenizer) -> problems          of --eval_data
-#     validate(engine, tokenizer, problems, cfg) -> metrics of the engine's present weights
+#     load_held_out(cfg, tokenizer) -> jobs              of --eval_data, whatever `validate` takes
+#     validate(engine, tokenizer, jobs, cfg) -> metrics  of the engine's present weights
 sys.modules.setdefault("opsdc", sys.modules[__name__])  # what eval.py imports is this module, or the fork run
 try:
     import eval as measure

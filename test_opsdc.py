@@ -473,10 +473,10 @@ def claim_folder(toy, row, seed):
 def traced(*arguments):
     """opsdc.py with `arguments`, whose evaluations are by level and sample as the toy's do: another function
     in the seam to what measures."""
-    def validate(engine, tokenizer, problems, cfg):
-        jobs = engine.share(ev.make_jobs(tokenizer, problems, cfg.eval_samples, cfg.seed))
-        outputs = engine.generate([job.prompt for job in jobs], [job.seed for job in jobs], temperature=1,
-                                  max_tokens=cfg.max_response_tokens)
+    def validate(engine, tokenizer, jobs, cfg):
+        jobs = engine.share(jobs)
+        outputs = engine.generate([job["prompt"] for job in jobs], [job["seed"] for job in jobs],
+                                  temperature=1, max_tokens=cfg.max_response_tokens)
         found = ev.summarise(engine.gather(ev.make_records(tokenizer, jobs, outputs)))
         parts = {"": found} | {f"_{level}": part for level, part in found["levels"].items()}
         return {f"eval_{name}{of}": part[name] for of, part in parts.items()
@@ -2940,14 +2940,15 @@ def test_eval_end_to_end_killed_resumed_compared(toy, tmp_path, capsys):
 def test_results_of_older_weights_are_not_taken_for_those_of_newer_ones(toy, tmp_path):
     """Train on, evaluate again into the same folder: the old records must not pass for the new model's."""
     shutil.copytree(toy / "model", tmp_path / "model")
-    problems = ev.load_problems(str(toy / "eval.jsonl"))
+    tokenizer, problems = AutoTokenizer.from_pretrained(toy / "model"), ev.load_problems(str(toy / "eval.jsonl"))
+    jobs = {"eval": ev.make_jobs(tokenizer, problems, 2, 0)}
     settings = {"version": ev.VERSION, "weights": ev.fingerprint(tmp_path / "model"), "samples": 2}
     ev.replace_file(tmp_path / "out/summary.json", json.dumps({"settings": settings}))
-    assert ev.done_before(tmp_path / "out", settings, {"eval": problems}) == {"eval": []}
+    assert ev.done_before(tmp_path / "out", settings, jobs) == {"eval": []}
     (tmp_path / "model/model.safetensors").touch()
     settings = settings | {"weights": ev.fingerprint(tmp_path / "model")}
     with pytest.raises(ValueError, match="holds another run .weights: there"):
-        ev.done_before(tmp_path / "out", settings, {"eval": problems})
+        ev.done_before(tmp_path / "out", settings, jobs)
 
 EVAL_RANGES = {"samples": "0 -1", "max-tokens": "0", "temperature": "-1 nan 2.5", "top-p": "0 1.5 -1",
                "top-k": "-5", "seed": "-1 4294967296", "vllm-tp": "0", "block": "0", "k": "0 3 -1"}
@@ -2994,9 +2995,9 @@ def test_an_evaluation_keeps_its_folder_and_its_date(good, one_rank, tmp_path, c
         evaluation(good, out, **dict(model=model) | change))[0])
     settings = prepare()[2]
     ev.write_summary(out, settings | dict(date="2024-07-26"), {}, finished=False)
-    tokenizer, problems, again, *_ = prepare(model=f"{model}/")
+    tokenizer, jobs, again, *_ = prepare(model=f"{model}/")
     assert again == settings | dict(date="2024-07-26")
-    assert "26 Jul 2024" in tokenizer.decode(ev.make_jobs(tokenizer, problems["rows"], 1, 0)[0].prompt)
+    assert "26 Jul 2024" in tokenizer.decode(jobs["rows"][0]["prompt"])
     for change in (dict(temperature=0.9), dict(instruction="v2"), dict(wrapper="none")):
         with pytest.raises(ValueError, match=f"holds another run .{min(change)}: there"):
             prepare(**change)
@@ -3017,7 +3018,8 @@ def test_records_read_think_blocks_opened_by_the_template(toy):
 
     def records(*answers):
         jobs = ev.make_jobs(tokenizer, problems, samples=4, seed=5)
-        assert len({job.seed for job in jobs}) == 4 and all(job.prompt == jobs[0].prompt for job in jobs)
+        assert len({job["seed"] for job in jobs}) == 4
+        assert all(job["prompt"] == jobs[0]["prompt"] for job in jobs)
         outputs = [(encode(text) + [tokenizer.eos_token_id], None, True) for text in answers]
         return ev.make_records(tokenizer, jobs, outputs)
     answers = ["<think> 3 </think>\nAnswer: 4", "<think> Answer: 4", "Answer: 4",
