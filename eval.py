@@ -49,7 +49,7 @@ VERSION = 2  # of the grading rules and of the files written; runs of different 
 
 SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # left over
 MARKER = re.compile(r"(?m)(?:^[ \t>*_#`$-]*(?i:(?:the |my )?(?:final |correct )?answer)"  # at a line's start,
-                    r"|\b(?:Answer|ANSWER))[ \t*_`]{0,8}[:：](?: ?[Tt]he (?:\w+ )?(?:answer|option) is\b:?)?"
+                    r"|\b(?:Answer|ANSWER))[ \t*_`]{0,8}[:：](?: ?[Tt]he [\w ]*(?:answer|option|choice) is\b)?"
                     r"|\b[Ff]inal answer is\b:?(?=[^\n]{1,400}I hope it is correct)")
 SPANS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$\n": "$"}  # maths that may go over several lines
 LONGEST = 1000  # characters of an answer that is still looked at; the longest gold of MATH-500 has 53
@@ -124,19 +124,19 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"(?<![\\a-zA-Z_])(?<!_\{)i(?![a-zA-Z])", r"\\sqrt{-1}"), (r"(?<=\\\\) ?\[[-\d. ]+[a-z]{2}\]", ""),
     (r"(\\(?:sin|cos|tan|cot|sec|csc)[ ({]*)([\d.]+)°", r"\1\\frac{\2\\pi}{180}"),
     (r"° ?(?:\\text\{[CF]\}|[CF](?![a-zA-Z]))?", ""), (r"\{,\}", ","), (r"(?i)\b([ap])\.(?=m)", r"\1"),
+    (r"(?<![\d./^_{}])(\d+) (\d+)/ ?(\d+)(?![\d./])", r"\1\\frac{\2}{\3}"), (r".*\\choose .*", r"{\g<0>}"),
     (r"([\d.]+|\d*\\frac\{\d+\}\{\d+\}) ?(\\text\{)?(?:\\?%|percent\b)(?(2)\})", r"\\frac{\1}{100}"),
     (r"(?:,? ?(?:\\text\{,? ?(?:and|or),?\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])))+", ","),
-    (r"(?<![\d./^_{}])(\d+) (\d+)/ ?(\d+)(?![\d./])", r"\1\\frac{\2}{\3}"), (r".*\\choose .*", r"{\g<0>}"),
     (r"\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: "." + m[1] + (m[2] * 30)[:30]),  # 0.1666...
     (r"(?<![\d.,])\d{1,3}(?:(?:[ ']\d{3})+|(?:\.\d{3}){2,})(?![\d.])", lambda m: re.sub(r"\D", "", m[0])),
     (r"^[^,]*\\pm[^,]*$", lambda m: m[0].replace("\\pm", "+") + "," + m[0].replace("\\pm", "-")),
 ]]
 # Not math-verify's list of units: that has single letters (2m would be 2), am, pm and east
 UNIT = re.compile(
-    r"(?:(?:(?<=[\d)}\]!]) ?|(?<=\\pi) )(?=[a-zA-Z]{2}|m ?/)|(?<=.) ?/? ?(\\text\{))"  # bare, or in \text
-    r"(?:(?:square|cubic|sq|cu|per [a-z]+|m(?= ?/)|(?<=/)[smh]|(?<=\{)[A-Zmgshl](?=[}/ ^])|[ckmn]m|[km]?g|"
-    r"m[lL]|lb|in|[kM]J|k?cal|k?mol|[kMG]?(?:eV|Hz|Pa)|ft|mph|mi|deg|USD|f[eo][eo]t|inch|meter|mile|sec|"
-    r"min|minute|second|hr(?!\^)|hour|day|year|dollar|degree|unit|people|person|children|[wo]*men|way|"
+    r"(?:(?:(?<=[\d)}\]!]) ?|(?<=\\pi) )(?=[a-zA-Z]{2}|[Jm] ?/)|(?<=.) ?/? ?(\\text\{))"  # bare, or in \text
+    r"(?:(?:square|cubic|sq|cu|per [a-z]+|[Jm](?= ?/)|(?<=/)[smhK]|(?<=\{)[A-Zmgshl](?=[}/ ^])|[ckmn]m|"
+    r"[km]?g|m[lL]|lb|in|[kM]J|k?cal|k?mol|[kMG]?(?:eV|Hz|Pa)|ft|mph|mi|deg|USD|f[eo][eo]t|inch|meter|mile|"
+    r"sec|min|minute|second|hr(?!\^)|hour|day|year|dollar|degree|unit|people|person|children|[wo]*men|way|"
     r"(?!(?:ten|\w+red|thousand|\w+illion|dozen|third|\w+th|\w+crease|\w+verge|plu|minu|les)s)[a-z]{3,}s)s?"
     r"(?![a-zA-Z])(?:[. /]|\^\{?-?[1-3]\}?)*)+(?(1)\}(?:\^\{?[23]\}?)?)")
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
@@ -169,7 +169,7 @@ def equal(answer, gold):
     a, g = map(key, bare)
     if a == g or key(answer) == key(gold):
         return True
-    if NUMBER.fullmatch(a) and NUMBER.fullmatch(g):  # 055, 11,111, .5, 1e3
+    if NUMBER.fullmatch(a) and NUMBER.fullmatch(g):  # 055, 11,111, .5
         return fractions.Fraction(a.replace(",", "")) == fractions.Fraction(g.replace(",", ""))
     return not any(UNREAD.search(x.rpartition("=")[2]) for x in bare) and sympy_equal(*map(read, bare))
 
