@@ -137,8 +137,8 @@ UNIT = re.compile(
     r"(?:(?:square|cubic|sq|cu|per [a-z]+|[Jm](?= ?/)|(?<=/)[smhK]|(?<=\{)[A-Zmgshl](?=[}/ ^])|[ckmn]m|"
     r"[km]?g|m[lL]|lb|in|[kM]J|k?cal|k?mol|[kMG]?(?:eV|Hz|Pa)|ft|mph|mi|deg|USD|f[eo][eo]t|inch|meter|mile|"
     r"sec|min|minute|second|hr(?!\^)|hour|day|year|dollar|degree|unit|people|person|children|[wo]*men|way|"
-    r"(?!(?:ten|\w+red|thousand|\w+illion|dozen|third|\w+th|\w+crease|\w+verge|plu|minu|les)s)[a-z]{3,}s)s?"
-    r"(?![a-zA-Z])(?:[. /]|\^\{?-?[1-3]\}?)*)+(?(1)\}(?:\^\{?[23]\}?)?)")
+    r"(?!(?:ten|\w+red|thousand|\w+illion|dozen|third|\w+th|halve|quarter|\w+crease|\w+verge|plu|minu|les)s)"
+    r"[a-z]{3,}s)s?(?![a-zA-Z])(?:[. /]|\^\{?-?[1-3]\}?)*)+(?(1)\}(?:\^\{?[23]\}?)?)")
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 OPTION = re.compile(r"\(?[A-J]\)?")
 # B, (B), B: seven, B because ...; no other letter beside it ("A measure" is none) but in its own sentence
@@ -147,7 +147,7 @@ CHOICE = re.compile(r" ?(?:(?i:option|choice) )?[(\[{]?([A-J])(?:[.)] ?[A-Z][a-z
 NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|(?=\.?\d)\d*(?:\.\d*)?)")
 # Misread by math-verify: a base (52_8), "5 6" (as 5 + 6), f' (as f), text and names (as letters in any order)
 UNREAD = re.compile(r"(?<![a-zA-Z\d_{])\d[\dA-F]*_|(?<![\d_^])\d+ \d|'|\\text|\\angle|dots|[A-Z]{3}")
-WORD = re.compile(r"(?<![\\a-zA-Z])(?:(?=[a-zA-Z]*[aeiouyAEIOU])(?:[A-Z][a-z]+|[A-Z]{3,})|NO|[AP]M)\b")
+WORD = re.compile(r"(?<![\\a-zA-Z])(?:(?=\w*[aeiouyAEIOU])(?:[A-Z][a-z]{2,}|[A-Z]{3,})|N[oO]|[AP]M)\b")
 
 def tidy(text):
     """One spelling for each thing, still LaTeX that math-verify reads."""
