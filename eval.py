@@ -46,8 +46,8 @@ VERSION = 2  # of the grading rules and of the files written; runs of different 
 # First half: find the answer. All is linear in the text: a megabyte of brackets must not hang.
 
 SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # left over
-MARKER = re.compile(r"(?m)(?:^[ \t>*_#`$-]*(?i:(?:the )?(?:final )?answer)"  # in any case at a line's start,
-                    r"|\b(?:Answer|ANSWER))[ \t*_`]{0,8}[:：]"              # elsewhere with its capital
+MARKER = re.compile(r"(?m)(?:^[ \t>*_#`$-]*(?i:(?:the |my )?(?:final |correct )?answer)"  # at a line's start,
+                    r"|\b(?:Answer|ANSWER))[ \t*_`]{0,8}[:：](?: ?[Tt]he [\w ]*(?:answer|option|choice) is\b)?"
                     r"|\b[Ff]inal answer is\b:?(?=[^\n]{1,400}I hope it is correct)")
 SPANS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$\n": "$"}  # maths that may go over several lines
 LONGEST = 1000  # characters of an answer that is still looked at; the longest gold of MATH-500 has 53
@@ -77,8 +77,7 @@ def last_box(text):
     """(end of the last balanced \\boxed{}, its content), or (-1, None)."""
     stack, best = [], (-1, -1)  # one pass with a stack of open braces: unbalanced ones cost nothing
     for token in re.finditer(r"\\f?box(?:ed)?\s*\{|\\boxed\s*[-+]?\d+(?:[.,/]\d+)*|\\.|[{}]", text):
-        # `\\.` eats \{ and \}; a number needs no braces
-        if token[0][-1].isdigit():
+        if token[0][-1].isdigit():  # no braces needed; `\\.` eats \{ and \}
             best = (token.start() + len("\\boxed"), token.end())
         elif token[0] == "}" and stack:
             opened, is_box = stack.pop()
@@ -95,55 +94,58 @@ def find_answers(text):
 def clean(text):
     """The bare value: no special tokens, Markdown, maths delimiters or trailing punctuation."""
     text = re.sub(r"(?<!\\)\$|(?<!\\)\\[()\[\]]", " ", SPECIAL.sub("", text))  # but \$ and \\[2pt] stay
-    text = " ".join(text.split()).lstrip(" *`\":").rstrip(" *_`\".,;:。")  # a leading point: that of .5
+    text = " ".join(text.replace("...", "\\ldots").split()).lstrip(" *`\"“:").rstrip(" *_`\"”.,;:。✓✅")
     if text.count("}") > text.count("{"):  # \textbf{Answer: 7}
         text = text.removesuffix("}").rstrip(" .")
     return re.sub(r"(?i)^the answer is:? |[. ]*I hope it is correct$", "", text).rstrip("\\ .").strip()
 
 # Second half, in a worker: are two values equal? Exact rules first; math-verify for what they leave.
 
-SYMBOLS = str.maketrans({x[0]: x[1:] + " " for x in (r"−- –- —- ×\cdot ·\cdot ⋅\cdot ÷/ ⁄/ π\pi ∞\infty "
-                         r"∪\cup ≤\le ≥\ge ±\pm ∅\emptyset ∠\angle θ\theta ∈\in ≈\approx").split()})
-NAKED = r"(?<![\\a-zA-Z])(?:{})(?![a-zA-Z])"  # a word that is no command
+SYMBOLS = str.maketrans({x[0]: x[1:] + " " for x in (r"−- –- —- ×\cdot ·\cdot ⋅\cdot ÷/ ⁄/ ≡\equiv π\pi "
+                         r"∞\infty ∪\cup ≤\le ≥\ge ±\pm ∅\emptyset ∠\angle θ\theta ∈\in ≈\approx").split()})
 GROUP = r" ?(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\w|\\pi|\\theta))"  # an argument
 REWRITES = [(re.compile(pattern), by) for pattern, by in [
     ("º", "°"), ("[²³¹⁰-ⁿ]+", r"^{\g<0>}"), ("[₀-ₜ]+", r"_{\g<0>}"), ("[¼-¾⅐-⅞]", r" \g<0>"),  # before what
     ("[^ -~]+", lambda m: unicodedata.normalize("NFKC", m[0]).translate(SYMBOLS)),  # would make 103 of 10³
-    (r"(?:\\q?quad(?![a-zA-Z])|~|(?<!\\)\\[,;: ]|\s)+", " "),
-    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|boxed)(?![a-zA-Z])|(?<!\\)\\!|\\?[$€£¥]|^ ?\\approx "
-     "|[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]", ""),  # the last have no width
-    (r"\\math(?:rm|bf|it|sf) ?\{ ?(\w) ?\}", r" \1"),  # a single letter is no unit
-    (r"\\(?:text\w+|mbox|operatorname|math(?:rm|bf|it|sf)) ?(?=\{)", r"\\text"),
-    (r"(?<=[{(\[]) | (?=[{})\]^])", ""), (r"\*\*(?=[\w({\\-])", "^"), (r"\{,\}", ","),
-    (r"\^\{?\\circ\}?|\\degree", "°"), (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot "),
-    (NAKED.format("pi"), r"\\pi "), (r"(?<![\\a-zA-Z_])(?<!_\{)i(?![a-zA-Z])", r"\\sqrt{-1}"),
-    (r"(?:√|" + NAKED.format("sqrt") + r" ?(?=\())(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}"),
+    (r"(?:\\q?quad(?![a-zA-Z])|~|(?<!\\)\\[,;: ]|\s)+", " "), (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot "),
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|boxed|bf|[lL]arge|(?:text)?color ?\{\w+\})(?![a-zA-Z])|"
+     r"(?<!\\)\\!|\\?[$€£¥₹¢]|^ ?(?:\\approx|\\sim|=) |[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]", ""),
+    (r"\\(?:math(?!bb)\w+|bm|boldsymbol) ?\{ ?(\w) ?\}", r" \1"),  # a single letter is no unit
+    (r"\\(?:text\w+|mbox|operatorname|math(?!bb)\w+|bm|boldsymbol|underline) ?(?=\{)", r"\\text"),
+    (r"(?<=[{(\[]) | (?=[{})\]^])", ""), (r"\*\*(?=[\w({\\-])", "^"), (r"\\varnothing", r"\\emptyset"),
+    (r"(?<=\d)[eE]\+?(-?\d{1,3})(?![\d.]|[\dA-F]*_)", r"\\cdot 10^{\1}"), (r"\^\{?\\circ\}?|\\degree", "°"),
+    (r"(\\text\{)?(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)|pi|ln|log|exp)(?![a-zA-Z])(?(1)\})", r"\\\2 "),
+    *[(r"(?:√|(?<![\\a-zA-Z])sqrt|\\sqrt(?= ?\()) ?(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}")] * 2,  # nested
     (r"\\[dtc]?frac" + GROUP * 2, r"\\frac{\1\2}{\3\4}"), (r"\\(sqrt|log_)" + GROUP, r"\\\1{\2\3}"),
-    (r"(\\\\) ?\[-?[\d.]+ ?[a-z]{2}\]", r"\1"), (r"\\text\{([-+]?[\d(][^{}]*)\}", r"\1 "),
+    (r"\^ ?(?:\(([^()]*)\)|(\\frac\{[^{}]*\}\{[^{}]*\}))", r"^{\1\2}"), (r"\\text(?=\{[^{}]*\\)", ""),
+    (r"\(?\\?(?<![a-z])p?mod ?\{?(\w+)\}?\)?", r"\\pmod{\1}"), (r"\\text\{([-+]?[\d(][^{}]*)\}", r"\1 "),
+    (r"(?<![\\a-zA-Z_])(?<!_\{)i(?![a-zA-Z])", r"\\sqrt{-1}"), (r"(?<=\\\\) ?\[[-\d. ]+[a-z]{2}\]", ""),
     (r"(\\(?:sin|cos|tan|cot|sec|csc)[ ({]*)([\d.]+)°", r"\1\\frac{\2\\pi}{180}"),
-    (r"° ?(?:\\text\{[CF]\}|[CF](?![a-zA-Z]))?", ""), (r"\\varnothing", r"\\emptyset"),
+    (r"° ?(?:\\text\{[CF]\}|[CF](?![a-zA-Z]))?", ""), (r"\{,\}", ","), (r"(?i)\b([ap])\.(?=m)", r"\1"),
+    (r"(?<![\d./^_{}])(\d+) (\d+)/ ?(\d+)(?![\d./])", r"\1\\frac{\2}{\3}"), (r".*\\choose .*", r"{\g<0>}"),
     (r"([\d.]+|\d*\\frac\{\d+\}\{\d+\}) ?(\\text\{)?(?:\\?%|percent\b)(?(2)\})", r"\\frac{\1}{100}"),
-    (r"(?:,? ?(?:\\text\{,? ?(?:and|or),?\}|" + NAKED.format("and|or") + "))+", ","),
-    (r"(?<![\d./^_{}])(\d+) (\d+)/ ?(\d+)(?![\d./])", r"\1\\frac{\2}{\3}"),  # 3 1/2
+    (r"(?:,? ?(?:\\text\{,? ?(?:and|or),?\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])))+", ","),
     (r"\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: "." + m[1] + (m[2] * 30)[:30]),  # 0.1666...
-    (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)", lambda m: m[0].replace(" ", "")),  # 1 000
+    (r"(?<![\d.,])\d{1,3}(?:(?:[ ']\d{3})+|(?:\.\d{3}){2,})(?![\d.])", lambda m: re.sub(r"\D", "", m[0])),
+    (r"^[^,]*\\pm[^,]*$", lambda m: m[0].replace("\\pm", "+") + "," + m[0].replace("\\pm", "-")),
 ]]
 # Not math-verify's list of units: that has single letters (2m would be 2), am, pm and east
 UNIT = re.compile(
-    r"(?:(?:(?<=[\d)}\]!]) ?|(?<=\\pi) )(?=[a-z]{2}|m ?/)|(?<=.) ?/? ?(\\text\{))"  # bare, or inside of \text
-    r"(?:(?:square|cubic|sq|cu|per|[ckm]m|m(?= ?/)|(?<=/)[smh]|(?<=\{)[A-Zmgshl](?=[}/ ^])|[km]?g|ml|in|ft|"
-    "mph|inche?|feet|foot|(?:centi|milli|kilo)?(?:met(?:er|re)|gram|liter)|yard|mile|pound|lb|ounce|sec|"
-    "second|min|minute|hr|hour|day|week|month|year|dollar|cent|degree|radian|unit|people|person|student|boy|"
-    "girl|child(?:ren)?|men|women|way|apple|marble|ball|coin|book|ticket|point|time|side)s?"
-    r"(?![a-zA-Z])(?:[. /]|\^\{?[23]\}?)*)+(?(1)\}(?:\^\{?[23]\}?)?)")
+    r"(?:(?:(?<=[\d)}\]!]) ?|(?<=\\pi) )(?=[a-zA-Z]{2}|[Jm] ?/)|(?<=.) ?/? ?(\\text\{))"  # bare, or in \text
+    r"(?:(?:square|cubic|sq|cu|per [a-z]+|[Jm](?= ?/)|(?<=/)[smhK]|(?<=\{)[A-Zmgshl](?=[}/ ^])|[ckmn]m|"
+    r"[km]?g|m[lL]|lb|in|[kM]J|k?cal|k?mol|[kMG]?(?:eV|Hz|Pa)|ft|mph|mi|deg|USD|f[eo][eo]t|inch|meter|mile|"
+    r"sec|min|minute|second|hr(?!\^)|hour|day|year|dollar|degree|unit|people|person|children|[wo]*men|way|"
+    r"(?!(?:ten|\w+red|thousand|\w+illion|dozen|third|\w+th|halve|quarter|\w+crease|\w+verge|plu|minu|les)s)"
+    r"[a-z]{3,}s)s?(?![a-zA-Z])(?:[. /]|\^\{?-?[1-3]\}?)*)+(?(1)\}(?:\^\{?[23]\}?)?)")
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 OPTION = re.compile(r"\(?[A-J]\)?")
 # B, (B), B: seven, B because ...; no other letter beside it ("A measure" is none) but in its own sentence
-CHOICE = re.compile(r" ?(?:[Oo]ption |[Cc]hoice )?\(?([A-J])(?:[.)] ?[A-Z][a-z].*|(?:[).,:;?!*](?!\w)|"
+CHOICE = re.compile(r" ?(?:(?i:option|choice) )?[(\[{]?([A-J])(?:[.)] ?[A-Z][a-z].*|(?:[).,:;?!*\]}](?!\w)|"
                     r"(?= [^=+*/^_<>])|$)(?:(?!(?<![\w'\\])(?:[B-HJ]|[AI](?! [a-z]))(?![\w'])).)*)")
-NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|(?=\.?\d)\d*(?:\.\d*)?)(?:[eE][+-]?\d\d?)?")
+NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|(?=\.?\d)\d*(?:\.\d*)?)")
 # Misread by math-verify: a base (52_8), "5 6" (as 5 + 6), f' (as f), text and names (as letters in any order)
-UNREAD = re.compile(r"(?<![a-zA-Z\d_{])\d[\dA-F]*_|(?<![\d_^])\d+ \d|'|\\text|\\angle|[A-Z]{3}")
+UNREAD = re.compile(r"(?<![a-zA-Z\d_{])\d[\dA-F]*_|(?<![\d_^])\d+ \d|'|\\text|\\angle|dots|[A-Z]{3}")
+WORD = re.compile(r"(?<![\\a-zA-Z])(?:(?=\w*[aeiouyAEIOU])(?:[A-Z][a-z]{2,}|[A-Z]{3,})|N[oO]|[AP]M)\b")
 
 def tidy(text):
     """One spelling for each thing, still LaTeX that math-verify reads."""
@@ -153,20 +155,19 @@ def tidy(text):
 
 def key(text):
     """Canonical string of a tidied value: equal keys, equal answers. "3 5" keeps its space: it is not 35."""
-    text = re.sub(r"(?<!\d) | (?!\d)", "", TEXT.sub(r"\1", text))
-    text = re.sub(r"\{(\w)\}", r"\1", text).rstrip(".")  # \frac{1}{2} and \frac12, 5_{4} and 5_4
-    return text.casefold() if text.isalpha() and (text[2:] or text[1:].islower()) else text
+    text = WORD.sub(lambda m: m[0].lower(), TEXT.sub(r"\1", text))  # Marcus, DNE; but not in AB, CO, Mgh
+    text = re.sub(r"(?<!\d) | (?!\d)", "", text)
+    return re.sub(r"\{(\w)\}", r"\1", text).rstrip(".")  # \frac{1}{2} and \frac12, 5_{4} and 5_4
 
 def equal(answer, gold):
     """Of two tidied values, in a worker: exact rules, then math-verify's opinion."""
     if OPTION.fullmatch(key(gold)):  # multiple choice: by exact letter
-        letter = CHOICE.fullmatch(TEXT.sub(r" \1", answer))
-        return bool(letter) and letter[1] == key(gold).strip("()")
+        return CHOICE.sub(r"\1", TEXT.sub(r" \1 ", answer).strip()) == key(gold).strip("()")
     bare = [UNIT.sub("", text).strip() for text in (answer, gold)]
     a, g = map(key, bare)
     if a == g or key(answer) == key(gold):
         return True
-    if NUMBER.fullmatch(a) and NUMBER.fullmatch(g):  # 055, 11,111, .5, 1e3
+    if NUMBER.fullmatch(a) and NUMBER.fullmatch(g):  # 055, 11,111, .5
         return fractions.Fraction(a.replace(",", "")) == fractions.Fraction(g.replace(",", ""))
     return not any(UNREAD.search(x.rpartition("=")[2]) for x in bare) and sympy_equal(*map(read, bare))
 
@@ -197,9 +198,8 @@ def sympy_equal(a, g):
     x, y, rough = a.evalf(60), g.evalf(60), "." in f"{a}{g}"
     return bool(abs(x - y) <= (1e-6 if rough else 1e-40) * max(abs(x), abs(y)))
 
-# math-verify runs in processes of its own: its alarm works in the main thread only, its TimeoutException
-# escapes `except Exception`, and neither stops C code (9^9^9^9 is one power of integers). They can be killed,
-# start by exec, not by fork of a trainer that holds CUDA and NCCL, and are kept: sympy imports in a second.
+# math-verify runs in processes that can be killed: its alarm works in the main thread only and stops no C
+# code (9^9^9^9). They start by exec, not by fork of a trainer with CUDA and NCCL, and are kept: it is slow.
 CPU_SECONDS = 5     # a comparison takes 0.01 to 0.5
 WALL_SECONDS = 300  # room to start on a busy machine; later no answer takes as long: its CPU time is bounded
 MEMORY = 4 << 30  # bytes of address space of a worker: a huge power must not take the trainer's memory

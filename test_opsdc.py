@@ -2311,6 +2311,12 @@ def test_every_format_takes_the_right_value_and_refuses_a_wrong_one(name, value)
     ("\\ln(xy)", "\\ln x+\\ln y"), ("\\sin^2 x+\\cos^2 x", "1"), ("4 h", "4\\text{ h}"),
     ("33\\frac13\\%", "1/3"), ("0.4\\overline{6}", "7/15"), ("a_i", "a_{i}"),
     ("x<2 \\text{ or } x>3", "(-\\infty,2)\\cup(3,\\infty)"),
+    ("3.2e-5", "3.2\\times10^{-5}"), ("e^(2x)", "e^{2x}"), ("2^\\frac12", "\\sqrt2"), ("sin(x)", "\\sin x"),
+    ("sqrt(1+sqrt(2))", "\\sqrt{1+\\sqrt2}"), ("\\textcolor{red}{9}", "9"), ("\\bm{16}", "16"),
+    ("\\mathbf{\\frac{3}{4}}", "3/4"), ("\\frac{3\\pm i\\sqrt5}{2}", "\\frac32 \\pm \\frac{\\sqrt5}{2}i"),
+    ("x \\equiv 4 (mod 9)", "x \\equiv 4 \\pmod{9}"), ("7:20 p.m.", "7:20 \\text{ PM}"),
+    ("1'234'567", "1234567"), ("14 stamps", "14"), ("14", "14\\text{ pages}"), ("6.5 kJ/mol", "6.5"),
+    ("66 2/3%", "2/3"), ("\\pi r^2h", "\\pi hr^2"), ("Self-adjoint", "self-adjoint"), ("NO", "no"),
 ])
 def test_equal(answer, gold):
     assert ev.grade(f"Answer: {answer}", gold).correct
@@ -2322,8 +2328,11 @@ def test_equal(answer, gold):
     ("6.74\\times10^{-5}", ".0000672"), ("10\\%", "10"), ("10", "10\\%"), ("52_9", "52_8"), ("52", "52_8"),
     ("52_8", "52"), ("seat", "\\text{east}"), ("(2,1)", "(1,2)"), ("[1,2]", "(1,2)"), ("x=2", "y=2"),
     ("0.33", "1/3"), ("2k", "2k+1"), ("", "42"), ("\\frac{1}{23}", "\\frac{1}{2}3"),
-    ("AB", "ab"), ("4 h", "4"), ("(3,4)", "3,4"), ("(3,4)", "\\{3,4\\}"), ("1,2,2", "1,1,2"),
+    ("AB", "ab"), ("Ab", "ab"), ("4 h", "4"), ("(3,4)", "3,4"), ("(3,4)", "\\{3,4\\}"), ("1,2,2", "1,1,2"),
     ("7 million", "7"), ("\\angle ABC", "\\angle ACB"), ("0.46", "7/15"), ("x<2, y<3", "y<2, x<3"),
+    ("7 millions", "7"), ("7 halves", "7"), ("Mgh", "mgh"), ("2mgH", "2mgh"), ("mgH", "mgh"),
+    ("2,4,6,...", "2,4,6"), ("7:20 AM", "7:20 PM"), ("x \\equiv 4 (mod 8)", "x \\equiv 4 \\pmod 9"),
+    ("8 plus", "8"), ("f(x) increases", "f(x)"),
 ])
 def test_not_equal(answer, gold):
     assert not ev.grade(f"Answer: {answer}", gold).correct
@@ -2333,7 +2342,8 @@ def test_not_equal(answer, gold):
                                            ("**C**", True), ("**C**: 5", True), ("C because", True),
                                            ("B", False), ("c", False), ("B or C", False),
                                            ("C) or B)", False), ("B, C", False), ("Carbon", False),
-                                           ("14 m", False)])
+                                           ("14 m", False), ("[C]", True), ("option C", True),
+                                           ("[C] or [B]", False), ("option B", False)])
 def test_multiple_choice_by_exact_letter(answer, right):
     assert ev.grade(f"Answer: {answer}", "C").correct is right
     assert ev.grade(f"So \\boxed{{{answer}}}", "\\text{(C)}").correct is right
@@ -2347,7 +2357,8 @@ def test_where_the_answer_is():
     assert taken("\\boxed{5}, then \\boxed{unbalanced") == "5" and taken("\\boxed{5}\nAnswer:") == "5"
     assert taken("\\boxed{\\{5\\}}") == "\\{5\\}" and taken("\\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
     assert taken("The final answer: 5") == "5" and taken("## Final Answer: $5$") == "5"
-    assert taken("\\textbf{Answer: 5}") == "5"
+    assert taken("\\textbf{Answer: 5}") == "5" and taken("Correct answer: 5 ✅") == "5"
+    assert taken("Answer: The correct choice is **5**.") == "5" and taken("Answer: the value is not 5") != "5"
     assert (taken("Answer: $\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}$\nas said")
             == "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}")
     assert taken("Answer: 5\nThat was it.") == "5" and taken("Answer: $5.00\nand $x$ is free") == "5.00"
