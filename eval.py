@@ -40,7 +40,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-VERSION = 2  # of the grading rules and of the files written; runs of different versions are not compared
+VERSION = 3  # of the grading rules and of the files written; runs of different versions are not compared
 
 # ---------------------------------------------------------------------------------------------------- GRADING
 # First half: find the answer. All is linear in the text: a megabyte of brackets must not hang.
