@@ -859,8 +859,11 @@ def engine_config(config, text_only):
     config = text_config(config) if text_only else config
     text = config.get_text_config()
     text.head_dtype = config.head_dtype = "float32"
-    if text.model_type == "cohere2":
+    if text.model_type.startswith("cohere2"):
         text.sliding_window -= 1  # vLLM adds one to it, transformers does not
+    rope = getattr(text, "rope_parameters", None) or {}
+    if "llama_4_scaling_beta" in rope:  # of Ministral 3's queries; vLLM has another name for it
+        text.llama_4_scaling = rope | dict(beta=rope["llama_4_scaling_beta"])
     return config
 
 def logit_scale_and_cap(config):
