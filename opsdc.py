@@ -893,14 +893,14 @@ def read_model(model, lm):
           "one, as config.json says, found two tensors; set its tie_word_embeddings to false")
     check(all(w.isfinite().all() for w in whole.state_dict().values()),
           f"--model {model}: expected finite weights, found NaN or infinity; take another copy")
-    ids = torch.arange(8)
+    ids, longer = torch.arange(8), torch.arange(12)[None]  # later tokens may not change earlier logits
     with torch.no_grad():
         own, best = whole.eval()(ids[None], use_cache=False).logits[0].log_softmax(-1).max(-1)
         student, head = SelfDistillation(whole), whole.get_output_embeddings().weight
-        _, stats = student(ids[None], ids, student(ids[None], ids), head, torch.ones(8), tokens=best)
+        _, stats = student(longer, ids, student(longer, ids), head, torch.ones(8), tokens=best)
     error = (stats["logprob"] - own).abs().max().item()
     check(error <= 1e-3, f"--model {model}: expected the loss to compute the model's own log-probabilities, "
-          f"found {error:.1g} nats between them; its logits need more than logit_scale_and_cap")
+          f"found {error:.1g} nats between them; logit_scale_and_cap is not all, or tokens see later ones")
     return whole
 
 def checkpoint_weights(lm, dtype):
@@ -923,7 +923,9 @@ def check_family(model, length):
         f"{kind} of type {text.model_type}; take a ...ForCausalLM": config.is_encoder_decoder or not (
             name.endswith("ForCausalLM") and kind.endswith(("ForCausalLM", "ForConditionalGeneration"))),
         "an embedding model; take one that generates": has_file(model, "modules.json"),
-        "quantised weights; take the model they were made from": getattr(config, "quantization_config", None),
+        "quantised weights; take the model they were made from": any(
+            getattr(c, "quantization_config", None) for c in (config, text)),
+        "two-way attention; take another": getattr(text, "use_bidirectional_attention", 0) in (True, "all"),
         f"LongRoPE and {length} tokens, where it changes at {context}; lower --max_prompt_tokens or "
         "--max_response_tokens": rope.get("rope_type") == "longrope" and length > context,
         "Qwen3.5, for which vLLM imports torchvision; install that":
