@@ -71,7 +71,7 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer,
                           HfArgumentParser)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
@@ -885,7 +885,7 @@ def empty_model(model):
 def read_model(model, lm):
     """`model` with its weights, in memory. ValueError: some are missing, or the loss has other logits."""
     known = read_config(model).model_type in CAUSAL_LMS
-    whole, info = (AutoModelForCausalLM if known else AutoModelForImageTextToText).from_pretrained(
+    whole, info = (AutoModelForCausalLM if known else AutoModelForMultimodalLM).from_pretrained(
         model, dtype=lm.dtype, attn_implementation=lm.config._attn_implementation, output_loading_info=True)
     missing, tied = sorted(info["missing_keys"]), bool(lm.all_tied_weights_keys)
     check(not missing, f"--model {model}: expected weights {missing[:3]}, found none in its files")
@@ -936,6 +936,8 @@ def check_family(model, length):
     check(hasattr(lm.get_decoder(), "layers") and hasattr(lm, "lm_head") and lm.lm_head.bias is None,
           f"--model {model}: expected .layers and a head without a bias, found {name}; take another family")
     if text is not config:
+        with torch.device("meta"), named(f"--model {model}: expected a class that transformers can make"):
+            AutoModelForMultimodalLM.from_config(config)
         say(f"{model} is multimodal: its text model alone is trained, and exported as a {name}")
     return sum(p.numel() for p in lm.parameters())
 
@@ -952,7 +954,7 @@ def named(where):
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{where}: " + str(error).partition("\n")[0]) from None
+        raise ValueError(f"{where}: " + str(error).strip().partition("\n")[0]) from None
 
 @contextlib.contextmanager
 def refusals():
