@@ -325,6 +325,8 @@ def load_model(cfg, device):
     """cfg.model in shards on all ranks: rank 0 alone reads the weights and broadcasts tensor by tensor."""
     lm, weights = empty_model(cfg.model), {}
     with refusals():
+        if cfg.gradient_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
         whole = read_model(cfg.model, lm) if dist.get_rank() == 0 else lm
     if whole is not lm:
         weights = {f"{lm.base_model_prefix}.{k}": w for k, w in whole.get_decoder().state_dict().items()}
@@ -337,8 +339,6 @@ def load_model(cfg, device):
             buffer.copy_(source)
         dist.broadcast(buffer, src=0)
     lm.generation_config = whole.generation_config  # rank 0 writes it beside the final model
-    if cfg.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 def shard(model, device):
