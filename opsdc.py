@@ -71,7 +71,7 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer,
                           HfArgumentParser)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
@@ -325,6 +325,8 @@ def load_model(cfg, device):
     """cfg.model in shards on all ranks: rank 0 alone reads the weights and broadcasts tensor by tensor."""
     lm, weights = empty_model(cfg.model), {}
     with refusals():
+        if cfg.gradient_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
         whole = read_model(cfg.model, lm) if dist.get_rank() == 0 else lm
     if whole is not lm:
         weights = {f"{lm.base_model_prefix}.{k}": w for k, w in whole.get_decoder().state_dict().items()}
@@ -337,8 +339,6 @@ def load_model(cfg, device):
             buffer.copy_(source)
         dist.broadcast(buffer, src=0)
     lm.generation_config = whole.generation_config  # rank 0 writes it beside the final model
-    if cfg.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 def shard(model, device):
@@ -859,8 +859,11 @@ def engine_config(config, text_only):
     config = text_config(config) if text_only else config
     text = config.get_text_config()
     text.head_dtype = config.head_dtype = "float32"
-    if text.model_type == "cohere2":
+    if text.model_type.startswith("cohere2"):
         text.sliding_window -= 1  # vLLM adds one to it, transformers does not
+    rope = getattr(text, "rope_parameters", None) or {}
+    if "llama_4_scaling_beta" in rope:  # of Ministral 3's queries; vLLM has another name for it
+        text.llama_4_scaling = rope | dict(beta=rope["llama_4_scaling_beta"])
     return config
 
 def logit_scale_and_cap(config):
@@ -882,7 +885,7 @@ def empty_model(model):
 def read_model(model, lm):
     """`model` with its weights, in memory. ValueError: some are missing, or the loss has other logits."""
     known = read_config(model).model_type in CAUSAL_LMS
-    whole, info = (AutoModelForCausalLM if known else AutoModelForImageTextToText).from_pretrained(
+    whole, info = (AutoModelForCausalLM if known else AutoModelForMultimodalLM).from_pretrained(
         model, dtype=lm.dtype, attn_implementation=lm.config._attn_implementation, output_loading_info=True)
     missing, tied = sorted(info["missing_keys"]), bool(lm.all_tied_weights_keys)
     check(not missing, f"--model {model}: expected weights {missing[:3]}, found none in its files")
@@ -890,14 +893,14 @@ def read_model(model, lm):
           "one, as config.json says, found two tensors; set its tie_word_embeddings to false")
     check(all(w.isfinite().all() for w in whole.state_dict().values()),
           f"--model {model}: expected finite weights, found NaN or infinity; take another copy")
-    ids = torch.arange(8)
+    ids, longer = torch.arange(8), torch.arange(12)[None]  # later tokens may not change earlier logits
     with torch.no_grad():
         own, best = whole.eval()(ids[None], use_cache=False).logits[0].log_softmax(-1).max(-1)
         student, head = SelfDistillation(whole), whole.get_output_embeddings().weight
-        _, stats = student(ids[None], ids, student(ids[None], ids), head, torch.ones(8), tokens=best)
+        _, stats = student(longer, ids, student(longer, ids), head, torch.ones(8), tokens=best)
     error = (stats["logprob"] - own).abs().max().item()
     check(error <= 1e-3, f"--model {model}: expected the loss to compute the model's own log-probabilities, "
-          f"found {error:.1g} nats between them; its logits need more than logit_scale_and_cap")
+          f"found {error:.1g} nats between them; logit_scale_and_cap is not all, or tokens see later ones")
     return whole
 
 def checkpoint_weights(lm, dtype):
@@ -920,7 +923,9 @@ def check_family(model, length):
         f"{kind} of type {text.model_type}; take a ...ForCausalLM": config.is_encoder_decoder or not (
             name.endswith("ForCausalLM") and kind.endswith(("ForCausalLM", "ForConditionalGeneration"))),
         "an embedding model; take one that generates": has_file(model, "modules.json"),
-        "quantised weights; take the model they were made from": getattr(config, "quantization_config", None),
+        "quantised weights; take the model they were made from": any(
+            getattr(c, "quantization_config", None) for c in (config, text)),
+        "two-way attention; take another": getattr(text, "use_bidirectional_attention", 0) in (True, "all"),
         f"LongRoPE and {length} tokens, where it changes at {context}; lower --max_prompt_tokens or "
         "--max_response_tokens": rope.get("rope_type") == "longrope" and length > context,
         "Qwen3.5, for which vLLM imports torchvision; install that":
@@ -931,6 +936,8 @@ def check_family(model, length):
     check(hasattr(lm.get_decoder(), "layers") and hasattr(lm, "lm_head") and lm.lm_head.bias is None,
           f"--model {model}: expected .layers and a head without a bias, found {name}; take another family")
     if text is not config:
+        with torch.device("meta"), named(f"--model {model}: expected a class that transformers can make"):
+            AutoModelForMultimodalLM.from_config(config)
         say(f"{model} is multimodal: its text model alone is trained, and exported as a {name}")
     return sum(p.numel() for p in lm.parameters())
 
@@ -947,7 +954,7 @@ def named(where):
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{where}: " + str(error).partition("\n")[0]) from None
+        raise ValueError(f"{where}: " + str(error).strip().partition("\n")[0]) from None
 
 @contextlib.contextmanager
 def refusals():

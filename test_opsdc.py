@@ -1301,6 +1301,12 @@ FAMILIES = {  # name: model_type, what its config says beyond SHAPE
     "Qwen3, YaRN": ("qwen3", dict(rope_parameters=ROPE | dict(
         rope_type="yarn", factor=4.0, original_max_position_embeddings=512))),
     "Mistral, window": ("mistral", dict(sliding_window=32)), "Ministral 3 text": ("ministral3", {}),
+    "Ministral 3, queries scaled": ("ministral3", dict(rope_parameters=ROPE | dict(
+        rope_type="yarn", factor=8.0, llama_4_scaling_beta=0.1, original_max_position_embeddings=32))),
+    "Mamba 2": ("mamba2", dict(state_size=16, num_heads=8, n_groups=1, head_dim=16)),
+    "InternVL": ("internvl", dict(text_config=dict(model_type="qwen2"), vision_config=dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=[28, 28],
+        patch_size=[14, 14]))),
     "Phi-3/4": ("phi3", {}), "Gemma 3 text": ("gemma3_text", WINDOW | TIED | dict(query_pre_attn_scalar=32)),
     "GLM4": ("glm4", {}), "Nemotron": ("nemotron", {}), "ERNIE 4.5": ("ernie4_5", {}),
     "EXAONE 4": ("exaone4", WINDOW), "StableLM": ("stablelm", {}),
@@ -1335,7 +1341,8 @@ REFUSED = {"HyperCLOVA X": ("hyperclovax", dict(logits_scaling=0.5))}
 REMARKS = {
     "Gemma 2": "attn_implementation=\"eager\" in transformers, whose sdpa leaves the attention's "
                "soft cap out",
-    "Gemma 3": "multimodal: text only", "Ministral 3, nested": "multimodal: text only",
+    "Gemma 3": "multimodal: text only", "InternVL": "multimodal: text only",
+    "Ministral 3, nested": "multimodal: text only",
     "Qwen3.5": "multimodal: text only; bfloat16 engine; torchvision stubbed",
     "Qwen3.5 text": "bfloat16 engine; torchvision stubbed", "Qwen3-Next": "bfloat16 engine",
     "gpt-oss": "not served: vLLM's reload leaves its experts as they were (sinks are right)",
@@ -1971,6 +1978,14 @@ FOLDERS = {
     "embedding": (folder(touch("modules.json")), f"{CAUSAL}.*an embedding model"),
     **{name: (folder(as_is, quantization_config=dict(quant_method=name, bits=4, load_in_4bit=True)),
               f"{CAUSAL}.*quantised weights; take") for name in ("fp8", "gptq", "awq", "bitsandbytes")},
+    "quantised text of a multimodal model": (
+        of_type("internvl", "InternVLForConditionalGeneration", text_config=dict(
+            model_type="qwen2", quantization_config=dict(quant_method="compressed-tensors"))),
+        f"{CAUSAL}.*quantised weights; take"),
+    "prefix attention": (of_type("gemma", "GemmaForCausalLM", use_bidirectional_attention=True),
+                         f"{CAUSAL}.*two-way attention"),
+    "images that need timm": (of_type("gemma3n", "Gemma3nForConditionalGeneration"),
+                              "expected a class that transformers can make: .*timm"),
     "adapter": (folder(as_adapter), "model: expected a folder .* found a LoRA adapter; merge"),
     "multimodal, no causal text": (of_type("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration",
                                            vision_config={}),
