@@ -750,7 +750,7 @@ def prepare(args):
           f"{args.model} holds {context}: {lower if longest < context else 'leave that problem out'}")
     cfg = opsdc().Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,
                          seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=0.9)  # no trainer beside it
-    opsdc().count_engines(cfg.vllm_tp)
+    opsdc().check_ranks(cfg.vllm_tp)
     settings = {"version": VERSION, "model": opsdc().real_path(args.model), "date": day,
                 "weights": fingerprint(args.model), "template": digest(tokenizer.chat_template)}
     for name in (*SAMPLING, "max_tokens", "samples", "k", "seed", "thinking", "wrapper", "instruction"):

@@ -68,7 +68,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer,
@@ -87,7 +86,9 @@ from transformers.utils.logging import disable_progress_bar
 sys.modules.setdefault("opsdc", sys.modules[__name__])  # what eval.py imports is this module, or the fork run
 try:
     import eval as measure
-except ModuleNotFoundError:
+except ModuleNotFoundError as error:
+    if error.name != "eval":
+        raise
     measure = None
 
 # ---------------------------------------------------------------------------------------------------- CONFIG
@@ -323,21 +324,18 @@ class SelfDistillation(nn.Module):
 
 def load_model(cfg, device):
     """cfg.model in shards on all ranks: rank 0 alone reads the weights and broadcasts tensor by tensor."""
-    lm, weights = empty_model(cfg.model), {}
+    lm = empty_model(cfg.model)
     with refusals():
         if cfg.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         whole = read_model(cfg.model, lm) if dist.get_rank() == 0 else lm
-    if whole is not lm:
-        weights = {f"{lm.base_model_prefix}.{k}": w for k, w in whole.get_decoder().state_dict().items()}
-        weights["lm_head.weight"] = whole.get_output_embeddings().weight
+    weights = {f"{lm.base_model_prefix}.{k}": w for k, w in whole.get_decoder().state_dict().items()}
+    weights["lm_head.weight"] = whole.get_output_embeddings().weight
     model = shard(SelfDistillation(lm), device).to_empty(device=device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp_state.set_model_state_dict(lm, weights, options=options)
     for buffer, source in zip(lm.get_decoder().buffers(), whole.get_decoder().buffers()):  # rotary tables
-        if whole is not lm:
-            buffer.copy_(source)
-        dist.broadcast(buffer, src=0)
+        dist.broadcast(buffer.copy_(source), src=0)  # on other ranks source is buffer itself
     lm.generation_config = whole.generation_config  # rank 0 writes it beside the final model
     return model
 
@@ -346,7 +344,7 @@ def shard(model, device):
     tied): shards within a node, replicas across nodes. Masters and reductions in float32."""
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     nodes = dist.get_world_size() // local
-    mesh = init_device_mesh(device.type, (nodes, local), mesh_dim_names=("replicate", "shard"))
+    mesh = dist.init_device_mesh(device.type, (nodes, local), mesh_dim_names=("replicate", "shard"))
     mesh = mesh if nodes > 1 else mesh["shard"]
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)  # it would round the tokens' weights to bfloat16
@@ -432,22 +430,15 @@ class RolloutEngine:
         self.asleep = torch.cuda.memory_allocated()  # bytes: torch goes on counting what sleeps; 0 on CPU
 
     def sync(self, model):
-        """theta into the engine's own tensors (CUDA graphs stay valid), a layer at a time; collective. Tied
-        weights are gathered once and sent under both names: without the second vLLM's head stays stale."""
+        """theta into the engine's own tensors (CUDA graphs stay valid), a layer at a time; collective. A head
+        of vLLM's own stays stale unless it is sent, tied or not."""
         model.reshard()
-        dtype = self.llm.llm_engine.model_config.dtype
         has_head, = self.llm.apply_model(lambda engine: any(
             name.endswith("lm_head") for name, _ in engine.named_modules(remove_duplicate=False)))
-
-        def weights():
-            tied = model.lm.all_tied_weights_keys if has_head else {}
-            for name, whole in checkpoint_weights(model.lm, dtype):
-                yield name, whole
-                yield from ((twin, whole) for twin, source in tied.items() if source == name)
+        weights = checkpoint_weights(model.lm, self.llm.llm_engine.model_config.dtype, twins=has_head)
         if self.sleeps:
-            torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # its keys and values are the old weights'
@@ -478,8 +469,7 @@ class RolloutEngine:
 
     def generate(self, prompts, seeds, **sampling):
         """The samples of `stream`, in the order of `prompts`."""
-        samples = dict(self.stream(prompts, seeds, **sampling))
-        return [samples[at] for at in range(len(prompts))]
+        return [sample for _, sample in sorted(self.stream(prompts, seeds, **sampling))]
 
     def sleep(self):
         if self.sleeps:
@@ -536,22 +526,21 @@ def right_pad(prompts, responses, device):
     """Lists of ids -> inputs [b, T] and predicts [N], the flat places whose logits are for a response token.
     Prompt [5, 6, 7] and response [8, 9] give the input 5 6 7 8, whose places 2 and 3 predict 8 and 9."""
     sequences = [prompt + response[:-1] for prompt, response in zip(prompts, responses)]
-    width = max(map(len, sequences))
-    inputs = torch.tensor([ids + [0] * (width - len(ids)) for ids in sequences], device=device)
-    predicts = [row * width + torch.arange(len(prompt) - 1, len(ids))
+    inputs = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
+    predicts = [row * inputs.shape[1] + torch.arange(len(prompt) - 1, len(ids))
                 for row, (prompt, ids) in enumerate(zip(prompts, sequences))]
-    return inputs, torch.cat(predicts).to(device)
+    return inputs.to(device), torch.cat(predicts).to(device)
 
 def make_micro_batches(rollouts, problems, device, cfg):
     """This rank's MicroBatches, the same number on all ranks, as FSDP's collectives demand: a rank without a
-    sequence for one of them computes the first rollout with weight 0."""
-    weights = token_weights(rollouts)
+    sequence for one of them computes the shortest rollout with weight 0."""
+    weights, shortest = token_weights(rollouts), min(rollouts, key=lambda r: len(r.ids))
     lengths = [len(problems[r.index].teacher) + len(r.ids) for r in rollouts]
     packed = lambda lists: torch.tensor(sum(lists, []), device=device)
     batches = []
     for group in micro_batches(lengths, cfg.micro_batch_tokens, dist.get_rank(), dist.get_world_size()):
         ours, w = zip(*[(rollouts[i], weights[i]) for i in group]
-                      or [(rollouts[0], [0.0] * len(rollouts[0].ids))])
+                      or [(shortest, [0.0] * len(shortest.ids))])
         responses = [r.ids for r in ours]
         batches.append(MicroBatch(
             right_pad([problems[r.index].student for r in ours], responses, device),
@@ -567,8 +556,7 @@ def teacher_pass(model, thetabar, batches):
     with torch.no_grad():
         hidden = [model(*batch.teacher) for batch in batches]
     model.reshard()
-    # a copy, which the next line does not write over
-    head = model.lm.get_output_embeddings().weight.detach().to(compute_dtype(), copy=True)
+    head = model.lm.get_output_embeddings().weight.detach().to(compute_dtype(), copy=True)  # kept from theta
     copy_into(model, theta)
     return hidden, head.full_tensor()
 
@@ -674,8 +662,10 @@ def main():
 
 def training_state(model, optimizer, thetabar):
     model.reshard()
-    return {"theta": dict(model.lm.named_parameters()), "thetabar": thetabar,
-            "optimizer": dcp_state.get_optimizer_state_dict(model, optimizer)}
+    fresh, adam = not optimizer.state, dcp_state.get_optimizer_state_dict(model, optimizer)
+    for state in optimizer.state.values() if fresh else ():  # made by a step of zeros, which torch counts
+        state["step"].zero_()
+    return {"theta": dict(model.lm.named_parameters()), "thetabar": thetabar, "optimizer": adam}
 
 def save_checkpoint(out, step, model, optimizer, thetabar):
     final, tmp = out / f"checkpoint-{step}", out / f"tmp-checkpoint-{step}"
@@ -725,14 +715,14 @@ def resume(out, model, optimizer, thetabar, cfg):
 def export(model, tokenizer, out):
     """out/model/: theta as a plain Hugging Face model in bfloat16, gathered in rank 0's CPU memory."""
     model.reshard()
-    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = dcp_state.get_model_state_dict(model.lm, options=options)
+    weights = {name: w.cpu() for name, w in checkpoint_weights(model.lm, torch.bfloat16)
+               if dist.get_rank() == 0}
     if dist.get_rank() == 0:
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(model.lm.config, dtype=torch.bfloat16)
-        plain.generation_config = model.lm.generation_config
-        plain.save_pretrained(out / "tmp-model", state_dict={
-            name: w.bfloat16() for name, w in weights.items() if name not in model.lm.all_tied_weights_keys})
+        plain.save_pretrained(out / "tmp-model", state_dict=weights, save_original_format=False)
+        # as it came: save_pretrained refuses one with a temperature and without do_sample
+        model.lm.generation_config.to_json_file(out / "tmp-model/generation_config.json")
         tokenizer.save_pretrained(out / "tmp-model")
         shutil.rmtree(out / "model", ignore_errors=True)
         (out / "tmp-model").rename(out / "model")
@@ -795,7 +785,7 @@ def as_problem(value, wrapper):
         isinstance(m.get("content"), str) or m.get("tool_calls"))
     check(isinstance(value, list) and all(map(is_turn, value)),
           f"expected a text, or messages with the texts role and content, found {value!r:.60}")
-    json.dumps(value, ensure_ascii=False, default=str).encode()  # fails on half a surrogate pair
+    json.dumps(value, ensure_ascii=False, default=float).encode()  # fails on half a surrogate pair
     roles = [m["role"] for m in value]
     check(roles[-1:] != ["assistant"] and (wrapper == "none" or roles.count("user") < 2),
           "expected the user's turn last, and with --wrapper math no other of theirs (--wrapper none takes a "
@@ -905,14 +895,16 @@ def read_model(model, lm):
           f"found {error:.1g} nats between them; logit_scale_and_cap is not all, or tokens see later ones")
     return whole
 
-def checkpoint_weights(lm, dtype):
-    """(name, whole tensor) as in a checkpoint, where e.g. experts are not fused; tied ones once. Collective.
-    A layer at a time: what falls apart or comes together lies in one."""
+def checkpoint_weights(lm, dtype, twins=False):
+    """(name, whole tensor) as in a checkpoint, where e.g. experts are not fused. Collective. A layer at a
+    time: what falls apart or comes together lies in one. Tied ones once, or twins: under both names."""
     tied, layer_of = lm.all_tied_weights_keys, lambda item: re.sub(r"(\.\d+\.).*", r"\1", item[0])
     for _, layer in itertools.groupby(lm.state_dict(keep_vars=True).items(), layer_of):
         weights = {name: p.detach().to(dtype) for name, p in layer if name not in tied}
         whole = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
-        yield from revert_weight_conversion(lm, whole).items()
+        for name, w in revert_weight_conversion(lm, whole).items():
+            yield name, w
+            yield from ((twin, w) for twin, source in tied.items() if twins and source == name)
 
 def check_family(model, length):
     """ValueError for what cannot be trained, on `length` tokens, before any weights are read; else its number
@@ -990,8 +982,8 @@ def load_tokenizer(model):
           f"{expected} no weights, .safetensors or .bin; copy them there")
     return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", math.inf)
 
-def count_engines(tp):
-    """Of `tp` ranks each. Without a driver it can use, torch for CUDA would run on the CPU without a sign."""
+def check_ranks(tp):
+    """Number of engines, `tp` ranks each. Without its driver torch for CUDA would run on the CPU, unsaid."""
     driver, world = Path("/proc/driver/nvidia/version"), dist.get_world_size()
     found = driver.read_text().splitlines()[0] if driver.exists() else "none"
     check(torch.cuda.is_available() or not torch.version.cuda, f"torch for CUDA {torch.version.cuda} sees no "
@@ -1010,7 +1002,7 @@ def check_settings(cfg, context):
     for f in fields(cfg):
         if "metavar" in f.metadata:
             check_range(f.name, getattr(cfg, f.name), f.metadata["metavar"])
-    engines, out = count_engines(cfg.vllm_tp), Path(cfg.out)
+    engines, out = check_ranks(cfg.vllm_tp), Path(cfg.out)
     length = cfg.max_prompt_tokens + cfg.max_response_tokens
     check(cfg.batch_size % engines == 0,
           f"--batch_size {cfg.batch_size} is not divisible by the {engines} engines; take a multiple")
@@ -1037,11 +1029,6 @@ IDENTITY = ("model", "template", "instruction", "wrapper", "thinking", "problems
 
 def real_path(model):
     return os.path.realpath(model) if Path(model).exists() else model  # an id of the hub
-
-def earlier_settings(out):
-    """config.json of a run with a checkpoint; without one there is nothing to be identical to."""
-    with named(f"{out}/config.json, expected the settings of the run there"):
-        return dict(json.loads((out / "config.json").read_text())) if checkpoints(out) else {}
 
 def compare_settings(old, new):
     for name in new:
@@ -1076,7 +1063,8 @@ def prepare(cfg):
         instruction, (tokenizer, context) = read_instruction(cfg.instruction), load_tokenizer(cfg.model)
         check_settings(cfg, context)
         check_disk(cfg, check_family(cfg.model, cfg.max_prompt_tokens + cfg.max_response_tokens))
-        old = earlier_settings(out)
+        with named(f"{out}/config.json, expected the settings of the run there"):  # {}: nothing to go on with
+            old = dict(json.loads((out / "config.json").read_text())) if checkpoints(out) else {}
         day = old.get("date", date.today().isoformat())
         fix_date(tokenizer, day)
         problems = load_problems(cfg, tokenizer, instruction)
@@ -1117,7 +1105,7 @@ def timed(metrics, name):
         torch.cuda.synchronize()
     metrics[f"seconds_{name}"] = time.perf_counter() - start
 
-def max_over_ranks(value):
+def max_over_ranks(value):  # collective
     value = torch.tensor(float(value))
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value.item()
@@ -1133,7 +1121,7 @@ def rollout_metrics(rollouts, seconds):
 def peak_memory(engine):
     """GiB of the rank that took most: of its GPU on top of the engine asleep, on a CPU of its process."""
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return max_over_ranks(torch.cuda.max_memory_allocated() - engine.asleep or process) / 2**30
+    return max_over_ranks((torch.cuda.max_memory_allocated() - engine.asleep) or process) / 2**30
 
 def stop_or_warn(skipped, idle, cut, ends, cfg):
     """After so many steps in a row without a finite gradient, a rollout kept, one that ended."""
@@ -1199,7 +1187,7 @@ def run_and_exit(main):
     except SystemExit:
         if "vllm" not in sys.modules:  # no engine yet: as ever
             raise
-    except (Exception, KeyboardInterrupt):
+    except BaseException:  # which KeyboardInterrupt and CheckpointException are, no Exceptions
         sys.excepthook(*sys.exc_info())
     sys.stdout.flush()
     os._exit(status)

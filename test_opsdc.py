@@ -17,6 +17,7 @@ float64 or with a second real run.
     python test_opsdc.py gpu [DIR]                  what only a GPU can tell, in one table
 """
 import dataclasses
+import datetime
 import difflib
 import gzip
 import importlib.util
@@ -42,6 +43,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,6 +111,8 @@ def make_model(directory, family, texts=tuple(opsdc.INSTRUCTIONS.values()), voca
                          pad_token_id=tokenizer.pad_token_id, bos_token_id=None, **shape))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    file = Path(directory) / "generation_config.json"  # with a temperature, which save_pretrained refuses
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(temperature=0.6)))
     return Path(directory)
 
 @pytest.fixture(scope="session", params=["qwen3", "llama"])
@@ -869,6 +873,7 @@ ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the er
     (dict(prompt=[dict(role="user", content=" ")]), "expected a field problem"),
     (dict(problem=5), "field problem: expected a text, or messages .* found 5"),
     (dict(problem=dict(role="user", content="x")), "field problem: expected a text, or messages .* found {"),
+    (dict(prompt=[turn | dict(at=datetime.datetime.now()) for turn in turns("user")]), "field prompt: float.*"),
     (dict(prompt=["text"]), "field prompt: expected a text, or messages with .*, found ..text'"),
     (dict(prompt=[dict(role="user", content=["text"])]), "expected a text, or messages with .* found .{"),
     (dict(prompt=[{"from": "human", "value": "x"}]), "expected a text, or messages with .* found .{'from'"),
@@ -1520,8 +1525,6 @@ def test_logits_that_the_loss_does_not_compute_stop_with_one_line(one_rank, tmp_
                      lines[0])
 
 def test_weights_are_neither_made_up_nor_tied_against_their_files(one_rank, tmp_path, capsys):
-    from safetensors.torch import load_file, save_file
-
     def said():
         with pytest.raises(SystemExit):
             opsdc.load_model(opsdc.Config(model=str(tmp_path)), torch.device("cpu"))
@@ -1640,11 +1643,10 @@ def test_conversations_as_they_are_that_are_never_right_then_more_steps_than_ask
     assert "model is that of step 6; " in said and len(metrics_of(tmp_path / "whole")) == 6
 
 def test_weights_that_are_not_finite_stop_before_the_first_step(whole_run, tmp_path):
-    shutil.copytree(whole_run[0], tmp_path / "m")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
-    model.save_pretrained(tmp_path / "m")
+    file = Path(shutil.copytree(whole_run[0], tmp_path / "m")) / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
+    save_file(weights, file, metadata=dict(format="pt"))
     done = run(*small_run(tmp_path / "m", whole_run[1], tmp_path / "out"))
     assert (done.returncode == 1
             and done.stdout.count("m: expected finite weights, found NaN or infinity") == 1)
@@ -1799,6 +1801,17 @@ def test_update_clips_the_gradient_and_drops_one_that_is_not_finite(good, one_ra
             p.grad = torch.full_like(p, grad / math.sqrt(sum(q.numel() for q in model.parameters())))
         assert opsdc.update(model, sgd, opsdc.Config(clip=0.5)) == pytest.approx(norm, rel=1e-4, nan_ok=True)
         assert moved() == pytest.approx(step, rel=1e-3) and next(model.parameters()).grad is None
+
+def test_a_checkpoint_before_the_first_update_does_not_count_as_one(good, one_rank):
+    model = opsdc.load_model(opsdc.Config(model=good["model"]), torch.device("cpu"))
+    adam = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0)
+    opsdc.training_state(model, adam, opsdc.snapshot(model))
+    before = opsdc.snapshot(model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opsdc.update(model, adam, opsdc.Config(clip=0.0))
+    for name, p in model.lm.named_parameters():  # Adam's first step is the learning rate
+        assert torch.allclose(before[name].full_tensor() - p.full_tensor(), torch.tensor(1.0), rtol=1e-4)
 
 def test_keep_correct_drops_wrong_rollouts():
     rollouts = [opsdc.Rollout(i, [5], [-1.0], True, correct) for i, correct in enumerate((True, False, None))]
@@ -2158,6 +2171,9 @@ def test_opsdc_alone_in_a_folder_trains_without_accuracy(good, tmp_path):
     assert done.returncode == 0 and done.stdout.count("no eval.py beside") == 1, done.stdout[-3000:]
     line, = metrics_of(tmp_path / "out")
     assert line["loss"] > 0 and "accuracy" not in line and (tmp_path / "out/model/config.json").exists()
+    kept = [json.loads((Path(folder) / "generation_config.json").read_text())["temperature"]
+            for folder in (good["model"], tmp_path / "out/model")]
+    assert kept == [0.6, 0.6]
 
 def test_imports_without_vllm_or_gpu_and_without_side_effects():
     code = ("import sys, os; before = dict(os.environ); import opsdc, eval; "
