@@ -1009,7 +1009,8 @@ def check_settings(cfg, context):
     check(length <= context, f"--max_prompt_tokens + --max_response_tokens = {length} is more than the "
           f"model's context of {context}; lower one (a resumed run needs its options again)")
     check(cfg.resume and (out / "config.json").exists() or not (checkpoints(out) or (out / "model").exists()),
-          f"--out {out} holds a run (or a model) already; add --resume to go on with it, or name another")
+          f"--out {out} holds a run (or a model) already; add --resume to go on with it (from its "
+          "config.json), or name another")
     check(importlib.util.find_spec("vllm"), "vllm is not installed: on a machine with GPUs `pip install -r "
           "requirements.txt`, on one without as in the README")
     check(measure or cfg.keep == "all" and not cfg.eval_every,
@@ -1020,6 +1021,7 @@ def check_disk(cfg, parameters):
     each, out = (12 + compute_dtype().itemsize) * parameters, Path(cfg.out).absolute()
     needed = each * (min(3, math.ceil(cfg.steps / cfg.save_every)) - len(checkpoints(out)))
     free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
+    free += sum(path.stat().st_size for path in out.glob("tmp-*/*"))  # half written: start_run removes them
     check(needed <= free, f"--out {cfg.out}: expected {needed / 1e9:.3g} GB free for "
           f"checkpoints of {each / 1e9:.3g} GB, found {free / 1e9:.3g}; make room, or name another folder")
 
