@@ -786,7 +786,8 @@ def evaluate(args):
     for name, wanted in jobs.items():
         held = {(r["id"], r["sample"]) for r in done[name]}
         todo = [job for job in wanted if (job["id"], job["sample"]) not in held]
-        opsdc().say(f"{name}: {len(todo)} of {len(wanted)} samples to make, the others are in {out}")
+        opsdc().say(f"{name}: {len(todo)} of {len(wanted)} samples to make"
+                    + f", the others are in {out}" * (len(todo) < len(wanted)))
         if todo:
             engine = engine or opsdc().RolloutEngine(cfg, load_format="auto")
             path = out / f"{name}.rank-{rank}.jsonl" if rank % cfg.vllm_tp == 0 else None

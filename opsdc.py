@@ -425,7 +425,7 @@ class RolloutEngine:
         ids = config.get("eos_token_id", [])
         ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
         self.ends = ", ".join(f"{i} {tokenizer.decode([i])}" for i in sorted(ids))
-        say(f"a response ends with {self.ends}")
+        say(f"a response ends with the id {self.ends}")
         self.sleep()
         self.asleep = torch.cuda.memory_allocated()  # bytes: torch goes on counting what sleeps; 0 on CPU
 
@@ -651,8 +651,8 @@ def main():
             break
     else:  # not stopped
         export(model, tokenizer, out)
-        say(f"done: {out}/model is that of step {max(done, cfg.steps)}; `python eval.py --model {out}/model` "
-            "measures it on MATH-500 and AIME, with --data FILE on other problems")
+        say(f"done: {out}/model is that of step {max(done, cfg.steps)}"
+            + f"; `python eval.py --model {out}/model --wrapper {cfg.wrapper}` measures it" * bool(measure))
 
 # The algorithm ends here. What follows surrounds it: checkpoints, rows, families of models, checks, logs.
 
@@ -805,7 +805,8 @@ def read_problem(row, where, wrapper="math"):
             problem = as_problem(row.get(key), wrapper)
         if problem:
             return problem
-    raise ValueError(f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
+    raise ValueError(f"{where}: expected a field problem, prompt or question, found {', '.join(row)}; a "
+                     "blank one is none")
 
 def load_problems(cfg, tokenizer, instruction):
     """The data set in its own order, without duplicates and without problems whose prompts are too long."""
@@ -1009,8 +1010,8 @@ def check_settings(cfg, context):
     check(length <= context, f"--max_prompt_tokens + --max_response_tokens = {length} is more than the "
           f"model's context of {context}; lower one (a resumed run needs its options again)")
     check(cfg.resume and (out / "config.json").exists() or not (checkpoints(out) or (out / "model").exists()),
-          f"--out {out} holds a run (or a model) already; add --resume to go on with it (from its "
-          "config.json), or name another")
+          f"--out {out} holds a run (or a model) already; add --resume to its command (config.json has "
+          "its options) to go on with it, or name another")
     check(importlib.util.find_spec("vllm"), "vllm is not installed: on a machine with GPUs `pip install -r "
           "requirements.txt`, on one without as in the README")
     check(measure or cfg.keep == "all" and not cfg.eval_every,
@@ -1091,10 +1092,11 @@ def say(text):
         print(text, flush=True)
 
 def say_prompts(tokenizer, thinking, instruction, **prompts):
-    """What shows, before it starts, that a run is not the one meant: c, and the ends of prompts by name."""
+    """What shows, before it starts, that a run is not the one meant: c, and both ends of prompts by name."""
     say(f"c: {instruction}")
     for name, ids in prompts.items():
-        say(f"the first {name}'s prompt ends: {tokenizer.decode(ids)[-200:]!r}")
+        text = tokenizer.decode(ids)
+        say(f"the first {name}'s prompt: {text[:160]!r} ... {text[-120:]!r}")
     if not thinking and chat_ids(tokenizer, "x", True) == chat_ids(tokenizer, "x", False):
         say("--no_thinking changes nothing: the model's chat template has no enable_thinking")
 
