@@ -17,7 +17,6 @@ Each record also holds the verdict of three other rules, to compare published fi
 `answer_only`, `boxed_only`, and `either_full_text` (the paper's: either format, think block included).
 Left out: models as graders, code and proofs, conversion of units and bases.
 """
-
 import argparse
 import collections
 import concurrent.futures
@@ -44,7 +43,6 @@ VERSION = 3  # of the grading rules and of the files written; runs of different 
 
 # ---------------------------------------------------------------------------------------------------- GRADING
 # First half: find the answer. All is linear in the text: a megabyte of brackets must not hang.
-
 SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # left over
 MARKER = re.compile(r"(?m)(?:^[ \t>*_#`$-]*(?i:(?:the |my )?(?:final |correct )?answer)"  # at a line's start,
                     r"|\b(?:Answer|ANSWER))[ \t*_`]{0,8}[:：](?: ?[Tt]he [\w ]*(?:answer|option|choice) is\b)?"
@@ -100,7 +98,6 @@ def clean(text):
     return re.sub(r"(?i)^the answer is:? |[. ]*I hope it is correct$", "", text).rstrip("\\ .").strip()
 
 # Second half, in a worker: are two values equal? Exact rules first; math-verify for what they leave.
-
 SYMBOLS = str.maketrans({x[0]: x[1:] + " " for x in (r"−- –- —- ×\cdot ·\cdot ⋅\cdot ÷/ ⁄/ ≡\equiv π\pi "
                          r"∞\infty ∪\cup ≤\le ≥\ge ±\pm ∅\emptyset ∠\angle θ\theta ∈\in ≈\approx").split()})
 GROUP = r" ?(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\w|\\pi|\\theta))"  # an argument
@@ -137,6 +134,8 @@ UNIT = re.compile(
     r"sec|min|minute|second|hr(?!\^)|hour|day|year|dollar|degree|unit|people|person|children|[wo]*men|way|"
     r"(?!(?:ten|\w+red|thousand|\w+illion|dozen|third|\w+th|halve|quarter|\w+crease|\w+verge|plu|minu|les)s)"
     r"[a-z]{3,}s)s?(?![a-zA-Z])(?:[. /]|\^\{?-?[1-3]\}?)*)+(?(1)\}(?:\^\{?[23]\}?)?)")
+MEASURE = re.compile(r"(?<![a-zA-Z])(?=[ckmn]?m\b|[km]?g\b|in|f[eo]*t|cent|dollar|mi|ho?u?r|sec|day|week|month|"
+                     r"year|meter|gram|kilo|milli)\w")
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 OPTION = re.compile(r"\(?[A-J]\)?")
 # B, (B), B: seven, B because ...; no other letter beside it ("A measure" is none) but in its own sentence
@@ -163,6 +162,9 @@ def equal(answer, gold):
     """Of two tidied values, in a worker: exact rules, then math-verify's opinion."""
     if OPTION.fullmatch(key(gold)):  # multiple choice: by exact letter
         return CHOICE.sub(r"\1", TEXT.sub(r" \1 ", answer).strip()) == key(gold).strip("()")
+    measures = [MEASURE.search("".join(m[0] for m in UNIT.finditer(text))) for text in (answer, gold)]
+    if all(measures) and measures[0][0] != measures[1][0]:  # 7 cm is not 7 m, nor are 7 hours 7 minutes
+        return False
     bare = [UNIT.sub("", text).strip() for text in (answer, gold)]
     a, g = map(key, bare)
     if a == g or key(answer) == key(gold):

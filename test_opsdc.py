@@ -845,6 +845,7 @@ WRAPPED = opsdc.WRAPPER_HEAD + "1+1?" + opsdc.WRAPPER_TAIL
 ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the error; with none if another
     (dict(problem="1+1?", answer="2", solution="1+1 makes 2"), ("1+1?", "2")),
     (dict(question="1+1?", answer=2), ("1+1?", "2")),
+    (dict(prompt=f" {WRAPPED}\n"), ("1+1?", None), (f" {WRAPPED}\n", None)),
     (dict(prompt=WRAPPED, solution="so \\boxed{2}"), ("1+1?", "2"), (WRAPPED, "2")),
     (dict(prompt=[dict(role="user", content=WRAPPED)], reward_model=dict(ground_truth="2")), ("1+1?", "2"),
      (WRAPPED, "2")),
@@ -2350,6 +2351,7 @@ def test_every_format_takes_the_right_value_and_refuses_a_wrong_one(name, value)
     ("x \\equiv 4 (mod 9)", "x \\equiv 4 \\pmod{9}"), ("7:20 p.m.", "7:20 \\text{ PM}"),
     ("1'234'567", "1234567"), ("14 stamps", "14"), ("14", "14\\text{ pages}"), ("6.5 kJ/mol", "6.5"),
     ("66 2/3%", "2/3"), ("\\pi r^2h", "\\pi hr^2"), ("Self-adjoint", "self-adjoint"), ("NO", "no"),
+    ("60 mph", "60 miles per hour"), ("10 km/h", "10\\text{ km per hour}"), ("2 hr", "2\\text{ hours}"),
 ])
 def test_equal(answer, gold):
     assert ev.grade(f"Answer: {answer}", gold).correct
@@ -2365,7 +2367,8 @@ def test_equal(answer, gold):
     ("7 million", "7"), ("\\angle ABC", "\\angle ACB"), ("0.46", "7/15"), ("x<2, y<3", "y<2, x<3"),
     ("7 millions", "7"), ("7 halves", "7"), ("Mgh", "mgh"), ("2mgH", "2mgh"), ("mgH", "mgh"),
     ("2,4,6,...", "2,4,6"), ("7:20 AM", "7:20 PM"), ("x \\equiv 4 (mod 8)", "x \\equiv 4 \\pmod 9"),
-    ("8 plus", "8"), ("f(x) increases", "f(x)"),
+    ("8 plus", "8"), ("f(x) increases", "f(x)"), ("7 cm", "7\\text{ m}"), ("7 hours", "7 minutes"),
+    ("12 cm", "12\\text{ inches}"), ("7\\text{ cents}", "7 dollars"),
 ])
 def test_not_equal(answer, gold):
     assert not ev.grade(f"Answer: {answer}", gold).correct
