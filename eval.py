@@ -852,7 +852,8 @@ def main(argv):
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
     except ModuleNotFoundError as error:
-        sys.exit(f"eval.py: {error}; pip install {error.name}")
+        hint = "it belongs beside eval.py" if error.name == "opsdc" else f"pip install {error.name}"
+        sys.exit(f"eval.py: {error}; {hint}")
 
 if __name__ == "__main__":
     sys.modules["eval"] = sys.modules["__main__"]  # what opsdc.py imports is this module, not a second one

@@ -662,9 +662,11 @@ def main():
 
 def training_state(model, optimizer, thetabar):
     model.reshard()
-    fresh, adam = not optimizer.state, dcp_state.get_optimizer_state_dict(model, optimizer)
-    for state in optimizer.state.values() if fresh else ():  # made by a step of zeros, which torch counts
-        state["step"].zero_()
+    fresh = not optimizer.state
+    adam = dcp_state.get_optimizer_state_dict(model, optimizer)
+    if fresh:  # torch has made the state by a step of zeros, which it counts
+        for state in optimizer.state.values():
+            state["step"].zero_()
     return {"theta": dict(model.lm.named_parameters()), "thetabar": thetabar, "optimizer": adam}
 
 def save_checkpoint(out, step, model, optimizer, thetabar):
@@ -686,8 +688,8 @@ def save_checkpoint(out, step, model, optimizer, thetabar):
 
 def checkpoints(out):
     """{step: folder} of finished checkpoints, newest first."""
-    found = [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return {int(path.name[11:]): path for path in sorted(found, key=lambda path: -int(path.name[11:]))}
+    names = {path.name.removeprefix("checkpoint-"): path for path in out.glob("checkpoint-*")}
+    return dict(sorted(((int(k), path) for k, path in names.items() if k.isdigit()), reverse=True))
 
 def resume(out, model, optimizer, thetabar, cfg):
     """Fill theta, Adam's state and thetabar from the newest checkpoint whose files all have the size they had
@@ -848,7 +850,7 @@ def text_config(config):
     return text
 
 def engine_config(config, text_only):
-    """vLLM's view of the config: logits in float32, and windows as long, as the trainer's."""
+    """vLLM's view of the config: logits in float32, windows and the queries' scale as the trainer's."""
     config = text_config(config) if text_only else config
     text = config.get_text_config()
     text.head_dtype = config.head_dtype = "float32"
@@ -1191,7 +1193,7 @@ def run_and_exit(main):
     except SystemExit:
         if "vllm" not in sys.modules:  # no engine yet: as ever
             raise
-    except BaseException:  # which KeyboardInterrupt and CheckpointException are, no Exceptions
+    except BaseException:  # KeyboardInterrupt and torch's CheckpointException are no Exceptions
         sys.excepthook(*sys.exc_info())
     sys.stdout.flush()
     os._exit(status)
