@@ -408,7 +408,7 @@ def grade_rollouts(rollouts, problems, tokenizer):
 def load_held_out(cfg, base):
     jobs = make_jobs(base.tokenizer, load_problems(cfg.eval_data, cfg.wrapper), cfg.eval_samples, cfg.seed, None,
                      cfg.thinking, cfg.wrapper)
-    opsdc().check_prompts(base, [job["prompt"] for job in jobs])
+    opsdc().check_ids(base, [job["prompt"] for job in jobs])
     longest, worst = max((len(job["prompt"]), job["id"]) for job in jobs)
     check(longest <= cfg.max_prompt_tokens, f"--eval_data {cfg.eval_data}: the prompt of problem {worst} has "
           f"{longest} tokens, more than --max_prompt_tokens {cfg.max_prompt_tokens}; raise it")
@@ -740,7 +740,7 @@ def prepare(args):
         name = Path(source.partition("=")[0]).stem
         name += f"-{len(jobs) + 1}" * (name in jobs)  # two sources of one name are two
         jobs[name] = make_jobs(base.tokenizer, load_problems(source, args.wrapper), *how)
-    opsdc().check_prompts(base, [job["prompt"] for those in jobs.values() for job in those])
+    opsdc().check_ids(base, [job["prompt"] for those in jobs.values() for job in those])
     opsdc().say(f"the first prompt:\n{base.tokenizer.decode([*jobs.values()][0][0]['prompt'])}")
     longest, worst = max((len(job["prompt"]), job["id"]) for those in jobs.values() for job in those)
     context = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)
