@@ -716,7 +716,7 @@ def prepare(args):
     opsdc().check_settings(vars(args))
     check(args.k <= args.samples, f"--k {args.k}: expected at most --samples {args.samples}")
     args.instruction = None if args.instruction is None else opsdc().read_instruction(args.instruction)
-    base = opsdc().open_base(args.model)
+    base = opsdc().open_base(args.model, to_train=False)
     out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if args.instruction else ""))
     how, jobs = (args.samples, args.seed, args.instruction, args.thinking, args.wrapper), {}
     for source in [args.data] if args.data else args.benchmarks.replace(" ", "").split(","):
