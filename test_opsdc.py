@@ -16,11 +16,13 @@ float64 or with a second real run.
     python test_opsdc.py recomputation [DIR]        --gradient_checkpointing on and off, seconds and memory
     python test_opsdc.py gpu [DIR]                  what only a GPU can tell, in one table
 """
+import cProfile
 import contextlib
 import dataclasses
 import datetime
 import difflib
 import fcntl
+import gc
 import gzip
 import importlib.util
 import io
@@ -28,6 +30,7 @@ import itertools
 import json
 import math
 import os
+import pstats
 import random
 import re
 import resource
@@ -56,8 +59,10 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTex
                           GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
                           Qwen3Config, Qwen3ForCausalLM)
 
-import eval as ev
-import opsdc
+environment = dict(os.environ)
+import eval as ev  # noqa: E402
+import opsdc  # noqa: E402
+SIDE_EFFECTS = ("vllm" in sys.modules, torch.distributed.is_initialized(), environment != os.environ)
 
 HERE = Path(__file__).resolve().parent
 MATH500 = HERE.parent / "shared/data/math500.jsonl"
@@ -88,8 +93,8 @@ def metrics_of(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 # ----------------------------------------------------------------------------------------- tests in processes
-# Tests that start an engine run beside the others, two at a time, in forks of one process that has imported
-# vLLM. They take a folder instead of fixtures.
+# What takes long runs beside the other tests, in their order, two at a time, in forks of one process that has
+# imported vLLM. These tests get a folder instead of fixtures.
 
 BESIDE = {}  # name of a test: its function of a folder
 
@@ -98,42 +103,46 @@ def beside(*values):
     def decorate(test):
         BESIDE.update({f"{test.__name__}[{value}]": partial(test, value) for value in values}
                       or {test.__name__: test})
-
-        def wait(request, finished):
-            finished(request.node.name)
-        wait.__doc__ = test.__doc__
+        wait = lambda request, finished: finished(request.node.name)
         return pytest.mark.parametrize("finished", values, indirect=True)(wait) if values else wait
     return decorate
 
 @pytest.fixture
-def finished(beside_all):
-    return beside_all
+def finished(all_beside):
+    return all_beside
 
 @pytest.fixture(scope="session", autouse=True)
-def beside_all(request, tmp_path_factory):
-    directory, names = tmp_path_factory.mktemp("beside"), [item.name for item in request.session.items]
+def all_beside(request, tmp_path_factory):
+    """all_beside(name) waits for the test of this name, prints its output, and fails if it failed."""
+    torch.set_num_threads(1)  # the other cores are busy, and threads of torch spin while they wait
+    directory = tmp_path_factory.mktemp("beside")
+    names = [item.name for item in request.session.items if item.name in BESIDE]
+    if not names:
+        return (yield)
     process = subprocess.Popen([sys.executable, str(HERE / "test_opsdc.py"), "run_beside", str(directory),
-                                *filter(BESIDE.get, names)], env=ENVIRONMENT, start_new_session=True)
+                                *names], env=ENVIRONMENT, start_new_session=True)
 
     def finished(name):
-        """Fails if the test of this name fails; its output is this one's."""
-        status, since = directory / name / "status", time.monotonic()
+        status, since = folder_of(directory, name) / "status", time.monotonic()
         while not (status.exists() and status.read_text()):
             assert process.poll() is None and time.monotonic() - since < HANG
             time.sleep(0.05)
-        print((directory / name / "log").read_text())
+        print(status.with_name("log").read_text())
         assert status.read_text() == "0"
     yield finished
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # and its children
     process.wait()
 
+def folder_of(directory, name):
+    return Path(directory) / re.sub(r"\W+", "-", name)  # vLLM finds no weights below a folder with brackets
+
 def run_beside(directory, *names):
-    """Worker: the tests of these names, each in directory/NAME."""
+    """Worker: the tests of these names."""
     import_vllm()
 
     def test(name):
-        folder = Path(directory) / name
+        folder = folder_of(directory, name)
         folder.mkdir()
         status = status_of(fork_process(BESIDE[name], folder / "log", folder))
         (folder / "status").write_text(str(status))
@@ -144,7 +153,9 @@ def import_vllm():
     """Once, for all forked processes; with the settings that opsdc.py makes before its import."""
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR",
                       VLLM_CPU_KVCACHE_SPACE="1", TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1")
-    import vllm.entrypoints.llm  # noqa: F401
+    import vllm.entrypoints.llm
+    import vllm.v1.worker.gpu_model_runner  # noqa: F401  a CPU's too
+    gc.freeze()  # vLLM collects garbage five times a start: not among what is imported
 
 def fork_process(function, log, *arguments, **environment):
     """The id of a forked process that calls function(*arguments), its output added to `log`."""
@@ -154,7 +165,7 @@ def fork_process(function, log, *arguments, **environment):
     try:
         with open(log, "a") as file:
             os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-        os.environ.update(environment)
+        os.environ.update({name: str(value) for name, value in environment.items()})
         function(*arguments)
         status = 0
     except SystemExit as stop:
@@ -168,15 +179,15 @@ def fork_process(function, log, *arguments, **environment):
 def status_of(process_id):
     return os.waitstatus_to_exitcode(os.waitpid(process_id, 0)[1])
 
-def in_fork(function, *arguments, ranks=1):
-    """As `run`, of a function, in as many forked processes, which make a group as under torchrun."""
+def in_fork(function, *arguments, ranks=1, nodes=1):
+    """As `run`, of a function, in as many forked processes, with the group that torchrun would make."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        group = dict(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
-                     MASTER_PORT=str(free.getsockname()[1]))
+        group = dict(WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks // nodes, MASTER_ADDR="127.0.0.1",
+                     MASTER_PORT=free.getsockname()[1])
     with tempfile.NamedTemporaryFile() as log:
-        ids = [fork_process(function, log.name, *map(str, arguments), RANK=str(rank), LOCAL_RANK=str(rank),
-                            **group) for rank in range(ranks)]
+        ids = [fork_process(function, log.name, *map(str, arguments), **group, RANK=rank,
+                            LOCAL_RANK=rank % (ranks // nodes)) for rank in range(ranks)]
         return subprocess.CompletedProcess(arguments, max(map(status_of, ids), key=abs),
                                            Path(log.name).read_text())
 
@@ -894,10 +905,9 @@ def test_never_holds_logits_of_all_tokens():
                            chunk=16)[0].backward()
     assert largest.numel == 2 * 16 * 301  # the logits of one chunk, student's and teacher's
 
-@beside(*[kernels for kernels, flag in (("default", ""), ("avx2", "avx2"), ("avx512", "avx512f"))
-          if flag in Path("/proc/cpuinfo").read_text()])
-def test_the_objective_holds_with_every_kernel_of_this_processor(kernels, folder):
-    """torch picks its kernels by ATEN_CPU_CAPABILITY when it is imported: the tests above, once for each."""
+@beside("default", *["avx2"] * (torch.backends.cpu.get_cpu_capability() == "AVX512"))
+def test_the_objective_holds_with_the_processors_slower_kernels(kernels, folder):
+    """torch picks its kernels by ATEN_CPU_CAPABILITY when it is imported: the tests above, once more."""
     names = [name for name in globals() if re.search(
         "^test_(reverse_kl|loss_and_gradients_equal|small_div|divergence_is|stats|forks_of_the_obj)", name)]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", *(f"{__file__}::{name}" for name in names)],
@@ -1225,19 +1235,9 @@ def test_loss_and_gradients_of_the_sharded_model_equal_float64(family, folder):
 
 @beside()
 def test_two_nodes_shard_within_and_replicate_across(folder):
-    """2 x 2 ranks on this machine, each pair under a torchrun of its own, give the same gradients."""
     model = make_model(folder / "m", "qwen3")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2",
-              "--master_addr", "127.0.0.1", "--master_port", str(port), "--node_rank"]
-    worker = [str(HERE / "test_opsdc.py"), "gradients", str(model), str(folder / "found.pt"),
-              CUTS[1]]
-    nodes = [subprocess.Popen([*launch, str(node), *worker], env=ENVIRONMENT, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for node in range(2)]
-    outputs = [node.communicate(timeout=HANG)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
+    done = in_fork(gradients, model, folder / "found.pt", CUTS[1], ranks=4, nodes=2)
+    assert done.returncode == 0, done.stdout
     result, = torch.load(folder / "found.pt", weights_only=False)
     check_gradients([result], *exact_gradients(model))
     assert result["mesh"] == ("replicate", "shard")
@@ -1788,8 +1788,7 @@ def seconds_to_leave(when, directory, arguments, ranks):
 @beside()
 def test_a_failing_rank_ends_all_at_once(folder):
     arguments = small_run(*small_files(folder), folder / "out", steps=1)
-    done, seconds = seconds_to_leave("teacher_pass", folder, arguments, ranks=2)
-    print(f"{seconds:.1f} s")
+    done = in_fork(leave, "teacher_pass", folder / "left", *arguments, ranks=2)
     assert done.returncode != 0 and "RuntimeError: this rank fails" in done.stdout, done.stdout[-5000:]
     assert not (folder / "destroyed").exists()
 
@@ -1850,10 +1849,8 @@ def test_rank_killed_while_saving_then_a_damaged_checkpoint_and_a_full_disk(fold
     (out / "checkpoint-best").mkdir()  # a user's own: neither resumed from nor removed
     shard = next((out / "checkpoint-2").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    command = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash", sys.executable, HERE / "opsdc.py",
-               *small_run(model, data, out, save_every=3, resume=True)]
-    done = subprocess.run(list(map(str, command)), env=ENVIRONMENT, text=True, timeout=HANG,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+    done = in_fork(script, "opsdc.py", *small_run(model, data, out, save_every=3, resume=True))
     assert f"checkpoint-2, which is not whole: {shard.name}" in done.stdout
     assert "1 steps are done, from" in done.stdout
     assert done.returncode == 1 and re.search("error: .*checkpoint-3 could not be written, with .* GiB free "
@@ -2272,12 +2269,8 @@ def test_what_needs_eval_py_says_so(change, good, one_rank, refused_early, monke
     assert "--keep correct and --eval_every need eval.py" in refusal(
         lambda: opsdc.prepare(opsdc.Config(**good, **change)), capsys)
 
-@beside()
-def test_imports_without_vllm_or_gpu_and_without_side_effects(folder):
-    code = ("import sys, os; before = dict(os.environ); import opsdc, eval; "
-            "assert dict(os.environ) == before; "
-            "assert 'vllm' not in sys.modules and not opsdc.dist.is_initialized()")
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
+def test_imports_without_vllm_or_gpu_and_without_side_effects():
+    assert SIDE_EFFECTS == (False, False, False)
 
 # ------------------------------------------------------------------------------------------------------ forks
 
@@ -3394,6 +3387,7 @@ def test_parts_of_the_gpu_command(folder):
         gpu(folder)
     make_model(folder / "model", "qwen3")
     importlib.util.find_spec = lambda name: None
+    globals()["run"] = lambda worker, *words, **options: in_fork(globals()[worker], *words)
     with contextlib.redirect_stdout(io.StringIO()) as table:
         assert gpu_table(folder, 1, (64, 400, 32), 16) == [], table.getvalue()
     table = table.getvalue()
@@ -3409,32 +3403,10 @@ def large(directory="out-large"):
     write_rows(Path(directory) / "rows.jsonl")
 
 def profile(*arguments):
-    """opsdc.py with `arguments`, then where its seconds went; teacher_pass holds copy_into."""
-    calls = {}
-
-    def timed(owner, name):
-        function = getattr(owner, name)
-
-        def timer(*args, **kwargs):
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                calls.setdefault(name, []).append(time.perf_counter() - start)
-        setattr(owner, name, timer)
-    names = ("sample_rollouts", "make_micro_batches", "teacher_pass", "copy_into",
-             "student_pass", "update", "refresh", "log_step", "peak_memory", "save_checkpoint", "export",
-             "load_model", "prepare")
-    for owner, name in ((opsdc.RolloutEngine, "__init__"), (opsdc.RolloutEngine, "sync"),
-                        (ev, "grade_rollouts"), *((opsdc, name) for name in names)):
-        timed(owner, name)
-    sys.argv, start = ["opsdc.py", *arguments], time.perf_counter()
-    opsdc.main()
-    print(f"in all {time.perf_counter() - start:.1f} s\n\n| | calls | seconds | of the first | of a later |\n"
-          "|---|---|---|---|---|")
-    for name, seconds in sorted(calls.items(), key=lambda item: -sum(item[1])):
-        print(f"| {name} | {len(seconds)} | {sum(seconds):.2f} | {seconds[0]:.3f} | "
-              + (f"{statistics.fmean(seconds[1:]):.3f} |" if seconds[1:] else "|"))
+    """opsdc.py with `arguments`, then where its seconds went."""
+    profiler, sys.argv = cProfile.Profile(), ["opsdc.py", *arguments]
+    profiler.runcall(opsdc.main)
+    pstats.Stats(profiler).sort_stats("cumulative").print_stats(r"(opsdc|eval)\.py")
 
 if __name__ == "__main__":
     commands = dict(toy=make_toy) | {command.__name__: command for command in (
