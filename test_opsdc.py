@@ -113,10 +113,11 @@ def finished(all_beside):
 
 @pytest.fixture(scope="session", autouse=True)
 def all_beside(request, tmp_path_factory):
-    """all_beside(name) waits for the test of this name, prints its output, and fails if it failed."""
+    """all_beside(name) waits for the test of this name, prints its output, and fails if it failed; its folder."""
     torch.set_num_threads(1)  # the other cores are busy, and threads of torch spin while they wait
     directory = tmp_path_factory.mktemp("beside")
-    names = [item.name for item in request.session.items if item.name in BESIDE]
+    asked = {name for item in request.session.items for name in (item.name, *item.fixturenames)}
+    names = sorted(asked & BESIDE.keys(), key=["toy", *BESIDE].index)  # all the others are shorter
     if not names:
         return (yield)
     process = subprocess.Popen([sys.executable, str(HERE / "test_opsdc.py"), "run_beside", str(directory),
@@ -129,6 +130,7 @@ def all_beside(request, tmp_path_factory):
             time.sleep(0.05)
         print(status.with_name("log").read_text())
         assert status.read_text() == "0"
+        return status.parent
     yield finished
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # and its children
@@ -148,6 +150,16 @@ def run_beside(directory, *names):
         (folder / "status").write_text(str(status))
     with ThreadPoolExecutor(2) as pool:  # a core each
         list(pool.map(test, names))
+
+def shared(folder, name, make):
+    """The folder of this name beside `folder`, made by the first test that asks for it."""
+    folder = folder.with_name(name)
+    with open(folder.with_suffix(".lock"), "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not lock.tell():
+            make(folder)
+            lock.write("made")
+    return folder
 
 def import_vllm():
     """Once, for all forked processes; with the settings that opsdc.py makes before its import."""
@@ -232,23 +244,11 @@ def make_model(directory, family, texts=tuple(opsdc.INSTRUCTIONS.values()), voca
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(temperature=0.6)))
     return Path(directory)
 
-@pytest.fixture(scope="session", autouse=True)
-def toy_in_the_making(request, tmp_path_factory):
-    """The toy takes minutes of one core: it is made beside the tests that do not need it."""
-    directory = tmp_path_factory.mktemp("toy")
-    if not any("toy" in item.fixturenames for item in request.session.items):
-        return (yield)
-    with (open(directory / "log", "w") as log,
-          subprocess.Popen([sys.executable, str(HERE / "test_opsdc.py"), "toy", str(directory)],
-                           env=ENVIRONMENT, stdout=log, stderr=log) as process):
-        yield directory, process
-        process.kill()
+@pytest.fixture
+def toy(all_beside):
+    return all_beside("toy").with_name("a-toy")
 
-@pytest.fixture(scope="session")
-def toy(toy_in_the_making):
-    directory, process = toy_in_the_making
-    assert process.wait() == 0, (directory / "log").read_text()
-    return directory
+BESIDE["toy"] = toy_of = lambda folder: shared(folder, "a-toy", make_toy)
 
 # ---------------------------------------------------------------------------------------------------- the toy
 # The toy: a tiny Qwen3, trained from scratch on the spot, that overthinks until told not to. A problem is a
@@ -1669,12 +1669,11 @@ def small_files(folder):
 
 def whole_run(folder):
     """Six steps on one rank, never interrupted, with a refresh after every second one: once for all tests."""
-    folder = folder.with_name("whole")
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "out/model").exists():
-            done = in_fork(script, "opsdc.py", *small_run(*small_files(folder), folder / "out"))
-            assert done.returncode == 0, done.stdout
+    def make(folder):
+        folder.mkdir()
+        done = in_fork(script, "opsdc.py", *small_run(*small_files(folder), folder / "out"))
+        assert done.returncode == 0, done.stdout
+    folder = shared(folder, "a-run", make)
     return folder / "m", folder / "rows.jsonl", folder / "out"
 
 @beside()
@@ -3005,12 +3004,12 @@ def test_exported_model_is_a_plain_hugging_face_model(toy, trained):
 
 FEW = 300  # problems: more samples a rank than the engine takes at a time, so that they end bit by bit
 
-def command(toy, out, *more):
+def evaluate_few(toy, out, *more):
+    """Arguments of eval.py."""
     data = out.parent / "few.jsonl"
     data.write_text("".join((toy / "eval.jsonl").read_text().splitlines(keepends=True)[:FEW]))
-    return [sys.executable, str(HERE / "eval.py"), "--model", str(toy / "model"), "--data", str(data),
-            "--out", str(out), "--samples", "2", "--max-tokens", "60", "--temperature", "1", "--block", "8",
-            *more]
+    return list(map(str, ["--model", toy / "model", "--data", data, "--out", out, "--samples", 2,
+                          "--max-tokens", 60, "--temperature", 1, "--block", 8, *more]))
 
 def kill_rank(launcher, rank):
     """SIGKILL for the process of this rank under a torchrun."""
@@ -3019,14 +3018,15 @@ def kill_rank(launcher, rank):
         if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             os.kill(int(pid), signal.SIGKILL)
 
-def test_eval_end_to_end_killed_resumed_compared(toy, tmp_path, capsys):
+@beside()
+def test_eval_end_to_end_killed_resumed_compared(folder):
     """Of two ranks one is killed; one rank goes on to the records of a run that was always on one."""
-    base, whole, concise = (tmp_path / name for name in ("base", "whole", "concise"))
+    toy = toy_of(folder)
+    base, whole, concise = (folder / name for name in ("base", "whole", "concise"))
     problems = [json.loads(line) for line in (toy / "eval.jsonl").read_text().splitlines()[:FEW]]
     parts = [base / f"few.rank-{rank}.jsonl" for rank in (0, 1)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    killed = subprocess.Popen(launch + command(toy, base)[1:], stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    killed = subprocess.Popen([*launch, str(HERE / "eval.py"), *evaluate_few(toy, base)], env=ENVIRONMENT)
     while not parts[1].is_file() and killed.poll() is None:
         time.sleep(0.01)
     kill_rank(killed, 1)
@@ -3036,13 +3036,11 @@ def test_eval_end_to_end_killed_resumed_compared(toy, tmp_path, capsys):
     assert not json.loads((base / "summary.json").read_text())["finished"]
     with open(parts[1], "a") as file:
         file.write('{"id": "half a li')
-    evaluate = lambda words: subprocess.run(words, capture_output=True, text=True, timeout=HANG,
-                                            env=ENVIRONMENT)
-    with ThreadPoolExecutor(2) as pool:
-        for done in pool.map(evaluate, (command(toy, base), command(toy, whole, "--block", "1000"),
-                                        command(toy, concise, "--instruction", "v1"))):
-            assert done.returncode == 0 and "| few" in done.stdout, done.stderr[-2000:]
-            assert "\r" not in done.stdout + done.stderr  # bars are for those who watch
+    for words in (evaluate_few(toy, base), evaluate_few(toy, whole, "--block", "1000"),
+                  evaluate_few(toy, concise, "--instruction", "v1")):
+        done = in_fork(script, "eval.py", *words)
+        assert done.returncode == 0 and "| few" in done.stdout, done.stdout[-2000:]
+        assert "\r" not in done.stdout  # bars are for those who watch
     file = base / "few.jsonl"
     assert file.read_bytes() == (whole / "few.jsonl").read_bytes() and not any(map(Path.exists, parts))
     assert json.loads((base / "summary.json").read_text()) == json.loads((whole / "summary.json").read_text())
@@ -3063,13 +3061,13 @@ def test_eval_end_to_end_killed_resumed_compared(toy, tmp_path, capsys):
     other = [json.loads(line) for line in (concise / "few.jsonl").read_text().splitlines()]
     assert all(a["prompt_hash"] != b["prompt_hash"] and a["problem_hash"] == b["problem_hash"]
                for a, b in zip(records, other))
-    ev.main(["compare", str(base), str(concise), "--plot", str(tmp_path / "x.png")])
-    assert f"| {concise}" in capsys.readouterr().out and is_picture(tmp_path / "x.png")
+    done = in_fork(script, "eval.py", "compare", base, concise, "--plot", folder / "x.png")
+    assert f"| {concise}" in done.stdout and is_picture(folder / "x.png"), done.stdout
     untouched = file.read_bytes(), (base / "summary.json").read_bytes()
     for more, message in ((["--temperature", "0.9"], "temperature: there 1.0, here 0.9"),
                           (["--instruction", "v2"], "instruction")):
-        assert message in refusal(lambda: ev.main(command(toy, base, *more)[2:]), capsys)
-        torch.distributed.destroy_process_group()
+        done = in_fork(script, "eval.py", *evaluate_few(toy, base, *more))
+        assert done.returncode == 1 and message in done.stdout, done.stdout
     assert untouched == (file.read_bytes(), (base / "summary.json").read_bytes())
 
 def test_results_of_older_weights_are_not_taken_for_those_of_newer_ones(toy, tmp_path):
