@@ -103,7 +103,9 @@ def beside(*values):
     def decorate(test):
         BESIDE.update({f"{test.__name__}[{value}]": partial(test, value) for value in values}
                       or {test.__name__: test})
-        wait = lambda request, finished: finished(request.node.name)
+
+        def wait(request, finished):
+            finished(request.node.name)
         return pytest.mark.parametrize("finished", values, indirect=True)(wait) if values else wait
     return decorate
 
@@ -177,6 +179,7 @@ def fork_process(function, log, *arguments, **environment):
     try:
         with open(log, "a") as file:
             os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        sys.stdout = sys.__stdout__  # not what the parent has redirected
         os.environ.update({name: str(value) for name, value in environment.items()})
         function(*arguments)
         status = 0
