@@ -247,7 +247,7 @@ def make_model(directory, family, texts=tuple(opsdc.INSTRUCTIONS.values()), voca
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(temperature=0.6)))
     return Path(directory)
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def toy(all_beside):
     return all_beside("toy").with_name("a-toy")
 
