@@ -158,7 +158,7 @@ def shared(folder, name, make):
     folder = folder.with_name(name)
     with open(folder.with_suffix(".lock"), "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not lock.tell():
+        if not os.fstat(lock.fileno()).st_size:
             make(folder)
             lock.write("made")
     return folder
