@@ -284,79 +284,89 @@ def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 def load_problems(source, wrapper="math"):
-    """Problems (id, problem: bare text, answer, level or None) of a benchmark, a copy of it (math500=DIR), or
-    what opsdc.py's --data is. Repeated rows are one: as several they would shrink the intervals."""
+    """Problems (id, problem, tools, answer, level or None) of a benchmark, a copy of it (math500=DIR), or what
+    opsdc.py's --data is. Those without a known answer are left out; opsdc.py says how many there are."""
     name, _, copy = where, *_ = source.partition("=")
     if name in BENCHMARKS:
         hub_id, _, rest = BENCHMARKS[name].partition(":")
         source = f"{copy or hub_id}:{rest}"
         where = f"benchmark {name} (if gated, accept its terms on its hub page; offline a copy: {name}=DIR)"
-    problems, rows, others = {}, 0, 0
-    opsdc().say(f"reading {source} ...")
-    with opsdc().named(where):
-        check(re.search("[./]", source), f"expected {', '.join(BENCHMARKS)}, a file or a hub ID")
-        for rows, (at, row) in enumerate(opsdc().read_rows(source), 1):
-            new = as_problem(row, rows - 1, at, wrapper)
-            old = problems.setdefault(json.dumps(new["problem"], default=float), new)
-            others += old["answer"] != new["answer"]
-        ids = collections.Counter(p["id"] for p in problems.values()).most_common(1)
-        check(ids and ids[0][1] == 1, f"expected each id once, found {rows} rows and {dict(ids)}")
-    if rows > len(problems):
-        opsdc().say(f"{name}: {rows} rows are {len(problems)} problems; {others} rows have another answer "
-                    "than their problem's first row, which counts")
-    return list(problems.values())
+    with opsdc().blaming(where):
+        check(re.search("[./]", source) or Path(source).exists(),
+              f"expected {', '.join(BENCHMARKS)}, a file, a folder or a hub ID")
+        rows = [p for p in opsdc().read_problems(source, wrapper) if p["answer"] is not None]
+        check(rows, "expected a field answer, final_answer or solution to grade by, found none that is known")
+        problems = []
+        for p in rows:
+            row = p["row"]
+            with opsdc().blaming(f"row {p['number']}, unique_id, id or level"):
+                level = row["level"] if isinstance(row.get("level"), int) else as_text(row.get("level")) or None
+                identity = as_text(row.get("unique_id")) or as_text(row.get("id")) or str(p["number"] - 1)
+            problems.append({"id": identity, "level": level, **{k: p[k] for k in ("problem", "tools", "answer")}})
+    often = collections.Counter(p["id"] for p in problems)
+    return [q if often[q["id"]] == 1 else q | {"id": f"{q['id']}, row {p['number']}"}
+            for q, p in zip(problems, rows)]
 
 def as_text(value):
     """A text, number or boolean as text; "" if it is missing or blank."""
-    check(isinstance(value, (str, int, float, Decimal, type(None))), f"expected a text, found {value!r:.60}")
+    check(isinstance(value, (str, int, float, type(None))), f"expected a text, found {value!r:.60}")
     if value is None or value != value:  # NaN: a table's missing number
         return ""
-    return format(Decimal(str(value)), "f") if isinstance(value, (float, Decimal)) else str(value).strip()
+    return format(Decimal(str(value)), "f") if isinstance(value, float) else str(value).strip()
+
+# A gold that is no value: nothing is known by it. A text of several sentences is a proof
+NO_VALUE = re.compile(r"(?i:(?:see )?(?:the )?proof|not ?found|n/?a|nan|none|null|unknown)\.?|"
+                      r"(?s:.*[a-z)}$][.!?]\s+[A-Z][a-z ].*)")
 
 def read_answer(row, where):
-    """The known answer of a row of data, or None: after GSM8K's ####, in a solution's last box, else all of
-    the field. {"reward_model": {"ground_truth": 2}} gives "2"; ValueErrors say `where`."""
-    for key in ("answer", "solution", "reward_model"):
-        with opsdc().named(f"{where}, field {key}"):
-            value = row.get(key)
-            if key == "reward_model":
+    """(field, known answer) of a row of data: after GSM8K's ####, in a solution's last box, else all of the
+    field; (None, None) if none is a value. {"reward_model": {"ground_truth": 2}} gives ("reward_model", "2")."""
+    for field in ("answer", "final_answer", "expected_answer", "solution", "reward_model"):
+        with opsdc().blaming(f"{where}, field {field}"):
+            value = row.get(field)
+            if field == "reward_model":
                 value = opsdc().load_json(value) if value and isinstance(value, str) else value or {}
                 check(isinstance(value, dict), f"expected an object with ground_truth, found {value!r:.60}")
                 value = value.get("ground_truth")
             if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"]; not [0, 1)
                 value = opsdc().load_json(value)
             text = as_text(value[0] if isinstance(value, list) and len(value) == 1 else value)
-        if text:
-            return last_box(text)[1] or text.rpartition("####")[2].strip() or None
+        text = last_box(text)[1] or text.rpartition("####")[2].strip()
+        if text and not NO_VALUE.fullmatch(text):
+            return field, text
+    return None, None
 
-def as_problem(row, index, where, wrapper="math"):
-    options, right = row.get("choices"), row.get("answer")  # MMLU
+LETTERS = "ABCDEFGHIJ"
+
+def plain_row(row, where):
+    """A row as it is or, of a multiple choice, one whose problem has the options lettered and whose answer is a
+    letter. As in MMLU and MMLU-Pro (the gold is an index or a letter), or in GPQA."""
+    options, gold = row.get("options") or row.get("choices"), row.get("answer")
     if row.get("Correct Answer") is not None:  # GPQA
-        options, right = [row["Correct Answer"], *(row.get(f"Incorrect Answer {i}") for i in (1, 2, 3))], 0
-    if options is None:
-        problem, answer = opsdc().read_problem(row, where, wrapper), read_answer(row, where)
-    else:
-        with opsdc().named(f"{where}, a question with choices"):
-            question = row.get("question", row.get("Question"))
-            problem, answer = lettered(question, options, int(as_text(right)))
-    check(answer, f"{where}: expected a field answer or solution to grade by, found {', '.join(row)}")
-    with opsdc().named(f"{where}, unique_id, id or level"):
-        identity = as_text(row.get("unique_id")) or as_text(row.get("id")) or str(index)
-        level = row["level"] if isinstance(row.get("level"), int) else as_text(row.get("level")) or None
-    return {"id": identity, "problem": problem, "answer": answer, "level": level}
+        options, gold = [row["Correct Answer"], *(row.get(f"Incorrect Answer {i}") for i in (1, 2, 3))], 0
+    if not options:
+        return row
+    with opsdc().blaming(f"{where}, a question with choices"):
+        options = opsdc().load_json(options) if isinstance(options, str) else options
+        field = next((name for name in ("problem", "prompt", "question", "Question") if row.get(name)), None)
+        check(field and isinstance(options, list) and 1 < len(options) <= len(LETTERS)
+              and all(isinstance(text, str) and text.strip() for text in (row[field], *options)),
+              f"expected a question and two to ten texts to choose from, found {field}, {options!r:.80}")
+        order = list(range(len(options)))
+        random.Random(digest(row[field])).shuffle(order)  # GPQA lists the correct answer first
+        head = [row[field].strip(), "", "Answer with the letter of the correct option."]
+        lines = [f"({letter}) {options[i].strip()}" for letter, i in zip(LETTERS, order)]
+        answer = as_text(gold) and LETTERS[order.index(place_of(gold, options))]
+    rest = {name: value for name, value in row.items() if name not in ("options", "choices", "Question")}
+    return rest | {field.lower(): "\n".join(head + lines), "answer": answer}
 
-def lettered(question, options, correct):
-    """(question with lettered options, letter of the correct one), in an order only the question decides."""
-    options = opsdc().load_json(options) if isinstance(options, str) else options
-    check(isinstance(options, list) and correct in range(min(len(options), 10))
-          and all(isinstance(text, str) and text.strip() for text in (question, *options)),
-          "expected a question, up to ten texts to choose from and the right one's number, found "
-          f"{question!r:.40}, {options!r:.80}, {correct!r}")
-    letters, order = "ABCDEFGHIJ", list(range(len(options)))
-    random.Random(digest(question)).shuffle(order)  # GPQA lists the correct answer first
-    lines = [f"({letter}) {options[i].strip()}" for letter, i in zip(letters, order)]
-    head = [question.strip(), "", "Answer with the letter of the correct option."]
-    return "\n".join(head + lines), letters[order.index(correct)]
+def place_of(gold, options):
+    """The place of the right option, which `gold` names by its letter, its text or, from 0, its place."""
+    names = [*LETTERS[:len(options)], *options, *map(str, range(len(options)))]
+    text = as_text(gold).strip("(). ") if isinstance(gold, str) else as_text(gold)
+    names = names[-len(options):] if isinstance(gold, int) else names
+    check(text in names, f"expected as answer the letter or the place of an option, found {gold!r}")
+    return names.index(text) % len(options)
 
 # ------------------------------------------------------------------------------------------------- GENERATION
 def opsdc():
@@ -367,9 +377,8 @@ def opsdc():
 def make_jobs(tokenizer, problems, samples, seed, instruction=None, thinking=True, wrapper="math"):
     """`samples` jobs of each problem: records without a response, with the prompt's ids. instruction: c's."""
     jobs = []
-    ask, told = (opsdc().teacher_prompt, [instruction]) if instruction else (opsdc().student_prompt, [])
     for p in problems:
-        prompt = ask(tokenizer, p["problem"], *told, thinking, wrapper)
+        prompt = opsdc().prompt_ids(tokenizer, p["problem"], instruction, thinking, wrapper, p.get("tools"))
         hashes = {"problem_hash": digest(p["problem"], p["answer"]), "prompt_hash": digest(prompt)}
         jobs += [{"id": p["id"], "sample": i, "seed": int(digest(seed, p["id"], i), 16), "level": p["level"],
                   "gold": p["answer"], **hashes, "prompt": prompt} for i in range(samples)]
@@ -394,9 +403,10 @@ def grade_rollouts(rollouts, problems, tokenizer):
     for r, record in zip(known, make_records(tokenizer, jobs, [(r.ids, None, r.finished) for r in known])):
         r.correct = record["correct"]
 
-def load_held_out(cfg, tokenizer):
-    jobs = make_jobs(tokenizer, load_problems(cfg.eval_data, cfg.wrapper), cfg.eval_samples, cfg.seed, None,
+def load_held_out(cfg, base):
+    jobs = make_jobs(base.tokenizer, load_problems(cfg.eval_data, cfg.wrapper), cfg.eval_samples, cfg.seed, None,
                      cfg.thinking, cfg.wrapper)
+    opsdc().check_prompts(base, [job["prompt"] for job in jobs])
     longest, worst = max((len(job["prompt"]), job["id"]) for job in jobs)
     check(longest <= cfg.max_prompt_tokens, f"--eval_data {cfg.eval_data}: the prompt of problem {worst} has "
           f"{longest} tokens, more than --max_prompt_tokens {cfg.max_prompt_tokens}; raise it")
@@ -525,7 +535,7 @@ PUBLISHED = {  # arXiv 2603.05433: accuracy mean@8, % / mean tokens of base, pro
     "DeepSeek-R1-Distill-Llama-8B aime25": "25.0/11983 29.2/10803 28.8/11522 27.1/11131 26.2/11975",
     "DeepSeek-R1-Distill-Llama-8B gpqa_diamond": "47.0/8609 46.5/7732 46.0/7800 48.3/7731 46.7/8006",
     "DeepSeek-R1-Distill-Llama-8B mmlu": "71.5/1923 74.1/1746 73.9/1746 71.7/1585 71.4/1703"}
-MAY_DIFFER = ("model", "weights", "instruction", "template", "date", "seed", "k")  # in two comparable runs
+MAY_DIFFER = ("model", "weights", "instruction", "template", "seed", "k")  # in two comparable runs
 
 def check(condition, message):  # opsdc.py's, without torch
     if not condition:
@@ -688,22 +698,10 @@ def draw_run(ax, rows, metrics, color, label):
             ax.axvline(row["step"] + 0.5, color=color, linewidth=0.8, linestyle=":")
 
 # ----------------------------------------------------------------------------------------------- COMMAND LINE
-def fingerprint(model):
-    """Of the weight files of a local model, None for a hub id: a model trained further is another model."""
-    files = [(path.name, path.stat()) for path in sorted(Path(model).glob("*.safetensors"))]
-    return digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]) if files else None
-
-def replace_file(path, text):
-    """Written beside and renamed: a kill never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text)
-    beside.replace(path)
-
 def write_summary(out, settings, benchmarks, finished):
     found = {name: summarise(records, settings["k"]) for name, records in benchmarks.items()}
     summary = {"settings": settings, "finished": finished, "benchmarks": found}
-    replace_file(out / "summary.json", json.dumps(summary, indent=1))
+    opsdc().replace_file(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 
 def read_parts(out, name, jobs, merge=False):
@@ -714,59 +712,55 @@ def read_parts(out, name, jobs, merge=False):
     check(None not in found, f"--out {out}: {name}.jsonl holds other problems; give another directory")
     records = [found[place] for place in sorted(found)]
     if merge:
-        replace_file(out / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+        opsdc().replace_file(out / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
         for part in {*paths} - {out / f"{name}.jsonl"}:
             part.unlink()
     return records
 
 def done_before(out, settings, jobs):
     """{benchmark: records} of a killed run, on any number of ranks; ValueError if they are of another run."""
-    fresh = not (out / "summary.json").is_file()
-    check(not fresh or not any(out.glob("*.jsonl")),
-          f"--out {out}: holds .jsonl files but no summary.json; give another directory")
-    found = settings if fresh else read_summary(out)["settings"]
-    differ = [f"{k}: there {found.get(k)!r}, here {v!r}" for k, v in settings.items() if found.get(k) != v]
+    found = read_summary(out)["settings"] if (out / "summary.json").is_file() else settings
+    differ = [f"{k}: there {found.get(k)!r}, here {v!r}" for k, v in settings.items()
+              if k != "model" and found.get(k) != v]  # a copy elsewhere is the same model: its weights are
     check(not differ, f"--out {out} holds another run ({'; '.join(differ)}); give another directory")
     return {name: read_parts(out, name, those) for name, those in jobs.items()}
 
 def prepare(args):
-    """All checks -> tokenizer, {benchmark: jobs}, settings, folder, {benchmark: records}, Config."""
-    for name, (_, range, _) in NUMBERS.items():
-        opsdc().check_range(name, getattr(args, name.replace("-", "_")), range)
+    """All checks -> the model, {benchmark: jobs}, settings, folder, {benchmark: records}, Config."""
     args.k = args.samples if args.k is None else args.k
-    opsdc().check_range("k", args.k, f"1..{args.samples}")
+    opsdc().check_settings(vars(args))
+    check(args.k <= args.samples, f"--k {args.k}: expected at most --samples {args.samples}")
     args.instruction = None if args.instruction is None else opsdc().read_instruction(args.instruction)
-    tokenizer, context = opsdc().load_tokenizer(args.model)
+    base = opsdc().open_base(args.model)
     out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if args.instruction else ""))
-    before = read_summary(out)["settings"] if (out / "summary.json").is_file() else {}
-    day = before.get("date") or time.strftime("%Y-%m-%d")
-    opsdc().fix_date(tokenizer, day)
     how, jobs = (args.samples, args.seed, args.instruction, args.thinking, args.wrapper), {}
     for source in [args.data] if args.data else args.benchmarks.replace(" ", "").split(","):
-        problems = load_problems(source, args.wrapper)
-        jobs[Path(source.partition("=")[0]).stem] = make_jobs(tokenizer, problems, *how)
-    opsdc().say_prompts(tokenizer, args.thinking, args.instruction, problem=[*jobs.values()][0][0]["prompt"])
+        name = Path(source.partition("=")[0]).stem
+        name += f"-{len(jobs) + 1}" * (name in jobs)  # two sources of one name are two
+        jobs[name] = make_jobs(base.tokenizer, load_problems(source, args.wrapper), *how)
+    opsdc().check_prompts(base, [job["prompt"] for those in jobs.values() for job in those])
+    opsdc().say(f"the first prompt:\n{base.tokenizer.decode([*jobs.values()][0][0]['prompt'])}")
     longest, worst = max((len(job["prompt"]), job["id"]) for those in jobs.values() for job in those)
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)
     lower = f"lower --max-tokens from {args.max_tokens} to {context - longest}"
     check(longest + args.max_tokens <= context, f"the prompt of problem {worst} has {longest} tokens, "
           f"{args.model} holds {context}: {lower if longest < context else 'leave that problem out'}")
     cfg = opsdc().Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,
                          seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=0.9)  # no trainer beside it
-    opsdc().check_ranks(cfg.vllm_tp)
-    settings = {"version": VERSION, "model": opsdc().real_path(args.model), "date": day,
-                "weights": fingerprint(args.model), "template": digest(tokenizer.chat_template)}
+    settings = {"version": VERSION, "model": args.model, "weights": base.weights,
+                "template": digest(base.tokenizer.chat_template)}
     for name in (*SAMPLING, "max_tokens", "samples", "k", "seed", "thinking", "wrapper", "instruction"):
         settings[name] = getattr(args, name)
-    return tokenizer, jobs, settings, out, done_before(out, settings, jobs), cfg
+    if opsdc().dist.get_rank() == 0:
+        opsdc().claim_folder(out, True, "eval.lock")
+    return base, jobs, settings, out, done_before(out, settings, jobs), cfg
 
 def sample_and_write(engine, tokenizer, jobs, path, settings, block):
     """Appends the records of `jobs` to `path` as they come: once `block` are there, or after two minutes, so
     that a kill loses little however long the responses are. No path: a rank that helps another's engine."""
     pending, since = [], time.monotonic()
-    samples = engine.stream([job["prompt"] for job in jobs], [job["seed"] for job in jobs],
-                            **{name: settings[name] for name in (*SAMPLING, "max_tokens")})
-    for count, (at, sample) in enumerate(samples, 1):
-        pending.append((jobs[at], sample))
+    for count, sample in enumerate(stream(engine, jobs, settings), 1):
+        pending.append(sample)
         if path and (len(pending) >= block or count == len(jobs) or time.monotonic() - since > 120):
             records = make_records(tokenizer, *zip(*pending))
             with path.open("a") as file:
@@ -775,11 +769,23 @@ def sample_and_write(engine, tokenizer, jobs, path, settings, block):
             opsdc().say(f"{path.stem}: {count} of {len(jobs)} samples; the last {len(records)}: accuracy "
                         f"{percent(mean(records, 'correct'))} %, {mean(records, 'tokens'):.0f} tokens")
 
+def stream(engine, jobs, settings):
+    """(job, sample) of each job, as they end: a kill loses little."""
+    from vllm import SamplingParams
+    sampling = {name: settings[name] for name in (*SAMPLING, "max_tokens")}
+    queued = engine.llm.enqueue(
+        [{"prompt_token_ids": job["prompt"]} for job in jobs],
+        [SamplingParams(**sampling, seed=job["seed"], logprobs=0, detokenize=False) for job in jobs], use_tqdm=False)
+    job_of = {name.partition("-")[0]: job for name, job in zip(queued, jobs)}  # vLLM adds a suffix in between
+    while engine.llm.llm_engine.has_unfinished_requests():
+        for output in engine.llm.llm_engine.step():
+            yield job_of[output.request_id], opsdc().sampled(output.outputs[0])
+
 def evaluate(args):
     opsdc().start_processes()
-    with opsdc().refusals():  # all leave it together: all have read before one writes
-        tokenizer, jobs, settings, out, done, cfg = prepare(args)
+    base, jobs, settings, out, done, cfg = prepare(args)
     rank, engine = opsdc().dist.get_rank(), None
+    opsdc().dist.barrier()  # all have read before one writes
     if rank == 0:
         write_summary(out, settings, {}, finished=False)
         for name, wanted in jobs.items():
@@ -791,9 +797,9 @@ def evaluate(args):
         opsdc().say(f"{name}: {len(todo)} of {len(wanted)} samples to make"
                     + f", the others are in {out}" * (len(todo) < len(wanted)))
         if todo:
-            engine = engine or opsdc().RolloutEngine(cfg, load_format="auto")
+            engine = engine or opsdc().RolloutEngine(base, cfg, load_format="auto")
             path = out / f"{name}.rank-{rank}.jsonl" if rank % cfg.vllm_tp == 0 else None
-            sample_and_write(engine, tokenizer, engine.share(todo), path, settings, args.block)
+            sample_and_write(engine, base.tokenizer, engine.share(todo), path, settings, args.block)
         opsdc().dist.barrier()  # all have written before one reads
         if rank == 0:
             done[name] = read_parts(out, name, wanted, merge=True)
@@ -812,17 +818,17 @@ def print_table(summary):
             for name, s in summary["benchmarks"].items()]
     print(markdown(["in %, or tokens", "problems", "accuracy", *heads.values()], rows))
 
-NUMBERS = {  # option: default, range as in opsdc.py's Config, help
-    "samples": (8, "1..", "per problem"), "max-tokens": (30000, "1..", "of a response"),
-    "temperature": (SAMPLING["temperature"], "0..2", "of sampling"),
-    "top-p": (SAMPLING["top_p"], "0.001..1", "of sampling"), "vllm-tp": (1, "1..", "ranks of an engine"),
-    "top-k": (SAMPLING["top_k"], "0..", "of sampling, 0: all"), "seed": (0, "0..4294967295", "of sampling"),
-    "block": (128, "1..", "samples graded and written at a time, or what came in two minutes")}
+NUMBERS = {  # option: default, help
+    "samples": (8, "per problem"), "max-tokens": (30000, "of a response"),
+    "temperature": (SAMPLING["temperature"], "of sampling"), "top-p": (SAMPLING["top_p"], "of sampling"),
+    "top-k": (SAMPLING["top_k"], "of sampling, 0: all"), "seed": (0, "of sampling"),
+    "vllm-tp": (1, "ranks of an engine"),
+    "block": (128, "samples graded and written at a time, or what came in two minutes")}
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition("What counts")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: check(False, f"{message}; --help has each option's range")  # no usage
+    parser.error = lambda message: check(False, f"{message}; see --help")  # no usage
     add = parser.add_argument
     if argv[:1] in (["compare"], ["curves"]):
         add("command")
@@ -830,8 +836,8 @@ def parse_args(argv):
         add("--plot", required=argv[0] == "curves", help="FILE.png")
         add("--show", type=int, default=0, help="number of wins and losses to print")
         return parser.parse_args(argv), {"compare": compare, "curves": curves}[argv[0]]
-    for name, (value, range, text) in NUMBERS.items():
-        add(f"--{name}", type=type(value), default=value, metavar=range, help=f"{text} (default: {value})")
+    for name, (value, text) in NUMBERS.items():
+        add(f"--{name}", type=type(value), default=value, help=f"{text} (default: {value})")
     add("--benchmarks", default="math500,aime24,aime25", help=f"{', '.join(BENCHMARKS)}; NAME=DIR: a copy")
     add("--model", required=True, help="hub id or directory")
     add("--data", help="as of opsdc.py, with answers, instead of benchmarks")

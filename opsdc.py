@@ -12,7 +12,7 @@ instruction. One model, two prompts; no answers, no rewards, no length budget.
     for step = 1 .. steps:
         x_1..x_B ~ D                           # B = 32 problems, one rollout each
         y_i ~ pi_theta(. | x_i)                # vLLM, temperature 1, at most 8192 tokens; cut ones are kept
-        loss = 1/B sum_i 1/|y_i| sum_t KL(p || q)      # exact over the vocabulary, in nats
+        loss = 1/B sum_i 1/|y_i| sum_t KL(p || q)      # y held fixed; exact over the vocabulary, in nats
         theta <- AdamW(theta, grad loss)       # lr 1e-6 constant, weight decay 0.01, gradient clipped at 1.0
         every M = 50 steps: thetabar <- theta  # the refresh
 
@@ -25,11 +25,10 @@ back, and runs the student's passes, in which logits exist for `loss_chunk` toke
 
 Axes: B sequences of a batch, b of a micro-batch, T positions, N response tokens packed end to end, V, d.
 
-Left out on purpose: rewards and advantages, importance ratios (a KL over the whole vocabulary needs no
-correction for the small gap between engine and trainer), LoRA, schedules, several rollouts a prompt,
-asynchronous rollouts. The README shows where a fork would add them.
+Left out on purpose: rewards and advantages, importance ratios (at a given prefix the loss is exact, whoever
+sampled it), LoRA, schedules, several rollouts a prompt, asynchronous rollouts. README: where a fork adds them.
 
-Differences from the paper's text (P) and the authors' code (A):
+What is done here where the paper's text (P) or the authors' code (A) does otherwise:
  1. A: logits are float32 whatever the model's dtype; bfloat16 drowns the small KL (see THE OBJECTIVE).
  2. A: the line "Remember to put your answer ..." stands once in the teacher's prompt, not twice.
  3. A: a token weighs 1 / (B |y|), as in P, however the batch is cut into micro-batches.
@@ -40,32 +39,32 @@ Differences from the paper's text (P) and the authors' code (A):
 """
 import contextlib
 import csv
-import gzip
+import fcntl
 import hashlib
-import importlib.util
-import io
+import importlib.machinery
 import itertools
 import json
 import math
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import sys
+import threading
 import time
-from dataclasses import asdict, dataclass, field, fields
-from datetime import date, timedelta
-from decimal import Decimal
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
 
+import safetensors
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from huggingface_hub import save_torch_state_dict
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -74,70 +73,65 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForMultimod
                           HfArgumentParser)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
-from transformers.utils import has_file
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import cached_file
 
-# The seam to whatever measures: four functions, those of eval.py where it stands beside this file. Training
-# needs none of them; a fork gives its own.
-#     read_answer(row, where) -> the known answer of a row of --data, or None
+# The seam to whatever measures, eval.py beside this file or a fork's; without it rollouts are not graded.
+#     plain_row(row, where) -> row                       a multiple choice as a problem with lettered options
+#     read_answer(row, where) -> (field, answer)         of a plain row; (None, None) where none is known
 #     grade_rollouts(rollouts, problems, tokenizer)      fills in .correct where the problem's answer is known
-#     load_held_out(cfg, tokenizer) -> jobs              of --eval_data, whatever `validate` takes
+#     load_held_out(cfg, base) -> jobs                   of --eval_data, whatever `validate` takes
 #     validate(engine, tokenizer, jobs, cfg) -> metrics  of the engine's present weights
-sys.modules.setdefault("opsdc", sys.modules[__name__])  # what eval.py imports is this module, or the fork run
-try:
-    import eval as measure
-except ModuleNotFoundError as error:
-    if error.name != "eval":
-        raise
-    measure = None
+sys.modules.setdefault("opsdc", sys.modules[__name__])  # run as a script, it would be imported anew by eval.py
+evaluator, beside = None, importlib.machinery.PathFinder.find_spec("eval")
+if beside and "def grade_rollouts(" in Path(beside.origin).read_text(errors="replace"):
+    import eval as evaluator  # not a user's own script of that name
 
 # ---------------------------------------------------------------------------------------------------- CONFIG
-def flag(default, help, range=None):
-    """range of a number: "1.." or "0..1", ends included; --help shows it."""
-    return field(default=default, metadata={"help": help} | ({"metavar": range} if range else {}))
+def setting(default, explanation):
+    return field(default=default, metadata={"help": explanation})
 
 @dataclass
 class Config:
     """Every setting, once; the defaults are the paper's. --batch_size and --batch-size are the same flag."""
-    model: str = flag("Qwen/Qwen3-8B", "hub id or folder of a causal language model with a chat template")
-    data: str = flag("BytedTsinghua-SIA/DAPO-Math-17k", "hub ID[:CONFIG[:SPLIT]], file, or folder of files")
-    out: str = flag("out", "folder for metrics.jsonl, samples.jsonl, config.json, checkpoint-K/ and model/")
-    instruction: str = flag("v1", "c: v1, v2, 20%%, 50%% or 80%% (fewer tokens), @FILE, or the text itself")
-    wrapper: Literal["math", "none"] = flag("math", "DAPO's around each problem; none: prompts as they are")
-    steps: int = flag(100, "number of updates", "1..")
-    batch_size: int = flag(32, "B: problems a step, one rollout each, over all ranks", "1..")
-    lr: float = flag(1e-6, "AdamW's learning rate, constant", "0..1")
-    weight_decay: float = flag(0.01, "AdamW's weight decay", "0..")
-    clip: float = flag(1.0, "largest norm of the gradient; 0 = no clipping", "0..")
-    temperature: float = flag(1.0, "sampling temperature of the rollouts", "0..2")
-    max_prompt_tokens: int = flag(1024, "problems with a longer prompt are dropped", "1..")
-    max_response_tokens: int = flag(8192, "rollouts are cut here, and trained on as they are", "1..")
-    refresh_every: int = flag(50, "M: thetabar <- theta after so many steps; 0 = frozen teacher", "0..")
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = flag("reverse_kl", "the others are ablations")
-    keep: Literal["all", "correct"] = flag("all", "rollouts to train on; 'correct' needs answers in the data")
-    micro_batch_tokens: int = flag(16384, "padded tokens of a forward pass: memory, not mathematics", "1..")
-    loss_chunk: int = flag(1024 if torch.cuda.is_available() else 256,  # below, a GPU waits for its memory
-                           "tokens whose logits exist at a time: 8 V bytes each, on a GPU 10 V", "1..")
-    gradient_checkpointing: bool = flag(True, "recompute activations in backward: less memory, more time")
-    vllm_tp: int = flag(1, "ranks that share one vLLM engine (tensor parallelism)", "1..")
-    vllm_memory: float = flag(0.5, "share of each GPU's memory for vLLM while it generates", "0.01..1")
-    eval_every: int = flag(0, "steps between evaluations of --eval_data; 0 = none", "0..")
-    eval_data: str = flag("math500", "a benchmark of eval.py, or as --data")
-    eval_samples: int = flag(8, "samples a problem, at most max_response_tokens long", "1..")
-    save_every: int = flag(10, "steps between checkpoints; the newest two are kept", "1..")
-    resume: bool = flag(False, "go on from the newest whole checkpoint in --out")
-    seed: int = flag(0, "of the order of the problems and of the sampling", "0..4294967295")
-    thinking: bool = flag(True, "the chat template's enable_thinking (--no_thinking switches it off)")
+    model: str = setting("Qwen/Qwen3-8B", "hub id or folder of a causal language model with a chat template")
+    data: str = setting("BytedTsinghua-SIA/DAPO-Math-17k", "hub ID[:CONFIG[:SPLIT]], file or folder of files")
+    out: str = setting("out", "new folder: metrics.jsonl, samples.jsonl, config.json, checkpoint-K/, model/")
+    instruction: str = setting("v1", "c: v1, v2, 20%%, 50%% or 80%% (fewer tokens), @FILE or the text itself")
+    wrapper: Literal["math", "none"] = setting("math", "DAPO's around a problem; none: prompts as they are")
+    steps: int = setting(100, "number of updates")
+    batch_size: int = setting(32, "B: problems a step, one rollout each, over all ranks")
+    lr: float = setting(1e-6, "AdamW's learning rate, constant")
+    weight_decay: float = setting(0.01, "AdamW's weight decay")
+    clip: float = setting(1.0, "largest norm of the gradient; 0 = no clipping")
+    temperature: float = setting(1.0, "sampling temperature of the rollouts")
+    max_prompt_tokens: int = setting(1024, "problems with a longer prompt are dropped")
+    max_response_tokens: int = setting(8192, "rollouts are cut here, and trained on as they are")
+    refresh_every: int = setting(50, "M: thetabar <- theta after so many steps; 0 = frozen teacher")
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = setting("reverse_kl", "the others are ablations")
+    keep: Literal["all", "correct"] = setting("all", "rollouts to train on; correct ones need known answers")
+    micro_batch_tokens: int = setting(16384, "padded tokens of a forward pass: memory, not mathematics")
+    loss_chunk: int = setting(1024 if torch.cuda.is_available() else 256,
+                              "tokens whose logits, student's and teacher's, exist at a time")
+    gradient_checkpointing: bool = setting(True, "recompute activations in backward: less memory, more time")
+    vllm_tp: int = setting(1, "ranks that share one vLLM engine (tensor parallelism)")
+    vllm_memory: float = setting(0.5, "share of each GPU's memory for vLLM while it generates")
+    eval_every: int = setting(0, "steps between evaluations of --eval_data; 0 = none")
+    eval_data: str = setting("math500", "a benchmark of eval.py, or as --data")
+    eval_samples: int = setting(8, "samples a problem, at most max_response_tokens long")
+    save_every: int = setting(10, "steps between checkpoints; the newest two are kept")
+    resume: bool = setting(False, "go on from the newest whole checkpoint in --out")
+    seed: int = setting(0, "of the order of the problems and of the sampling")
+    thinking: bool = setting(True, "the chat template's enable_thinking (--no_thinking switches it off)")
 
 # --------------------------------------------------------------------------------------------------- PROMPTS
-# Student and teacher see the same problem, only the teacher the instruction. The strings are the experiment.
+# Both see the same problem; the teacher's prompt has the instruction where the student's says "Solve the
+# following math problem step by step". The strings are the experiment.
 
 FORMAT = ("The last line of your response should be of the form Answer: $Answer (without quotes) "
           "where $Answer is the answer to the problem.")
-WRAPPER_HEAD = f"Solve the following math problem step by step. {FORMAT}\n\n"  # of every row of DAPO-Math-17k
-WRAPPER_TAIL = '\n\nRemember to put your answer on its own line after "Answer:".'
-WRAPPERS = {  # before the problem in the student's prompt, and in the teacher's after c; after it in both
-    "math": (WRAPPER_HEAD, f"{FORMAT}\n\n", WRAPPER_TAIL), "none": ("", "", "")}
+STUDENT_HEAD = f"Solve the following math problem step by step. {FORMAT}\n\n"  # as in every row of DAPO-Math-17k
+TEACHER_HEAD = f"{FORMAT}\n\n"  # after the instruction
+TAIL = '\n\nRemember to put your answer on its own line after "Answer:".'  # after the problem, in both
 
 INSTRUCTIONS = {  # versions 1 and 2 of the paper, word for word
     "v1": "Solve the following math problem concisely and correctly. Be direct: avoid unnecessary "
@@ -152,73 +146,53 @@ INSTRUCTIONS = {  # versions 1 and 2 of the paper, word for word
               "Be more concise — cut unnecessary elaboration, redundant steps, and verbose explanations "
               "while preserving correctness." for p in (20, 50, 80)}
 
-def read_instruction(name):
-    """The text of c: `name` is a key of INSTRUCTIONS in any case, @FILE (its stripped text) or the text. One
-    word is no text but a key mistyped, which would be trained on without a sign."""
-    text = INSTRUCTIONS.get(name.replace(" ", "").lower(), name).strip()
-    if name.startswith("@"):
-        with named(f"--instruction {name}, expected a text file in the encoding UTF-8"):
-            text = Path(name[1:]).read_text("utf-8-sig").strip()
-    check(re.search(r"\s|[^!-~]", text),
-          f"--instruction {name}: expected {', '.join(INSTRUCTIONS)}, @FILE or a text, found {text!r}")
-    return text
-
-def chat_ids(tokenizer, problem, thinking, head="", tail=""):
-    """A text or conversation, head and tail around its last user turn -> ids up to where the answer starts.
-    Templates without enable_thinking ignore it."""
+def prompt_ids(tokenizer, problem, instruction=None, thinking=True, wrapper="math", tools=None):
+    """Ids of the student's prompt or, given c's text as `instruction`, of the teacher's, up to where the answer
+    starts. problem: a text, or messages, whose last user turn is wrapped. ValueError: the template fails."""
+    head, tail = (STUDENT_HEAD, TAIL) if wrapper == "math" else ("", "")
+    if instruction is not None:
+        head = f"{instruction}\n\n" + TEACHER_HEAD * (wrapper == "math")
     messages = problem if isinstance(problem, list) else [{"role": "user", "content": problem}]
     messages = edit_last_user(messages, lambda text: head + text + tail)
-    with named(f"the model's chat template fails on {str(problem):.80}"):
+    with blaming(f"the model's chat template fails on {str(problem):.80}"):  # it may ignore the last two options
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
-                                             return_dict=False, enable_thinking=thinking)
+                                             return_dict=False, tools=tools, enable_thinking=thinking)
 
 def edit_last_user(messages, edit):
     last = max(i for i, message in enumerate(messages) if message["role"] == "user")
     return [m | {"content": edit(m["content"])} if i == last else m for i, m in enumerate(messages)]
 
-def student_prompt(tokenizer, problem, thinking=True, wrapper="math"):
-    """Token ids of what the student answers: `problem`, a text or a conversation, in the wrapper."""
-    head, _, tail = WRAPPERS[wrapper]
-    return chat_ids(tokenizer, problem, thinking, head, tail)
-
-def teacher_prompt(tokenizer, problem, instruction, thinking=True, wrapper="math"):
-    """The same for the teacher: `instruction`, a text, in place of the wrapper's first sentence."""
-    _, head, tail = WRAPPERS[wrapper]
-    return chat_ids(tokenizer, problem, thinking, f"{instruction}\n\n{head}", tail)
-
-def fix_date(tokenizer, day):
-    """For templates that print the date: a run resumed tomorrow goes on with the prompts of its first day."""
-    clock = date.fromisoformat(day).strftime
-    tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, strftime_now=clock)
-
 # --------------------------------------------------------------------------------------------- THE OBJECTIVE
 # loss = sum over tokens of w KL(p || q), w = 1 / (B |y|). With the student's logits s and a = log p - log q:
-#     KL = sum_v p_v a_v = sum_v p_v (a_v + exp(-a_v) - 1)          dKL/ds_v = p_v (a_v - sum_u p_u a_u)
-# The second sum is the one taken: the first's terms have both signs and cancel to second order, which leaves
-# the rounding of the sums, 1.5e-4 of a KL of 1e-4 nats/token; the second's are never negative.
+#     KL = sum_v p_v a_v                             dKL/ds_v = p_v (a_v - sum_u p_u a_u)
+#        = sum_v p_v (a_v + exp(-a_v) - 1)           as sum_v p_v = sum_v q_v = sum_v p_v exp(-a_v) = 1
+# The second sum is taken: its terms are never negative. Those of the first have both signs and cancel to second
+# order, which leaves the rounding of float32: 1.5e-4 of a KL of 1e-4 nats/token.
 # Logits are float32 even where hidden states and heads are bfloat16: at a KL of 0.0016 nats/token, bfloat16
 # logits put an error of 20 % on the loss and of 63 % on the head's gradient (README, The objective).
 
 def kl_divergence(p, q, a):
     """KL(p || q) [n] in nats, given a = log p - log q [n, V]."""
-    near = torch.neg(a).expm1_().add_(a).mul_(p)  # in place: in a CPU's cache, passes cost more than products
-    far = torch.sub(q, p).addcmul_(p, a)  # the same number where exp(-a) may overflow
-    return torch.where(a > -1, near, far).sum(-1)
+    near = torch.neg(a).expm1_().add_(a).mul_(p)  # p (expm1(-a) + a), in place: on a CPU memory is the cost
+    far = torch.sub(q, p).addcmul_(p, a)  # q - p + p a, the same where exp(-a) may overflow
+    return torch.where(a > -1, near, far).sum(-1)  # any threshold from -80 to -1 would do
 
 def divergence_and_gradient(p, log_p, q, log_q, kind):
     """[n, V] of student (p) and teacher (q) -> D [n] in nats and dD/ds [n, V], s the student's logits."""
     a = log_p - log_q
     if kind == "forward_kl":  # KL(q || p)
         return kl_divergence(q, p, -a), p - q
-    value = kl_divergence(p, q, a) if kind == "reverse_kl" else 0
-    if kind == "jsd":  # (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2
+    if kind == "reverse_kl":
+        value = kl_divergence(p, q, a)
+    else:  # jsd: (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2
         log_m, m = torch.logaddexp(log_p, log_q) - math.log(2), (p + q) / 2
         a = log_p - log_m
         value, a = (kl_divergence(p, m, a) + kl_divergence(q, m, log_q - log_m)) / 2, a / 2
     return value, p * (a - (p * a).sum(-1, keepdim=True))  # dD/dp_v is a_v up to a constant, which cancels
 
 def reverse_kl(student_logits, teacher_logits):
-    """KL(student || teacher) of each row, nats, float32: [N, V], [N, V] -> [N]. What the loss sums."""
+    """KL(student || teacher) of each row, nats, float32: [N, V], [N, V] -> [N]. What the loss sums, for tests and
+    forks: the loss itself never has all logits."""
     log_p, log_q = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     return divergence_and_gradient(log_p.exp(), log_p, log_q.exp(), log_q, "reverse_kl")[0]
 
@@ -231,32 +205,32 @@ class ChunkedDivergence(torch.autograd.Function):
     def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, kind, chunk,
                 scale, cap):
         N, (V, d), device = len(student_hidden), student_head.shape, student_head.device
-        new = dict(device=device, dtype=torch.float32)
+        new = partial(torch.empty, device=device, dtype=torch.float32)
+        grad_hidden, grad_head, per_token = new(N, d), new(V, d).zero_(), new(5, N)
+        student_logits, teacher_logits = new(2, min(chunk, N), V)
         rows = max(1, ChunkedDivergence.BLOCK[device.type] // V)
-        grad_hidden, grad_head = torch.zeros(N, d, **new), torch.zeros(V, d, **new)
-        per_token = torch.empty(5, N, **new)  # divergence, both entropies, log p(sampled token), weight
-        s_chunk, t_chunk = torch.empty(2, min(chunk, N), V, **new)
-        for i in range(0, N, chunk):
-            h, th = student_hidden[i:i + chunk], teacher_hidden[i:i + chunk]  # [n, d]
-            s, t = s_chunk[:len(h)], t_chunk[:len(h)]  # [n, V]
+        for start in range(0, N, chunk):  # products, in chunks as large as memory allows
+            h, th = student_hidden[start:start + chunk], teacher_hidden[start:start + chunk]  # [n, d]
+            s, t = student_logits[:len(h)], teacher_logits[:len(h)]  # [n, V]
             float32_product(h, student_head.T, s)
             float32_product(th, teacher_head.T, t)
-            for r in range(0, len(h), rows):
-                at = slice(i + r, i + min(r + rows, len(h)))  # the same rows, counted in N
-                (s_v, slope), (t_v, _) = (finish_logits(x[r:r + rows], scale, cap) for x in (s, t))
-                log_p, log_q = s_v.log_softmax(-1), t_v.log_softmax(-1)
+            for row in range(0, len(h), rows):  # softmax and divergence, a few rows of the chunk at a time
+                block, at = slice(row, row + rows), slice(start + row, start + min(row + rows, len(h)))
+                (s_block, slope), (t_block, _) = (finish_logits(x[block], scale, cap) for x in (s, t))
+                log_p, log_q = s_block.log_softmax(-1), t_block.log_softmax(-1)
                 p, q = log_p.exp(), log_q.exp()
-                value, gradient = divergence_and_gradient(p, log_p, q, log_q, kind)
-                entropies = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
+                divergence, gradient = divergence_and_gradient(p, log_p, q, log_q, kind)
+                student_entropy, teacher_entropy = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
                 logprob = log_p.gather(-1, ids[at, None])[:, 0]
                 w = weights[at]  # here a fork weighs tokens by their entropies or divergence
-                per_token[:, at] = torch.stack([value, *entropies, logprob, w])
-                torch.mul(gradient, w[:, None] * slope, out=s[r:r + rows])
-            float32_product(s, student_head, grad_hidden[i:i + chunk])
+                per_token[:, at] = torch.stack([divergence, student_entropy, teacher_entropy, logprob, w])
+                torch.mul(gradient, w[:, None] * slope, out=s[block])  # logits become w dD/dlogits
+            float32_product(s, student_head, grad_hidden[start:start + chunk])
             float32_product(s.T, h, grad_head, add=True)
         ctx.gradients = grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype)
         ctx.mark_non_differentiable(per_token)
-        return (per_token[4] * per_token[0]).sum(), per_token
+        divergence, _, _, _, w = per_token
+        return (w * divergence).sum(), per_token
 
     @staticmethod
     def backward(ctx, grad_loss, _):
@@ -284,18 +258,20 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
     """sum_n weights[n] D(student_n, teacher_n): exact over the vocabulary, never [N, V] in memory.
 
     student_hidden [N, d], student_head [V, d] get gradients; teacher_hidden [N, d'], teacher_head [V, d'] do
-    not. weights [N] float32; tokens [N] sampled ids; scale and cap: see finish_logits. Returns the loss
-    (float32 scalar) and stats without gradient: kl (the divergence), student_entropy, teacher_entropy (means
-    over N, nats/token) and, given tokens, logprob [N] = log p(token)."""
+    not. weights [N] float32; tokens [N] sampled ids; scale and cap: see finish_logits. A token of `chunk` takes
+    8 V bytes, two float32 logits, on a GPU 2 V more for dL/dlogits in bfloat16. Returns the loss (float32
+    scalar) and stats without gradient: kl (the divergence), student_entropy, teacher_entropy (means over N,
+    nats/token) and, given tokens, logprob [N] = log p(token)."""
     ids = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
     loss, per_token = ChunkedDivergence.apply(student_hidden, student_head, teacher_hidden, teacher_head,
                                               weights, ids, divergence, chunk, scale, cap)
-    stats = dict(zip(("kl", "student_entropy", "teacher_entropy"), per_token[:3].mean(-1)))
-    return loss, stats if tokens is None else stats | dict(logprob=per_token[3])
+    kl, student_entropy, teacher_entropy, logprob, _ = per_token
+    stats = dict(kl=kl.mean(), student_entropy=student_entropy.mean(), teacher_entropy=teacher_entropy.mean())
+    return loss, stats if tokens is None else stats | dict(logprob=logprob)
 
 # --------------------------------------------------------------------------------------- STUDENT AND TEACHER
 # One sharded module serves both: thetabar is a second set of shards, copied into the first for one pass.
-# After a forward the root's weights may still be whole: reshard() before anything reads or writes shards.
+# After a forward the root's weights may still be gathered: reshard() before anything reads or writes shards.
 
 def compute_dtype():
     """Of activations, thetabar and the engine. float32 on CPU, so that tests can ask for exact agreement."""
@@ -307,36 +283,43 @@ class SelfDistillation(nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.lm, self.logits = lm, logit_scale_and_cap(lm.config)
+        self.lm, self.logit_options = lm, logit_scale_and_cap(lm.config)
         self.eval()  # no dropout whatever the config says: the engine has none
         for layer in lm.get_decoder().layers:
-            layer.training = True  # its own flag only: that of its checkpointing
+            layer.training = True  # the layer's own flag: in training mode alone transformers recomputes it
 
     def forward(self, inputs, predicts, *loss_inputs, **loss_options):
-        """inputs [b, T] ids, padded on the right; predicts [N] flat places that predict response tokens.
-        Returns hidden states [N, d] or, given (teacher_hidden, teacher_head, weights), distill_loss's."""
-        hidden = self.lm.get_decoder()(inputs, use_cache=False).last_hidden_state  # [b, T, d]; no pad is seen
+        """inputs [b, T] and predicts [N] of right_pad; padding is behind, where no token sees it. Returns hidden
+        states [N, d] or, given (teacher_hidden, teacher_head, weights), what distill_loss returns."""
+        hidden = self.lm.get_decoder()(inputs, use_cache=False).last_hidden_state  # [b, T, d]
         hidden = hidden.flatten(0, 1)[predicts]  # [N, d]
         if not loss_inputs:
             return hidden
-        return distill_loss(hidden, self.lm.get_output_embeddings().weight, *loss_inputs, **self.logits,
-                            **loss_options)
+        head = self.lm.get_output_embeddings().weight
+        return distill_loss(hidden, head, *loss_inputs, **self.logit_options, **loss_options)
 
-def load_model(cfg, device):
-    """cfg.model in shards on all ranks: rank 0 alone reads the weights and broadcasts tensor by tensor."""
-    lm = empty_model(cfg.model)
-    with refusals():
-        if cfg.gradient_checkpointing:
-            lm.gradient_checkpointing_enable({"use_reentrant": False})
-        whole = read_model(cfg.model, lm) if dist.get_rank() == 0 else lm
-    weights = {f"{lm.base_model_prefix}.{k}": w for k, w in whole.get_decoder().state_dict().items()}
-    weights["lm_head.weight"] = whole.get_output_embeddings().weight
+def read_weights(base):
+    """The whole model, float32, checked; for rank 0, before the engine starts."""
+    auto = AutoModelForCausalLM if base.config.model_type in CAUSAL_LMS else AutoModelForMultimodalLM
+    with blaming(f"--model {base.name}: its weights cannot be read"):
+        lm, info = auto.from_pretrained(base.name, dtype=torch.float32, output_loading_info=True,
+                                        attn_implementation=base.empty.config._attn_implementation)
+    check_weights(base, lm, sorted(info["missing_keys"]))
+    return lm
+
+def load_model(base, device, cfg):
+    """base in shards on all ranks: rank 0 broadcasts its weights tensor by tensor, and forgets them."""
+    lm, source = base.empty, base.loaded or base.empty  # other ranks have nothing to read
+    if cfg.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    weights = {f"{lm.base_model_prefix}.{name}": w for name, w in source.get_decoder().state_dict().items()}
+    weights["lm_head.weight"] = source.get_output_embeddings().weight
     model = shard(SelfDistillation(lm), device).to_empty(device=device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp_state.set_model_state_dict(lm, weights, options=options)
-    for buffer, source in zip(lm.get_decoder().buffers(), whole.get_decoder().buffers()):  # rotary tables
-        dist.broadcast(buffer.copy_(source), src=0)  # on other ranks source is buffer itself
-    lm.generation_config = whole.generation_config  # rank 0 writes it beside the final model
+    for buffer, original in zip(lm.get_decoder().buffers(), source.get_decoder().buffers()):  # rotary tables
+        dist.broadcast(buffer.copy_(original), src=0)  # copied onto itself where there is nothing to read
+    base.loaded = None
     return model
 
 def shard(model, device):
@@ -352,6 +335,17 @@ def shard(model, device):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
+def checkpoint_weights(lm, dtype, both_names=False):
+    """(name, gathered tensor) as in a checkpoint, for engine and export; collective. A layer at a time, in which
+    fused experts come apart. Tied weights come once, or under both names."""
+    tied, layer_of = lm.all_tied_weights_keys, lambda item: re.sub(r"(\.\d+\.).*", r"\1", item[0])
+    for _, layer in itertools.groupby(lm.state_dict(keep_vars=True).items(), layer_of):
+        weights = {name: p.detach().to(dtype) for name, p in layer if name not in tied}
+        gathered = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
+        for name, w in revert_weight_conversion(lm, gathered).items():
+            yield name, w
+            yield from ((other, w) for other, source in tied.items() if both_names and source == name)
+
 def snapshot(model, dtype=None):
     """theta's shards by name, by default in the compute dtype: thetabar at the start and after a refresh."""
     model.reshard()
@@ -360,7 +354,7 @@ def snapshot(model, dtype=None):
 
 @torch.no_grad()
 def copy_into(model, weights):
-    """Values go into the shards, where the all-gather reads them: it would not see other pointers."""
+    """Values go into the shards, where FSDP's all-gather reads them: it would not see other pointers."""
     model.reshard()
     for name, p in model.lm.named_parameters():
         p.copy_(weights[name])
@@ -378,8 +372,8 @@ class Problem(NamedTuple):
     teacher: list
 
 def batch_at(n, step, batch_size, seed):
-    """Indices of step 0, 1, ...: slices of one permutation of range(n) after another. A pure function, so
-    resuming needs no sampler. n=3, batch_size=2: step 1 takes an epoch's last and the next one's first."""
+    """Indices of step 0, 1, ...: slices of one permutation of range(n) after another. n=3, batch_size=2: step 1
+    takes an epoch's last and the next one's first. A pure function: resuming needs no sampler."""
     at = range(step * batch_size, (step + 1) * batch_size)
     orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in {k // n for k in at}}
     return [orders[k // n][k % n] for k in at]
@@ -395,39 +389,32 @@ class Rollout:
 class RolloutEngine:
     """vLLM in this rank's process; `vllm_tp` consecutive ranks form one engine, the others are replicas of it
     with their own share of the batch. On a GPU it sleeps while we train: weights dropped, cache freed.
-    load_format: "dummy" where `sync` brings the weights, "auto" where cfg.model's own stay (eval.py)."""
+    load_format: "dummy" where `sync` brings the weights, "auto" where the model's own stay (eval.py)."""
 
-    def __init__(self, cfg, load_format="dummy"):
-        say(f"starting vLLM with {cfg.model}, which takes up to some minutes ...")
+    def __init__(self, base, cfg, load_format="dummy"):
+        say(f"starting vLLM with {base.name}, which takes up to some minutes ...")
         cuda, length = torch.cuda.is_available(), cfg.max_prompt_tokens + cfg.max_response_tokens
-        self.tp, self.sleeps = cfg.vllm_tp, cuda and load_format == "dummy"
-        ours = {"LOCAL_WORLD_SIZE": os.environ["LOCAL_WORLD_SIZE"]}
+        self.tp, self.sleeps, before = cfg.vllm_tp, cuda and load_format == "dummy", dict(os.environ)
         defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
         if not cuda:  # a cache of 1 GiB; no compiler to wait for at the first request
             defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
-        os.environ.update(defaults | os.environ)
+        os.environ.update(defaults | before)
         from vllm import LLM
-        from vllm.model_executor.models.transformers.base import Base
+        from vllm.model_executor.models.transformers import base as wrapped
         # a family without a class in vLLM: its compiler would change transformers' class, the trainer's too
-        Base._decorate_for_torch_compile = lambda self: None
-        self.llm = LLM(cfg.model, distributed_executor_backend="external_launcher",
+        wrapped.Base._decorate_for_torch_compile = lambda self: None
+        self.llm = LLM(base.name, distributed_executor_backend="external_launcher",
                        tensor_parallel_size=cfg.vllm_tp, max_model_len=length,
                        max_num_seqs=256, max_num_batched_tokens=max(8192, length), seed=cfg.seed,
                        enable_chunked_prefill=cuda,  # on CPU it cannot rewind a request's own generator
                        load_format=load_format, enable_sleep_mode=self.sleeps, enforce_eager=not cuda,
                        gpu_memory_utilization=cfg.vllm_memory, disable_log_stats=True,
-                       use_tqdm_on_load=False, dtype=engine_dtype(read_config(cfg.model)),
+                       use_tqdm_on_load=False, dtype=engine_dtype(base.config),
                        enable_prefix_caching=None if cuda else False,  # hybrids would need chunked prefill
                        hf_overrides=partial(engine_config, text_only=load_format == "dummy"))
-        os.environ.update(ours)  # on CPU vLLM rewrites it
+        os.environ["LOCAL_WORLD_SIZE"] = before["LOCAL_WORLD_SIZE"]  # on CPU vLLM rewrites it
         self.llm.llm_engine.engine_core._finalizer.detach()  # its exit hook destroys our process groups too
-        tokenizer, config = self.llm.get_tokenizer(), self.llm.model_config.try_get_generation_config()
-        ids = config.get("eos_token_id", [])
-        ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
-        self.ends = ", ".join(f"{i} {tokenizer.decode([i])}" for i in sorted(ids))
-        say(f"a response ends with the id {self.ends}")
         self.sleep()
-        self.asleep = torch.cuda.memory_allocated()  # bytes: torch goes on counting what sleeps; 0 on CPU
 
     def sync(self, model):
         """theta into the engine's own tensors (CUDA graphs stay valid), a layer at a time; collective. A head
@@ -435,13 +422,17 @@ class RolloutEngine:
         model.reshard()
         has_head, = self.llm.apply_model(lambda engine: any(
             name.endswith("lm_head") for name, _ in engine.named_modules(remove_duplicate=False)))
-        weights = checkpoint_weights(model.lm, self.llm.llm_engine.model_config.dtype, twins=has_head)
+        weights = checkpoint_weights(model.lm, self.llm.llm_engine.model_config.dtype, both_names=has_head)
         if self.sleeps:
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # its keys and values are the old weights'
+
+    def sleep(self):
+        if self.sleeps:
+            self.llm.sleep(level=2)
 
     def share(self, items):
         """This engine's share of `items`, one slice: the same on all its tensor-parallel ranks."""
@@ -454,37 +445,30 @@ class RolloutEngine:
         dist.all_gather_object(shares, mine)
         return sum(shares[::self.tp], [])
 
-    def stream(self, prompts, seeds, **sampling):
-        """Lists of prompt ids -> (place in `prompts`, (ids, logprobs, finished)), a sample each, as they end.
-        A request's own seed makes it independent of rank and neighbours. logprobs are the model's, before
-        temperature. sampling: vLLM's max_tokens, temperature, top_p, top_k."""
-        from vllm import SamplingParams
-        params = [SamplingParams(**sampling, seed=s, logprobs=0, detokenize=False) for s in seeds]
-        queued = self.llm.enqueue([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-        while self.llm.llm_engine.has_unfinished_requests():
-            for output in self.llm.llm_engine.step():
-                y, at = output.outputs[0], int(output.request_id) - int(queued[0].partition("-")[0])
-                logprobs = [of[token].logprob for token, of in zip(y.token_ids, y.logprobs)]
-                yield at, (list(y.token_ids), logprobs, y.finish_reason == "stop")
-
     def generate(self, prompts, seeds, **sampling):
-        """The samples of `stream`, in the order of `prompts`."""
-        return [sample for _, sample in sorted(self.stream(prompts, seeds, **sampling))]
+        """Lists of prompt ids -> a sample of each (see `sampled`). A request's own seed makes it independent of
+        rank and neighbours. sampling: vLLM's max_tokens, temperature, top_p, top_k."""
+        from vllm import SamplingParams
+        params = [SamplingParams(**sampling, seed=seed, detokenize=False, logprobs=0)  # of no token but the sampled
+                  for seed in seeds]
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        return [sampled(output.outputs[0]) for output in outputs]
 
-    def sleep(self):
-        if self.sleeps:
-            self.llm.sleep(level=2)
+def sampled(y):
+    """vLLM's completion -> (ids, the model's logprobs of them before temperature, finished)."""
+    logprobs = [of[token].logprob for token, of in zip(y.token_ids, y.logprobs)]
+    return list(y.token_ids), logprobs, y.finish_reason == "stop"
 
 def sample_rollouts(engine, problems, indices, step, tokenizer, cfg):
-    """A graded rollout of each problem of `indices`, in order, on every rank; the engines share the work."""
-    # a rollout is a function of these: run seed, step, problem, which of its rollouts; not of the rank
+    """A graded rollout of each problem of `indices`, in order, on every rank; the engines share the work. It is a
+    function of run seed, step, problem and, where B exceeds the data, repeat; not of the rank."""
     seeds = [int(digest((cfg.seed, step, i, indices[:k].count(i)))[:8], 16) for k, i in enumerate(indices)]
     mine = engine.share(indices)
     samples = engine.generate([problems[i].student for i in mine], engine.share(seeds),
                               max_tokens=cfg.max_response_tokens, temperature=cfg.temperature)
     rollouts = [Rollout(i, *sample) for i, sample in zip(mine, samples)]
-    if measure:
-        measure.grade_rollouts(rollouts, problems, tokenizer)
+    if evaluator:
+        evaluator.grade_rollouts(rollouts, problems, tokenizer)
     return engine.gather(rollouts)
 
 def keep_rollouts(rollouts, cfg):
@@ -500,21 +484,21 @@ class MicroBatch(NamedTuple):
     logprobs: torch.Tensor  # [N] the engine's
 
 def token_weights(rollouts):
-    """The weight of every token in the loss, a list a rollout: 1 / (B |y|), with B counted over all ranks."""
+    """The weight of every token in the loss, a list a rollout: 1 / (B |y|), B rollouts kept on all ranks."""
     return [[1 / (len(rollouts) * len(r.ids))] * len(r.ids) for r in rollouts]
 
-def micro_batches(lengths, budget, rank, world):
+def plan_micro_batches(lengths, budget, rank, world):
     """Indices of `lengths` for `rank` to compute, in groups of at most `budget` padded tokens (or one
     sequence), of which at most a twentieth of the budget is padding.
 
     Sequences sorted by length are dealt out `world` at a time: the ranks' groups are equally many, nearly as
-    wide. Lengths [9, 3, 8, 3], world 2 and budget 12 give rank 0 [[0], [1]] and rank 1 [[2], [3]]."""
+    wide. Lengths [9, 3, 9, 8, 8, 3], world 2 and budget 20 are dealt as (0, 2), (3, 4), (1, 5); the first two
+    deals fit into one group: rank 0 has [[0, 3], [1]] and rank 1 [[2, 4], [5]]."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    deals = [order[k:k + world] for k in range(0, len(order), world)]  # a sequence a rank, the longest first
     groups = []
-    for deal in deals:
+    for deal in (order[k:k + world] for k in range(0, len(order), world)):  # a sequence a rank, longest first
         group = [*(groups[-1] if groups else []), deal]
-        widths = [lengths[longest] for longest, *_ in group]
+        widths = [lengths[longest] for longest, *_ in group]  # rank 0's; the others' are not wider
         padded = widths[0] * len(group)
         if groups and padded <= budget and padded - sum(widths) <= budget / 20:
             groups[-1] = group
@@ -535,17 +519,18 @@ def make_micro_batches(rollouts, problems, device, cfg):
     """This rank's MicroBatches, the same number on all ranks, as FSDP's collectives demand: a rank without a
     sequence for one of them computes the shortest rollout with weight 0."""
     weights, shortest = token_weights(rollouts), min(rollouts, key=lambda r: len(r.ids))
-    lengths = [len(problems[r.index].teacher) + len(r.ids) for r in rollouts]
+    prompts = [(problems[r.index].student, problems[r.index].teacher) for r in rollouts]
+    lengths = [max(map(len, both)) + len(r.ids) for both, r in zip(prompts, rollouts)]
     packed = lambda lists: torch.tensor(sum(lists, []), device=device)
     batches = []
-    for group in micro_batches(lengths, cfg.micro_batch_tokens, dist.get_rank(), dist.get_world_size()):
-        ours, w = zip(*[(rollouts[i], weights[i]) for i in group]
-                      or [(shortest, [0.0] * len(shortest.ids))])
-        responses = [r.ids for r in ours]
+    for group in plan_micro_batches(lengths, cfg.micro_batch_tokens, dist.get_rank(), dist.get_world_size()):
+        mine = [rollouts[i] for i in group] or [shortest]
+        w = [weights[i] for i in group] or [[0.0] * len(shortest.ids)]
+        responses = [r.ids for r in mine]
         batches.append(MicroBatch(
-            right_pad([problems[r.index].student for r in ours], responses, device),
-            right_pad([problems[r.index].teacher for r in ours], responses, device), packed(responses),
-            packed(w), packed([r.logprobs for r in ours])))
+            right_pad([problems[r.index].student for r in mine], responses, device),
+            right_pad([problems[r.index].teacher for r in mine], responses, device),
+            packed(responses), packed(w), packed([r.logprobs for r in mine])))
     return batches
 
 def teacher_pass(model, thetabar, batches):
@@ -556,12 +541,13 @@ def teacher_pass(model, thetabar, batches):
     with torch.no_grad():
         hidden = [model(*batch.teacher) for batch in batches]
     model.reshard()
-    head = model.lm.get_output_embeddings().weight.detach().to(compute_dtype(), copy=True)  # kept from theta
+    head = model.lm.get_output_embeddings().weight.detach().to(compute_dtype(), copy=True)  # theta's comes next
     copy_into(model, theta)
     return hidden, head.full_tensor()
 
-# nats/token on average, a hundredth of it in float32. Working syncs have 1e-2 and 3e-7, stale weights 0.2
-MAX_GAP = 0.1
+# Engine and trainer are two implementations of one model, whose log-probabilities of the sampled tokens may
+# differ by so much on average, nats/token. Working syncs have 1e-2 and 3e-7, stale weights 0.2.
+MAX_GAP = {torch.bfloat16: 0.1, torch.float32: 1e-3}
 
 def student_pass(model, batches, hidden, head, cfg):
     """Forward and backward of every micro-batch; gradients add up. Returns the loss and means over all
@@ -571,7 +557,7 @@ def student_pass(model, batches, hidden, head, cfg):
         loss, stats = model(*batch.student, teacher_hidden, head, batch.weights, divergence=cfg.divergence,
                             chunk=cfg.loss_chunk, tokens=batch.tokens)
         (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the loss is a sum over them
-        trained = batch.weights > 0
+        trained = batch.weights > 0  # all tokens of a micro-batch or none, see make_micro_batches
         n, gap = trained.sum(), ((stats["logprob"] - batch.logprobs) * trained).abs()
         entropies = stats["student_entropy"] * n, stats["teacher_entropy"] * n
         sums += torch.stack([loss.detach(), *entropies, gap.sum(), n])
@@ -579,12 +565,11 @@ def student_pass(model, batches, hidden, head, cfg):
     dist.all_reduce(sums)
     loss = sums[0].item()
     student_entropy, teacher_entropy, gap = (sums[1:4] / sums[4].clamp(min=1)).tolist()
-    limit = MAX_GAP if engine_dtype(model.lm.config) == torch.bfloat16 else MAX_GAP / 100
-    if math.isfinite(loss) and not gap <= limit:  # nor if it is NaN
-        raise RuntimeError(f"engine and trainer differ by {gap:.4f} nats/token, expected at most {limit}. "
-                           "No update was made. Look, likeliest first, at the engine's kernels for this "
-                           "family (on a CPU experts are packed at the first load only: README, Families), "
-                           "names and tensors of checkpoint_weights, the version of vLLM (requirements.txt)")
+    limit = MAX_GAP[engine_dtype(model.lm.config)]
+    if math.isfinite(loss) and not gap <= limit:  # nor if the gap is NaN; a loss that is NaN `update` sees to
+        raise RuntimeError(f"engine and trainer differ by {gap:.4f} nats/token, expected at most {limit}. No "
+                           "update was made. Look, likeliest first, at the engine's kernels for this family "
+                           "(README, Families), at checkpoint_weights, at vLLM's version (requirements.txt)")
     return dict(loss=loss, student_entropy=student_entropy, teacher_entropy=teacher_entropy, logprob_gap=gap,
                 logprob_gap_max=max_over_ranks(gap_max))
 
@@ -608,13 +593,13 @@ def train_step(model, thetabar, optimizer, rollouts, problems, device, metrics, 
 # ------------------------------------------------------------------------------------------------------ MAIN
 def main():
     device, cfg = start_processes(), read_arguments()
-    tokenizer, problems, held_out, out = prepare(cfg)
-    engine = RolloutEngine(cfg)
-    model = load_model(cfg, device)
+    base, problems, held_out, out = prepare(cfg)
+    engine = RolloutEngine(base, cfg)
+    model = load_model(base, device, cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     thetabar = snapshot(model)
-    done = resume(out, model, optimizer, thetabar, cfg) if cfg.resume else 0
-    skipped = idle = cut = 0  # steps in a row without a finite gradient, a rollout kept, one that ended
+    done = resume(out, model, optimizer, thetabar, cfg) if cfg.resume else 0  # fills the three in place
+    skipped = idle = 0  # steps in a row without a finite gradient, and without a rollout kept
     terminated = []  # SIGTERM received: a scheduler takes the machine
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
 
@@ -626,10 +611,10 @@ def main():
             engine.sync(model)
         if cfg.eval_every and (step - 1) % cfg.eval_every == 0:
             with timed(metrics, "eval"):
-                metrics |= measure.validate(engine, tokenizer, held_out, cfg)
+                metrics |= evaluator.validate(engine, base.tokenizer, held_out, cfg)
         with timed(metrics, "generate"):
             indices = batch_at(len(problems), step - 1, cfg.batch_size, cfg.seed)
-            rollouts = sample_rollouts(engine, problems, indices, step, tokenizer, cfg)
+            rollouts = sample_rollouts(engine, problems, indices, step, base.tokenizer, cfg)
             engine.sleep()
         kept = keep_rollouts(rollouts, cfg)
         if kept:
@@ -637,12 +622,12 @@ def main():
         thetabar = refresh(model, thetabar, step, cfg)
 
         skipped = 0 if math.isfinite(metrics.get("grad_norm", 0)) else skipped + 1
-        idle, cut = 0 if kept else idle + 1, 0 if any(r.finished for r in rollouts) else cut + 1
-        metrics |= rollout_metrics(rollouts, metrics["seconds_generate"])
-        metrics |= dict(skipped_updates=skipped, peak_memory_gib=peak_memory(engine),
-                        seconds_step=time.perf_counter() - start)
-        log_step(out, metrics, rollouts, problems, tokenizer)
-        stop_or_warn(skipped, idle, cut, engine.ends, cfg)
+        idle = 0 if kept else idle + 1
+        metrics |= dict(skipped_updates=skipped, seconds_step=time.perf_counter() - start)
+        log_step(out, metrics, rollouts, problems, base.tokenizer)
+        if skipped == 3 or idle == 10:
+            raise RuntimeError(f"{skipped} gradients in a row were not finite, {idle} steps in a row kept no "
+                               "rollout; the checkpoints are as they were")
         leave = max_over_ranks(bool(terminated))  # all after the same step
         if leave or step % cfg.save_every == 0 or step == cfg.steps:
             save_checkpoint(out, step, model, optimizer, thetabar)
@@ -650,131 +635,135 @@ def main():
             say(f"stopped by SIGTERM after step {step}; --resume goes on from there")
             break
     else:  # not stopped
-        export(model, tokenizer, out)
-        say(f"done: {out}/model is that of step {max(done, cfg.steps)}"
-            + f"; `python eval.py --model {out}/model --wrapper {cfg.wrapper}` measures it" * bool(measure))
+        export(model, base, out)
+        say(f"done: {out}/model is that of step {max(done, cfg.steps)}")
 
 # The algorithm ends here. What follows surrounds it: checkpoints, rows, families of models, checks, logs.
 
 # ------------------------------------------------------------------------------------------------ CHECKPOINT
-# checkpoint-K/ holds theta, Adam's state and thetabar as shards of torch.distributed.checkpoint, which any
-# number of ranks can read, and state.json with every file's size. It is tmp-checkpoint-K until it is whole.
+# checkpoint-K/ holds theta, Adam's state and thetabar as shards that any number of ranks can read. What is being
+# written is called UNFINISHED until it is whole. Nothing else is replaced but the run's own checkpoints and logs.
+UNFINISHED = "unfinished"
 
 def training_state(model, optimizer, thetabar):
     model.reshard()
-    fresh = not optimizer.state
-    adam = dcp_state.get_optimizer_state_dict(model, optimizer)
-    if fresh:  # torch has made the state by a step of zeros, which it counts
-        for state in optimizer.state.values():
-            state["step"].zero_()
-    return {"theta": dict(model.lm.named_parameters()), "thetabar": thetabar, "optimizer": adam}
+    return {"theta": dict(model.lm.named_parameters()), "thetabar": thetabar,
+            "optimizer": dcp_state.get_optimizer_state_dict(model, optimizer)}
 
 def save_checkpoint(out, step, model, optimizer, thetabar):
-    final, tmp = out / f"checkpoint-{step}", out / f"tmp-checkpoint-{step}"
+    unfinished, final = out / UNFINISHED, out / f"checkpoint-{step}"
+    if not optimizer.state:  # no update was made yet: Adam has nothing to save
+        return
     try:
-        dcp.save(training_state(model, optimizer, thetabar), checkpoint_id=tmp)
+        dcp.save(training_state(model, optimizer, thetabar), checkpoint_id=unfinished)
     except dcp.CheckpointException:  # of any rank: a full disk
-        say(f"error: {final} could not be written, with {shutil.disk_usage(out).free / 2**30:.3g} GiB free "
-            "there; make room, then --resume goes on from the checkpoint before")
+        say(f"error: {final} was not written, {shutil.disk_usage(out).free / 1e9:.3g} GB are free there; make room, "
+            "then --resume goes on from the checkpoint before")
         raise
     if dist.get_rank() == 0:
-        sizes = {path.name: path.stat().st_size for path in tmp.iterdir()}
-        (tmp / "state.json").write_text(json.dumps({"sizes": sizes}))
-        shutil.rmtree(final, ignore_errors=True)
-        tmp.rename(final)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one
+        unfinished.rename(final)
         for old in list(checkpoints(out).values())[2:]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
+            if old.exists():
+                say(f"{old} is no longer needed, but could not be removed")
     dist.barrier()
 
 def checkpoints(out):
     """{step: folder} of finished checkpoints, newest first."""
-    names = {path.name.removeprefix("checkpoint-"): path for path in out.glob("checkpoint-*")}
-    return dict(sorted(((int(k), path) for k, path in names.items() if k.isdigit()), reverse=True))
+    found = [(int(path.name[11:]), path) for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return dict(sorted(found, reverse=True))
 
 def resume(out, model, optimizer, thetabar, cfg):
-    """Fill theta, Adam's state and thetabar from the newest checkpoint whose files all have the size they had
-    when they were written; returns the steps done."""
-    for step, path in checkpoints(out).items():
-        try:
-            for name, size in json.loads((path / "state.json").read_text())["sizes"].items():
-                check((path / name).stat().st_size == size, name)
-        except (OSError, ValueError, KeyError) as error:
-            say(f"skipping {path}, which is not whole: {error}")
-            continue
+    """Fill theta, Adam's state and thetabar from the newest checkpoint that loads; returns the steps done."""
+    step, found = 0, checkpoints(out)
+    for step, path in found.items():
         state = training_state(model, optimizer, thetabar)
-        dcp.load(state, checkpoint_id=path)
+        try:
+            dcp.load(state, checkpoint_id=path)
+        except (Exception, dcp.CheckpointException) as error:
+            say(f"skipping {path}, which is not whole: {str(error).strip()[:300]}")
+            continue
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         optimizer.param_groups[0].update(lr=cfg.lr, weight_decay=cfg.weight_decay)  # not the checkpoint's
         break
     else:
-        step, path = 0, "no checkpoint"
-    say(f"--resume: {step} steps are done, from {path}"
-        + f"; --steps {cfg.steps} adds none, model/ is that of step {step}" * (step >= cfg.steps))
-    if dist.get_rank() == 0:
-        forget_later_steps(out, step)
+        check(not found, f"--resume: no checkpoint in {out} is whole; name another --out to start anew")
+    say(f"--resume: {step} steps are done")
+    for log in (out / "metrics.jsonl", out / "samples.jsonl") if dist.get_rank() == 0 else ():
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        replace_file(log, "".join(line for line in lines  # later steps come again; a kill may cut a line
+                                  if line.endswith("}\n") and json.loads(line)["step"] <= step))
     return step
 
-def export(model, tokenizer, out):
-    """out/model/: theta as a plain Hugging Face model in bfloat16, gathered in rank 0's CPU memory."""
+def replace_file(path, text):
+    """Written beside and renamed: a kill never leaves half a file."""
+    path.with_name(UNFINISHED).write_text(text)
+    path.with_name(UNFINISHED).replace(path)
+
+def export(model, base, out):
+    """out/model/: theta as a plain Hugging Face model in bfloat16, gathered in rank 0's CPU memory. All but
+    the weights are the base's files as they came, so that other libraries read them as they do the base's."""
     model.reshard()
     weights = {name: w.cpu() for name, w in checkpoint_weights(model.lm, torch.bfloat16)
                if dist.get_rank() == 0}
     if dist.get_rank() == 0:
-        with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(model.lm.config, dtype=torch.bfloat16)
-        plain.save_pretrained(out / "tmp-model", state_dict=weights, save_original_format=False)
-        # as it came: save_pretrained refuses one with a temperature and without do_sample
-        model.lm.generation_config.to_json_file(out / "tmp-model/generation_config.json")
-        tokenizer.save_pretrained(out / "tmp-model")
-        shutil.rmtree(out / "model", ignore_errors=True)
-        (out / "tmp-model").rename(out / "model")
+        folder, final, text = out / UNFINISHED, out / "model", base.empty.config
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        save_torch_state_dict(weights, folder)
+        for path in base.folder.iterdir():
+            if path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken") and "index" not in path.name:
+                shutil.copyfile(path, folder / path.name)
+        config = json.loads((folder / "config.json").read_text())
+        if "text_config" in config:  # of a multimodal model the text model's fields
+            config = config["text_config"] | {name: getattr(text, name) for name in (
+                "model_type", "architectures", "tie_word_embeddings", "eos_token_id", "pad_token_id")}
+        rope = config.get("rope_parameters") or {}  # transformers 4 looks for rope_theta beside it
+        config |= {name: rope[name] for name in rope if name == "rope_theta"}
+        config |= dict(dtype="bfloat16", torch_dtype="bfloat16")
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        for path in folder.glob("*.safetensors"):  # made for their owner alone
+            path.chmod((folder / "config.json").stat().st_mode)
+        shutil.rmtree(final, ignore_errors=True)
+        folder.rename(final)
     dist.barrier()
 
 # ------------------------------------------------------------------------------------------------------ DATA
 # Strict: str() of a list, or a text cut off a conversation, would be trained on without a sign.
 
 def load_json(text, where=""):
-    with named(f"{where}expected a JSON object, found {text[:60]!r}"):
-        return json.loads(text, parse_float=Decimal)  # 0.10 keeps its digits
+    with blaming(f"{where}expected a JSON object, found {text[:60]!r}"):
+        return json.loads(text)
 
-def read_file(path):
-    """(where, row) of every row of a file. All cells of a .csv are texts: 055 is not 55."""
-    data, kind = Path(path).read_bytes(), Path(path.removesuffix(".gz")).suffix
-    data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    if kind == ".parquet":
-        import pyarrow.parquet
-        rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
-        return ((f"row {n}", row) for n, row in enumerate(rows, 1))
-    with named("expected the encoding UTF-8"):
-        text = data.decode("utf-8-sig")
-    if kind == ".csv":
-        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        return ((f"line {table.line_num}", row) for row in table)
-    if text.lstrip().startswith("["):
-        return ((f"row {n}", row) for n, row in enumerate(load_json(text), 1))
-    lines = enumerate(text.split("\n"), 1)  # splitlines() also cuts at U+2028
-    return ((f"line {n}", load_json(line, f"line {n}, ")) for n, line in lines if line.strip())
+def read_lines(name):
+    """(where, row) of a .jsonl or .csv, of which `datasets` would make 55 from 055 and shift columns."""
+    table = name.endswith(".csv")
+    with blaming(f"{name}, expected the encoding UTF-8"), open(name, encoding="utf-8-sig", newline="") as file:
+        for n, row in enumerate(csv.DictReader(file, strict=True) if table else filter(str.strip, file), 1):
+            row = row if table else load_json(row, f"row {n}, ")
+            check(isinstance(row, dict) and None not in row,
+                  f"row {n}: expected a JSON object, or a cell for each column, found {str(row):.60}")
+            yield f"{name}, row {n}", row
 
 def read_rows(source):
-    """(where, row) of every row of a file, a folder of files, or a data set of the hub; `where` names it."""
-    if re.search(r"\.(jsonl?|csv|parquet)(\.gz)?$", source) and not Path(source).is_dir():
-        with named(source):
-            for where, row in read_file(source):
-                check(isinstance(row, dict) and None not in row,
-                      f"{where}: expected a JSON object, or a cell for each column, found {str(row):.60}")
-                yield f"{source}, {where}", row
-        return
-    import datasets
+    """(where, row) of every row of a file, a folder of files or by save_to_disk, or a data set of the hub."""
     name, config, split = [*([source] if Path(source).exists() else source.rsplit(":", 2)), "", ""][:3]
-    with named(f"{source}: expected a file .jsonl, .json, .csv or .parquet, or .gz of one, a folder of "
-               "these, or a data set of the hub as ID, ID:CONFIG or ID:CONFIG:SPLIT, found"):
-        if Path(name).is_dir():  # datasets knows which files are the split's
-            files = datasets.load_dataset_builder(name, config or None).config.data_files[split or "train"]
-            rows = (pair for file in files for pair in read_rows(file))
+    if re.search(r"\.(jsonl|csv)$", name) and not Path(name).is_dir():
+        return read_lines(name)
+    import datasets
+    with blaming(f"{source}: expected a file .jsonl, .json, .csv or .parquet, or .gz of one, a folder of these, "
+                 "or a data set of the hub as ID, ID:CONFIG or ID:CONFIG:SPLIT, found"):
+        formats = {path.suffix: path.name for path in Path(name).rglob("*.*[vlt]")}  # csv, jsonl, parquet
+        check(len(formats) < 2, f"several formats, {' and '.join(formats.values())}; name one file")
+        if Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists():
+            data = datasets.load_from_disk(name)
+            data = data if isinstance(data, datasets.Dataset) else data[split or "train"]
+        elif Path(name).is_file():
+            data = datasets.load_dataset(str(Path(name).parent), data_files=Path(name).name, split="train")
         else:
             data = datasets.load_dataset(name, config or None, split=split or "train")
-            rows = ((f"{source}, row {n}", row) for n, row in enumerate(data, 1))
-    yield from rows
+    return ((f"{source}, row {n}", row) for n, row in enumerate(data, 1))
 
 def as_problem(value, wrapper):
     """A prompt as the text of its only turn, else as messages; None if no user's text is in it. For --wrapper
@@ -787,7 +776,7 @@ def as_problem(value, wrapper):
         isinstance(m.get("content"), str) or m.get("tool_calls"))
     check(isinstance(value, list) and all(map(is_turn, value)),
           f"expected a text, or messages with the texts role and content, found {value!r:.60}")
-    json.dumps(value, ensure_ascii=False, default=float).encode()  # fails on half a surrogate pair
+    json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
     roles = [m["role"] for m in value]
     check(roles[-1:] != ["assistant"] and (wrapper == "none" or roles.count("user") < 2),
           "expected the user's turn last, and with --wrapper math no other of theirs (--wrapper none takes a "
@@ -795,50 +784,102 @@ def as_problem(value, wrapper):
     if not any(m["role"] == "user" and m["content"].strip() for m in value):
         return None
     if wrapper == "math":
-        bare = lambda text: text.strip().removeprefix(WRAPPER_HEAD).removesuffix(WRAPPER_TAIL).strip()
+        bare = lambda text: text.strip().removeprefix(STUDENT_HEAD).removesuffix(TAIL).strip()
         value = edit_last_user(value, bare)
     return value[0]["content"] if len(value) == 1 else value
 
 def read_problem(row, where, wrapper="math"):
-    """The problem of a row, a text or messages; ValueErrors say `where`. For --wrapper math
-    {"prompt": [{"role": "user", "content": WRAPPER_HEAD + "1+1?" + WRAPPER_TAIL}]} gives "1+1?"."""
-    for key in ("problem", "prompt", "question"):
-        with named(f"{where}, field {key}"):
-            problem = as_problem(row.get(key), wrapper)
-        if problem:
-            return problem
-    raise ValueError(f"{where}: expected a field problem, prompt or question, found {', '.join(row)}; a "
-                     "blank one is none")
+    """(field, problem, tools) of a row; the problem is a text or messages. For --wrapper math
+    {"prompt": [{"role": "user", "content": STUDENT_HEAD + "1+1?" + TAIL}]} gives "1+1?"."""
+    unread = [name for name in row if re.fullmatch("(image|video|audio|option|choice)s?", name) and row[name]]
+    check(not unread, f"{where}: expected a problem in words, found {', '.join(unread)}; take such rows out")
+    for field in ("problem", "prompt", "question"):
+        with blaming(f"{where}, field {field}"):
+            problem, tools = as_problem(row.get(field), wrapper), row.get("tools") or None
+            if problem:
+                return field, problem, load_json(tools) if isinstance(tools, str) else tools
+    raise ValueError(f"{where}: expected a field problem, prompt or question that is not blank, found "
+                     f"{', '.join(row)}")
 
-def load_problems(cfg, tokenizer, instruction):
+def read_problems(source, wrapper="math"):
+    """[dict(problem, tools, answer, row, number)] of `source`, each problem once, with its first known answer.
+    Says which fields are read, and which are not."""
+    say(f"reading {source} ...")
+    found, fields, read, others, number = {}, {}, {}, 0, 0
+    for number, (where, row) in enumerate(read_rows(source), 1):
+        plain = evaluator.plain_row(row, where) if evaluator else row
+        field, problem, tools = read_problem(plain, where, wrapper)
+        answer_field, answer = evaluator.read_answer(plain, where) if evaluator else (None, None)
+        first = found.setdefault(json.dumps([problem, tools]), dict(
+            problem=problem, tools=tools, answer=answer, row=row, number=number))
+        others += None not in (first["answer"], answer) and first["answer"] != answer
+        first["answer"] = first["answer"] or answer
+        fields |= dict.fromkeys(row)
+        read |= {field: "problem", answer_field: "answer"}
+    unknown, unread = sum(p["answer"] is None for p in found.values()), [f for f in fields if f not in read]
+    say(f"{source}: {number} rows, {len(found)} problems, {unknown} without a known answer, {others} rows with "
+        f"another one than before them; read: {read}; not read: {', '.join(unread)}")
+    return list(found.values())
+
+def load_problems(cfg, base, instruction):
     """The data set in its own order, without duplicates and without problems whose prompts are too long."""
-    say(f"reading {cfg.data} ...")
-    answers, rows, contradictions = {}, 0, 0
-    for rows, (where, row) in enumerate(read_rows(cfg.data), 1):
-        key = json.dumps(read_problem(row, where, cfg.wrapper), default=float)  # a conversation is no key
-        answer = measure and measure.read_answer(row, where)
-        first = answers.setdefault(key, answer)
-        contradictions += None not in (first, answer) and first != answer
-        answers[key] = first or answer
-    problems = [Problem(text, answer, student_prompt(tokenizer, text, cfg.thinking, cfg.wrapper),
-                        teacher_prompt(tokenizer, text, instruction, cfg.thinking, cfg.wrapper))
-                for text, answer in zip(map(json.loads, answers), answers.values())]
+    ask = partial(prompt_ids, base.tokenizer, thinking=cfg.thinking, wrapper=cfg.wrapper)
+    problems = [Problem(p["problem"], p["answer"], ask(p["problem"], tools=p["tools"]),
+                        ask(p["problem"], instruction, tools=p["tools"]))
+                for p in read_problems(cfg.data, cfg.wrapper)]
+    check_prompts(base, [p.student + p.teacher for p in problems])
     short = [p for p in problems if max(len(p.student), len(p.teacher)) <= cfg.max_prompt_tokens]
-    unknown = sum(p.answer is None for p in short)
-    say(f"data: {rows} rows, {rows - len(problems)} duplicates ({contradictions} with another answer, the "
-        f"first counts), {len(problems) - len(short)} dropped (a prompt longer than {cfg.max_prompt_tokens} "
-        f"tokens), {len(short)} left, {unknown} of them without an answer; {cfg.steps} steps are "
-        f"{cfg.steps * cfg.batch_size / max(1, len(short)):.2f} epochs")
-    check(short, f"--data {cfg.data}: expected problems, found {len(problems)}, none with prompts of at most "
-          f"{cfg.max_prompt_tokens} tokens; add problems or raise --max_prompt_tokens")
-    check(cfg.keep == "all" or not unknown, f"--keep correct: {unknown} of the {len(short)} problems have no "
-          "answer; expected a field answer, solution or reward_model.ground_truth")
+    known = sum(p.answer is not None for p in short)
+    say(f"{len(problems) - len(short)} dropped (a prompt longer than {cfg.max_prompt_tokens} tokens), "
+        f"{len(short)} left; {cfg.steps} steps are {cfg.steps * cfg.batch_size / max(1, len(short)):.2f} epochs")
+    check(known if cfg.keep == "correct" else short, f"--data {cfg.data}: expected problems with prompts of at "
+          f"most {cfg.max_prompt_tokens} tokens, for --keep correct with known answers, found {len(problems)} "
+          f"problems, {len(short)} of them as short, {known} with a known answer")
     return short
 
 # -------------------------------------------------------------------------------------------------- FAMILIES
 # How families of models differ, all of it, and which cannot be trained.
 
-read_config = partial(AutoConfig.from_pretrained, trust_remote_code=False)  # else it asks on the terminal
+@dataclass
+class Base:
+    """The model that a run starts from, opened and checked once."""
+    name: str  # hub id or folder
+    folder: Path  # of its files; of a hub id's, in the cache
+    config: object
+    tokenizer: object
+    weights: str  # digest of their content, or a hub id's commit
+    empty: nn.Module | None = None  # its text model on the meta device: no weights
+    loaded: nn.Module | None = None  # the whole model, on rank 0 until it is in shards
+
+def open_base(name):
+    """The Base of a model whose weights are not loaded yet, for both scripts."""
+    files = [path for path in sorted(Path(name).glob("*")) if path.suffix in (".safetensors", ".bin")]
+    with blaming(f"--model {name}: expected a folder with a chat model, or the id of one on the hub, found"):
+        check(not Path(name, "adapter_config.json").exists(), "a LoRA adapter; merge it into its base model")
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # else it asks on the terminal
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        text, folder = config.get_text_config(), Path(cached_file(name, "config.json")).parent
+        check(tokenizer.chat_template, "no chat template; save a tokenizer with one there")
+        check(files or not Path(name).exists(), "no weights, .safetensors or .bin; copy them there")
+        check(abs(text.pad_token_id or 0) < text.vocab_size, f"pad_token_id {text.pad_token_id} of "
+              f"{text.vocab_size} ids; correct its config.json")
+    weights = digest([*map(digest_weights, files)]) if files else config._commit_hash
+    return Base(name, folder, config, tokenizer, weights)
+
+def digest_weights(path):
+    """Of the whole content: a copy is the same model, one trained further another."""
+    with blaming(f"{path}: expected weights, found a pointer or half a file; copy it again"):
+        if path.suffix == ".safetensors":
+            safetensors.safe_open(path, "pt")
+        else:
+            torch.load(path, map_location="meta", weights_only=True)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+def check_prompts(base, prompts):
+    rows, largest = base.config.get_text_config().vocab_size, max(map(max, prompts), default=0)
+    check(largest < rows, f"--model {base.name}: expected token ids below {rows}, the rows of its embedding, found "
+          f"{largest}, {base.tokenizer.decode([largest])!r}; mend the tokenizer, or resize the embedding")
 
 def text_config(config):
     """Of a multimodal model the causal text model's: that is what is trained, run and exported."""
@@ -861,246 +902,161 @@ def engine_config(config, text_only):
         text.llama_4_scaling = rope | dict(beta=rope["llama_4_scaling_beta"])
     return config
 
-def logit_scale_and_cap(config):
-    """For finish_logits; read_model sees whether that is all."""
-    of = lambda name: getattr(config.get_text_config(), name, None) or 1
-    return dict(scale=of("logit_scale") * of("lm_head_multiplier") / of("logits_scaling"),
-                cap=getattr(config.get_text_config(), "final_logit_softcapping", None))
-
 def engine_dtype(config):
     """The compute dtype, but for gated delta-nets, whose kernels know bfloat16 only."""
     delta_net = hasattr(config.get_text_config(), "linear_key_head_dim")
     return torch.bfloat16 if delta_net else compute_dtype()
 
-def empty_model(model):
-    """The text model of `model`, hub id or folder, on the meta device: no weights are read."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(text_config(read_config(model)), dtype=torch.float32)
+def logit_scale_and_cap(config):
+    """For finish_logits; check_weights sees whether that is all."""
+    of = lambda name: getattr(config.get_text_config(), name, None) or 1
+    return dict(scale=of("logit_scale") * of("lm_head_multiplier") / of("logits_scaling"),
+                cap=getattr(config.get_text_config(), "final_logit_softcapping", None))
 
-def read_model(model, lm):
-    """`model` with its weights, in memory. ValueError: some are missing, or the loss has other logits."""
-    known = read_config(model).model_type in CAUSAL_LMS
-    whole, info = (AutoModelForCausalLM if known else AutoModelForMultimodalLM).from_pretrained(
-        model, dtype=lm.dtype, attn_implementation=lm.config._attn_implementation, output_loading_info=True)
-    missing, tied = sorted(info["missing_keys"]), bool(lm.all_tied_weights_keys)
-    check(not missing, f"--model {model}: expected weights {missing[:3]}, found none in its files")
-    check(tied == bool(whole.all_tied_weights_keys), f"--model {model}: expected embedding and head to be "
-          "one, as config.json says, found two tensors; set its tie_word_embeddings to false")
-    check(all(w.isfinite().all() for w in whole.state_dict().values()),
-          f"--model {model}: expected finite weights, found NaN or infinity; take another copy")
-    ids, longer = torch.arange(8), torch.arange(12)[None]  # later tokens may not change earlier logits
-    with torch.no_grad():
-        own, best = whole.eval()(ids[None], use_cache=False).logits[0].log_softmax(-1).max(-1)
-        student, head = SelfDistillation(whole), whole.get_output_embeddings().weight
-        _, stats = student(longer, ids, student(longer, ids), head, torch.ones(8), tokens=best)
-    error = (stats["logprob"] - own).abs().max().item()
-    check(error <= 1e-3, f"--model {model}: expected the loss to compute the model's own log-probabilities, "
-          f"found {error:.1g} nats between them; logit_scale_and_cap is not all, or tokens see later ones")
-    return whole
-
-def checkpoint_weights(lm, dtype, twins=False):
-    """(name, whole tensor) as in a checkpoint, where e.g. experts are not fused. Collective. A layer at a
-    time: what falls apart or comes together lies in one. Tied ones once, or twins: under both names."""
-    tied, layer_of = lm.all_tied_weights_keys, lambda item: re.sub(r"(\.\d+\.).*", r"\1", item[0])
-    for _, layer in itertools.groupby(lm.state_dict(keep_vars=True).items(), layer_of):
-        weights = {name: p.detach().to(dtype) for name, p in layer if name not in tied}
-        whole = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
-        for name, w in revert_weight_conversion(lm, whole).items():
-            yield name, w
-            yield from ((twin, w) for twin, source in tied.items() if twins and source == name)
-
-def check_family(model, length):
-    """ValueError for what cannot be trained, on `length` tokens, before any weights are read; else its number
-    of parameters."""
-    config = read_config(model)
-    text, kind = config.get_text_config(), (config.architectures or ["?"])[0]
-    rope, name = getattr(text, "rope_parameters", None) or {}, CAUSAL_LMS.get(text.model_type, "")
-    context = rope.get("original_max_position_embeddings", length)
-    faults = {
-        f"{kind} of type {text.model_type}; take a ...ForCausalLM": config.is_encoder_decoder or not (
-            name.endswith("ForCausalLM") and kind.endswith(("ForCausalLM", "ForConditionalGeneration"))),
-        "an embedding model; take one that generates": has_file(model, "modules.json"),
-        "quantised weights; take the model they were made from": any(
-            getattr(c, "quantization_config", None) for c in (config, text)),
-        "two-way attention; take another": getattr(text, "use_bidirectional_attention", 0) in (True, "all"),
-        f"LongRoPE and {length} tokens, where it changes at {context}; lower --max_prompt_tokens or "
-        "--max_response_tokens": rope.get("rope_type") == "longrope" and length > context,
-        "Qwen3.5, for which vLLM imports torchvision; install that":
-            "qwen3_5" in text.model_type and not importlib.util.find_spec("torchvision")}
-    for fault, found in faults.items():
-        check(not found, f"--model {model}: expected a causal language model in plain weights, found {fault}")
-    lm = empty_model(model)
-    check(hasattr(lm.get_decoder(), "layers") and hasattr(lm, "lm_head") and lm.lm_head.bias is None,
-          f"--model {model}: expected .layers and a head without a bias, found {name}; take another family")
+def make_empty(base):
+    """base.empty. ValueError for a model that cannot be trained, where nothing later would notice."""
+    config, text, kind = base.config, base.config.get_text_config(), (base.config.architectures or ["?"])[0]
+    with blaming(f"--model {base.name}: expected a causal language model in plain weights, with .layers, of a "
+                 "family that transformers can make, found"), torch.device("meta"):
+        check(kind.endswith(("ForCausalLM", "ForConditionalGeneration")) and text.model_type in CAUSAL_LMS
+              and not config.is_encoder_decoder, f"{kind} of type {text.model_type}; take a ...ForCausalLM")
+        check(not (base.folder / "modules.json").exists(), "an embedding model; take one that generates")
+        check(not any(getattr(c, "quantization_config", None) for c in (config, text)),
+              "quantised weights; take the model they were made from")
+        empty = AutoModelForCausalLM.from_config(text_config(config), dtype=torch.float32)
+        SelfDistillation(empty)
     if text is not config:
-        with torch.device("meta"), named(f"--model {model}: expected a class that transformers can make"):
-            AutoModelForMultimodalLM.from_config(config)
-        say(f"{model} is multimodal: its text model alone is trained, and exported as a {name}")
-    return sum(p.numel() for p in lm.parameters())
+        say(f"{base.name} is multimodal: its text model alone is trained, and exported as {text.architectures[0]}")
+    return empty
+
+@torch.no_grad()
+def check_weights(base, lm, missing):
+    """Are they all there, finite, and is theirs the model whose logits the loss computes?
+
+    For that, the likeliest next token after each of eight: the model's own forward sees these eight, ours four
+    more behind them, and it takes the logits apart. A scale, a cap or a bias that logit_scale_and_cap does not
+    know shows in the log-probabilities, and so does a token that sees later ones."""
+    eight, twelve, head = torch.arange(8), torch.arange(12)[None], lm.get_output_embeddings().weight
+    own, likeliest = lm.eval()(eight[None], use_cache=False).logits[0].log_softmax(-1).max(-1)
+    ours = SelfDistillation(lm)
+    _, stats = ours(twelve, eight, ours(twelve, eight), head, torch.ones(8), tokens=likeliest)
+    error, tied = (stats["logprob"] - own).abs().max().item(), bool(base.empty.all_tied_weights_keys)
+    for right, fault in (
+            (not missing, f"files without the weights {missing[:3]}"),
+            (tied == bool(lm.all_tied_weights_keys), "two tensors for embedding and head, which config.json says "
+             "are one; set its tie_word_embeddings to false"),
+            (all(w.isfinite().all() for w in lm.state_dict().values()), "NaN or infinity; take another copy"),
+            (error <= 1e-3, f"{error:.1g} nats between its own log-probabilities and the loss's: "
+             "logit_scale_and_cap is not all, or tokens see later ones")):
+        check(right, f"--model {base.name}: expected all weights, finite, of the model in config.json, found {fault}")
 
 # ---------------------------------------------------------------------------------------------------- CHECKS
-# What can be wrong with the arguments is found before any weights load: expected, found, what to change.
+# What is wrong with an input is said before the engine starts: expected, found, what to change.
 
 def check(condition, message):
     if not condition:
         raise ValueError(message)
 
 @contextlib.contextmanager
-def named(where):
-    """An error inside, whatever library's, becomes a ValueError that says `where`."""
+def blaming(where):
+    """An error inside, whatever library's, becomes a ValueError that begins with `where`."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{where}: " + str(error).strip().partition("\n")[0]) from None
-
-@contextlib.contextmanager
-def refusals():
-    """Around the checks: an error of any rank ends all with status 1, after rank 0 has said it in one line.
-    Nothing collective inside: ranks without an error would wait in it for the one that has."""
-    error, errors = None, [None] * dist.get_world_size()
-    try:
-        yield
-    except (ValueError, OSError) as found:
-        error = " ".join(str(found).split())
-    dist.all_gather_object(errors, error)
-    if any(errors):
-        say(f"error: {next(filter(None, errors))}")
-        dist.barrier()  # rank 0 has spoken before the launcher stops it
-        sys.exit(1)
+        raise ValueError(f"{where}: {str(error).strip() or repr(error)}".partition("\n")[0]) from None
 
 def digest(value):
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
-def load_tokenizer(model):
-    """(tokenizer, context length in tokens) of a model; needs no weights."""
-    files = [path.name for path in Path(model).glob("*")]  # none of a hub id
-    expected = f"--model {model}: expected a folder with a chat model, or the id of one on the hub, found"
-    check("adapter_config.json" not in files, f"{expected} a LoRA adapter; merge it into its base model "
-          "(peft: merge_and_unload) and save that")
-    with named(f"{expected} {'another' if files else 'no such'} folder"):
-        config = read_config(model)
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    check(tokenizer.chat_template, f"{expected} no chat template; save a tokenizer with one there")
-    check(not files or any(name.endswith((".safetensors", ".bin")) for name in files),
-          f"{expected} no weights, .safetensors or .bin; copy them there")
-    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+def read_instruction(name):
+    """The text of c: `name` is a key of INSTRUCTIONS in any case, @FILE (its stripped text) or the text."""
+    text = INSTRUCTIONS.get(name.replace(" ", "").lower(), name).strip()
+    if name.startswith("@"):
+        with blaming(f"--instruction {name}, expected a text file in the encoding UTF-8"):
+            text = Path(name[1:]).read_text("utf-8-sig").strip()
+    # one word is a key mistyped, and would be trained on without a sign; Chinese has no spaces
+    check(re.search(r"\s|[^!-~]", text), f"--instruction {name}: expected {', '.join(INSTRUCTIONS)}, @FILE or a "
+          f"text, found {text!r}")
+    return text
 
-def check_ranks(tp):
-    """Number of engines, `tp` ranks each. Without its driver torch for CUDA would run on the CPU, unsaid."""
-    driver, world = Path("/proc/driver/nvidia/version"), dist.get_world_size()
-    found = driver.read_text().splitlines()[0] if driver.exists() else "none"
+MAY_BE_0 = "lr", "weight_decay", "clip", "temperature", "refresh_every", "eval_every", "seed", "top_k"
+
+def check_settings(settings):
+    """Of both scripts, {option: value}. Without a driver torch for CUDA would run on the CPU, unsaid."""
+    for name, value in settings.items():
+        if type(value) in (int, float):
+            check(math.isfinite(value) and (value > 0 or value == 0 and name in MAY_BE_0),
+                  f"--{name} {value}: expected {'0 or more' if name in MAY_BE_0 else 'more than 0'}")
     check(torch.cuda.is_available() or not torch.version.cuda, f"torch for CUDA {torch.version.cuda} sees no "
-          f"GPU: expected a driver R580 or newer, found {found}; update it, or take the README's CPU builds")
-    check(world % tp == 0, f"--vllm_tp {tp}: expected a number of ranks that it divides, found {world}; "
-          "start more with torchrun --nproc_per_node, or lower it")
-    return world // tp
+          "GPU: expected a driver R580 or newer; update it, or take the README's CPU builds")
+    tp, world = settings["vllm_tp"], dist.get_world_size()
+    check(world % tp == 0, f"--vllm_tp {tp}: expected a number of ranks that it divides, found {world}")
 
-def check_range(name, value, range):
-    """`range` as in Config. Infinity and NaN are in none."""
-    low, _, high = range.partition("..")
-    check(float(low) <= value <= float(high or sys.float_info.max),
-          f"--{name} {value}: expected at least {low}" + (f" and at most {high}" if high else ""))
-
-def check_settings(cfg, context):
-    for f in fields(cfg):
-        if "metavar" in f.metadata:
-            check_range(f.name, getattr(cfg, f.name), f.metadata["metavar"])
-    engines, out = check_ranks(cfg.vllm_tp), Path(cfg.out)
-    length = cfg.max_prompt_tokens + cfg.max_response_tokens
-    check(cfg.batch_size % engines == 0,
-          f"--batch_size {cfg.batch_size} is not divisible by the {engines} engines; take a multiple")
-    check(length <= context, f"--max_prompt_tokens + --max_response_tokens = {length} is more than the "
-          f"model's context of {context}; lower one (a resumed run needs its options again)")
-    check(cfg.resume and (out / "config.json").exists() or not (checkpoints(out) or (out / "model").exists()),
-          f"--out {out} holds a run (or a model) already; add --resume to its command (config.json has "
-          "its options) to go on with it, or name another")
-    check(importlib.util.find_spec("vllm"), "vllm is not installed: on a machine with GPUs `pip install -r "
-          "requirements.txt`, on one without as in the README")
-    check(measure or cfg.keep == "all" and not cfg.eval_every,
-          f"--keep correct and --eval_every need eval.py, which grades, beside {__file__}; copy it there")
-
-def check_disk(cfg, parameters):
-    """Two checkpoints are kept while a third is written: theta and Adam's state in float32, thetabar."""
-    each, out = (12 + compute_dtype().itemsize) * parameters, Path(cfg.out).absolute()
-    needed = each * (min(3, math.ceil(cfg.steps / cfg.save_every)) - len(checkpoints(out)))
-    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
-    free += sum(path.stat().st_size for path in out.glob("tmp-*/*"))  # half written: start_run removes them
-    check(needed <= free, f"--out {cfg.out}: expected {needed / 1e9:.3g} GB free for "
-          f"checkpoints of {each / 1e9:.3g} GB, found {free / 1e9:.3g}; make room, or name another folder")
-
-# What makes two runs different ones: --resume needs these as they were. All else may change, and is said.
-IDENTITY = ("model", "template", "instruction", "wrapper", "thinking", "problems", "batch_size", "seed",
-            "keep", "divergence", "refresh_every")
-
-def real_path(model):
-    return os.path.realpath(model) if Path(model).exists() else model  # an id of the hub
-
-def compare_settings(old, new):
-    for name in new:
-        if name != "resume" and old.get(name, new[name]) != new[name]:
-            change = f"the run has {name} {old[name]!r}, found {new[name]!r}"
-            check(name not in IDENTITY, f"--resume: {change}; give the same, or another --out")
-            say(f"--resume: {change}; going on with the latter")
-
-def start_run(out, settings):
-    """The folder, without what a run that died left half done, and its config.json."""
-    with named(f"--out {out}, expected a folder to write to"):
+def claim_folder(out, resume, mark):
+    """`out`, new or empty, or a run's that has its mark in it, for this process alone until that ends."""
+    with blaming(f"--out {out}: expected a new or empty folder or, with --resume, that of a run, where no other "
+                 "process is at work; found"):
+        check(out.name, "the present folder")
         out.mkdir(parents=True, exist_ok=True)
-        (out / "tmp-config").write_text(json.dumps(settings, indent=1))
-        (out / "tmp-config").rename(out / "config.json")
-        for left in out.glob("tmp-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        forget_later_steps(out, math.inf if checkpoints(out) else 0)
+        found = {path.name for path in out.iterdir()}
+        check(found <= {mark} or resume and mark in found, f"{', '.join(sorted(found)[:4])}; name another")
+        # the mark is a file, locked and never closed: the lock ends with the process
+        fcntl.flock(os.open(out / mark, os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 def read_arguments():
     parser = HfArgumentParser(Config)
-    # a line instead of the usage; argparse takes -1e-6 for an option and has no value then
-    parser.error = lambda message: check(False, f"{message}; --help has each option's range")
-    with refusals():
-        cfg, stray = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-        check(not stray, f"expected options as in --help, found {' '.join(stray)}")
+    parser.error = lambda message: check(False, f"{message}; see --help")  # a line instead of the usage
+    cfg, stray = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    check(not stray, f"expected options as in --help, found {' '.join(stray)}")
     return cfg
 
+# What makes two runs different ones: --resume needs these as they were.
+IDENTITY = ("weights", "template", "instruction", "wrapper", "thinking", "problems", "batch_size", "seed",
+            "keep", "divergence", "refresh_every")
+
 def prepare(cfg):
-    """All checks -> tokenizer, problems to train and evaluate on, the run's folder; or exit status 1."""
-    out = Path(cfg.out)
-    with refusals():
-        instruction, (tokenizer, context) = read_instruction(cfg.instruction), load_tokenizer(cfg.model)
-        check_settings(cfg, context)
-        check_disk(cfg, check_family(cfg.model, cfg.max_prompt_tokens + cfg.max_response_tokens))
-        with named(f"{out}/config.json, expected the settings of the run there"):  # {}: nothing to go on with
-            old = dict(json.loads((out / "config.json").read_text())) if checkpoints(out) else {}
-        day = old.get("date", date.today().isoformat())
-        fix_date(tokenizer, day)
-        problems = load_problems(cfg, tokenizer, instruction)
-        held_out = measure.load_held_out(cfg, tokenizer) if cfg.eval_every else []
-        settings = asdict(cfg) | dict(
-            model=real_path(cfg.model), instruction=instruction, template=digest(tokenizer.chat_template),
-            date=day, problems=digest([(p.text, p.answer) for p in problems]), torch=torch.__version__,
-            code=digest(Path(__file__).read_bytes()))
-        compare_settings(old, settings)
-    with refusals():  # all have read before one writes
-        if dist.get_rank() == 0:
-            start_run(out, settings)
-    first = problems[0]
-    say_prompts(tokenizer, cfg.thinking, instruction, student=first.student, teacher=first.teacher)
-    if not measure:
-        say(f"no eval.py beside {__file__}: rollouts are not graded, the metrics have no accuracy")
-    return tokenizer, problems, held_out, out
+    """All checks and all that is read -> the base model, on rank 0 with its weights, problems to train on and
+    jobs to evaluate on, the run's folder."""
+    check_settings(asdict(cfg))
+    instruction, base, out = read_instruction(cfg.instruction), open_base(cfg.model), Path(cfg.out)
+    engines, length = dist.get_world_size() // cfg.vllm_tp, cfg.max_prompt_tokens + cfg.max_response_tokens
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)
+    check(cfg.batch_size % engines == 0,
+          f"--batch_size {cfg.batch_size} is not divisible by the {engines} engines; take a multiple")
+    check(length <= context, f"--max_prompt_tokens + --max_response_tokens = {length} is more than the "
+          f"model's context of {context}; lower one")
+    check(evaluator or cfg.keep == "all" and not cfg.eval_every,
+          f"--keep correct and --eval_every need this project's eval.py, which grades, beside {__file__}")
+    base.empty = make_empty(base)
+    problems = load_problems(cfg, base, instruction)
+    held_out = evaluator.load_held_out(cfg, base) if cfg.eval_every else []
+    if dist.get_rank() == 0:
+        start_run(base, out, asdict(cfg) | dict(
+            instruction=instruction, weights=base.weights, template=digest(base.tokenizer.chat_template),
+            problems=digest([(p.text, p.answer) for p in problems])))
+        say(f"the first teacher's prompt:\n{base.tokenizer.decode(problems[0].teacher)}")
+    dist.barrier()  # rank 0 has refused nothing
+    return base, problems, held_out, out
+
+def start_run(base, out, settings):
+    """Rank 0's part of the checks: the folder, the run to go on with, the weights."""
+    claim_folder(out, settings["resume"], "opsdc.lock")
+    if checkpoints(out):
+        with blaming(f"--resume: the settings in {out}/config.json"):
+            old = json.loads((out / "config.json").read_text())
+            changed = [f"{name} was {old[name]!r}, is {settings[name]!r}" for name in IDENTITY
+                       if old[name] != settings[name]]
+            check(not changed, "; ".join(changed) + "; give the same, or another --out")
+    base.loaded = read_weights(base)
+    replace_file(out / "config.json", json.dumps(settings, indent=1))
+    size = (12 + compute_dtype().itemsize) * sum(p.numel() for p in base.empty.parameters()) / 1e9
+    say(f"a checkpoint takes {size:.3g} GB, three exist while one is saved; "
+        f"{shutil.disk_usage(out).free / 1e9:.3g} GB are free")
 
 # ------------------------------------------------------------------------------------------------------ LOGS
 def say(text):
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
-
-def say_prompts(tokenizer, thinking, instruction, **prompts):
-    """What shows, before it starts, that a run is not the one meant: c, and both ends of prompts by name."""
-    say(f"c: {instruction}")
-    for name, ids in prompts.items():
-        text = tokenizer.decode(ids)
-        say(f"the first {name}'s prompt: {text[:160]!r} ... {text[-120:]!r}")
-    if not thinking and chat_ids(tokenizer, "x", True) == chat_ids(tokenizer, "x", False):
-        say("--no_thinking changes nothing: the model's chat template has no enable_thinking")
 
 @contextlib.contextmanager
 def timed(metrics, name):
@@ -1116,85 +1072,59 @@ def max_over_ranks(value):  # collective
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value.item()
 
-def rollout_metrics(rollouts, seconds):
-    lengths = [len(r.ids) for r in rollouts]
-    known = [r.correct for r in rollouts if r.correct is not None]
-    found = dict(response_tokens=fmean(lengths), response_tokens_min=min(lengths),
-                 response_tokens_max=max(lengths), truncated=fmean(not r.finished for r in rollouts),
-                 tokens_per_second=sum(lengths) / seconds)
-    return found | dict(accuracy=fmean(known)) if known else found
-
-def peak_memory(engine):
-    """GiB of the rank that took most: of its GPU on top of the engine asleep, on a CPU of its process."""
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return max_over_ranks((torch.cuda.max_memory_allocated() - engine.asleep) or process) / 2**30
-
-def stop_or_warn(skipped, idle, cut, ends, cfg):
-    """After so many steps in a row without a finite gradient, a rollout kept, one that ended."""
-    if cut == 1:
-        say(f"warning: all rollouts were cut at {cfg.max_response_tokens} tokens: do the model's turns end "
-            f"with {ends}? If not, correct its generation_config.json")
-    if idle == 3:
-        say("warning: no rollout was kept in three steps, nothing is trained: are the data's answers plain "
-            "values, and is there one in the responses (samples.jsonl)?")
-    if idle == 10:
-        raise RuntimeError("no rollout was kept in ten steps; the checkpoints are as they were")
-    if skipped == 3:
-        raise RuntimeError("three gradients in a row were not finite; the checkpoints are as they were")
-
-CONSOLE = dict(
-    step="step {:4d}", loss="loss {:8.5f}", grad_norm="grad {:7.3f}", response_tokens="tokens {:7.1f}",
-    truncated="cut {:4.0%}", accuracy="right {:6.1%}", student_entropy="entropy {:.3f}",
-    logprob_gap="gap {:.1e}", teacher_age="age {:2d}", seconds_step="{:6.1f} s",
-    tokens_per_second="{:6.0f} tok/s", peak_memory_gib="{:5.1f} GiB", eval_accuracy="eval {:6.1%}",
-    eval_tokens="at {:.0f} tokens")
+CONSOLE = ("step", "loss", "grad_norm", "response_tokens", "truncated", "accuracy", "student_entropy",
+           "logprob_gap", "teacher_age", "eval_accuracy", "eval_tokens", "seconds_step")
 
 def log_step(out, metrics, rollouts, problems, tokenizer):
-    """A line of metrics.jsonl, four of samples.jsonl, one on the console."""
+    """A line of metrics.jsonl, with what the rollouts say, four of samples.jsonl, one on the console."""
     if dist.get_rank() != 0:
         return
+    lengths, known = [len(r.ids) for r in rollouts], [r.correct for r in rollouts if r.correct is not None]
+    metrics |= dict(response_tokens=fmean(lengths), response_tokens_min=min(lengths),
+                    response_tokens_max=max(lengths), truncated=fmean(not r.finished for r in rollouts),
+                    tokens_per_second=sum(lengths) / metrics["seconds_generate"])
+    metrics |= dict(accuracy=fmean(known)) if known else {}
     metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
     samples = [dict(step=metrics["step"], problem=problems[r.index].text, response=tokenizer.decode(r.ids),
-                    answer=problems[r.index].answer, correct=r.correct, finished=r.finished)
+                    answer=problems[r.index].answer, correct=r.correct, finished=r.finished, ids=r.ids)
                for r in rollouts[:4]]
     for name, rows in (("samples.jsonl", samples), ("metrics.jsonl", [metrics])):
         with open(out / name, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-    say("  ".join(form.format(metrics[k]) for k, form in CONSOLE.items() if metrics.get(k) is not None))
-
-def forget_later_steps(out, step):
-    """Cut what came after `step`, and a line half written, off the logs: the resumed run writes it again."""
-    for path in (out / "metrics.jsonl", out / "samples.jsonl"):
-        if path.exists():
-            lines = [line for line in open(path) if line.endswith("}\n") and json.loads(line)["step"] <= step]
-            (out / "tmp-log").write_text("".join(lines))
-            (out / "tmp-log").rename(path)
+    say("  ".join(f"{name} {metrics[name]:.4g}" for name in CONSOLE if metrics.get(name) is not None))
 
 # ------------------------------------------------------------------------------------------------- PROCESSES
 def start_processes():
     """Join torchrun's process group, or make one of a single rank; returns this rank's device."""
     os.environ.update(dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
                            MASTER_ADDR="127.0.0.1", MASTER_PORT="0") | os.environ)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    waiting = threading.Timer(8, print, ["rank {RANK} waits for the others of WORLD_SIZE={WORLD_SIZE} at "
+                                         "{MASTER_ADDR}; to run alone unset both".format_map(os.environ)])
+    waiting.start()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
-    disable_progress_bar()  # in a log file bars are noise
+    waiting.cancel()
     return device
 
 def run_and_exit(main):
-    """main(), and the process is gone, its own error the last on the screen: Python's exit would call vLLM's
-    and NCCL's, which wait for ranks that may have failed, and complain about an engine asleep."""
+    """main(), and the process is gone: Python's exit would call vLLM's and NCCL's, which wait for ranks that may
+    have failed. The first rank to fail says why, before the engine's start in one line: an input is refused."""
     status = 1
     try:
         main()
         status = 0
-    except SystemExit:
-        if "vllm" not in sys.modules:  # no engine yet: as ever
-            raise
-    except BaseException:  # KeyboardInterrupt and torch's CheckpointException are no Exceptions
-        sys.excepthook(*sys.exc_info())
+    except SystemExit as stop:  # --help
+        status = stop.code
+    except BaseException as error:  # KeyboardInterrupt and torch's CheckpointException are no Exceptions
+        if not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("failed", 1) == 1:
+            if isinstance(error, (ValueError, OSError)) and "vllm" not in sys.modules:
+                print("error: " + " ".join(str(error).split()))
+            else:
+                sys.excepthook(*sys.exc_info())
     sys.stdout.flush()
     os._exit(status)
 
