@@ -319,8 +319,10 @@ NO_VALUE = re.compile(r"(?i:(?:see )?(?:the )?proof|not ?found|n/?a|nan|none|nul
                       r"(?s:.*[a-z)}$][.!?]\s+[A-Z][a-z ].*)")
 
 def read_answer(row, where):
-    """(field, known answer) of a row of data: after GSM8K's ####, in a solution's last box, else all of the
-    field; (None, None) if none is a value. {"reward_model": {"ground_truth": 2}} gives ("reward_model", "2")."""
+    """(row, field, known answer) of a row of data, the row with its options lettered. The answer comes after
+    GSM8K's ####, in a solution's last box, or is all of the field; None, as the field, if none is a value.
+    {"reward_model": {"ground_truth": 2}} has ("reward_model", "2")."""
+    row = letter_options(row, where)
     for field in ("answer", "final_answer", "expected_answer", "solution", "reward_model"):
         with opsdc().blaming(f"{where}, field {field}"):
             value = row.get(field)
@@ -333,12 +335,12 @@ def read_answer(row, where):
             text = as_text(value[0] if isinstance(value, list) and len(value) == 1 else value)
         text = last_box(text)[1] or text.rpartition("####")[2].strip()
         if text and not NO_VALUE.fullmatch(text):
-            return field, text
-    return None, None
+            return row, field, text
+    return row, None, None
 
 LETTERS = "ABCDEFGHIJ"
 
-def plain_row(row, where):
+def letter_options(row, where):
     """A row as it is or, of a multiple choice, one whose problem has the options lettered and whose answer is a
     letter. As in MMLU and MMLU-Pro (the gold is an index or a letter), or in GPQA."""
     options, gold = row.get("options") or row.get("choices"), row.get("answer")
@@ -406,7 +408,7 @@ def grade_rollouts(rollouts, problems, tokenizer):
 def load_held_out(cfg, base):
     jobs = make_jobs(base.tokenizer, load_problems(cfg.eval_data, cfg.wrapper), cfg.eval_samples, cfg.seed, None,
                      cfg.thinking, cfg.wrapper)
-    opsdc().check_prompts(base, [job["prompt"] for job in jobs])
+    opsdc().check_ids(base, [job["prompt"] for job in jobs])
     longest, worst = max((len(job["prompt"]), job["id"]) for job in jobs)
     check(longest <= cfg.max_prompt_tokens, f"--eval_data {cfg.eval_data}: the prompt of problem {worst} has "
           f"{longest} tokens, more than --max_prompt_tokens {cfg.max_prompt_tokens}; raise it")
@@ -738,7 +740,7 @@ def prepare(args):
         name = Path(source.partition("=")[0]).stem
         name += f"-{len(jobs) + 1}" * (name in jobs)  # two sources of one name are two
         jobs[name] = make_jobs(base.tokenizer, load_problems(source, args.wrapper), *how)
-    opsdc().check_prompts(base, [job["prompt"] for those in jobs.values() for job in those])
+    opsdc().check_ids(base, [job["prompt"] for those in jobs.values() for job in those])
     opsdc().say(f"the first prompt:\n{base.tokenizer.decode([*jobs.values()][0][0]['prompt'])}")
     longest, worst = max((len(job["prompt"]), job["id"]) for those in jobs.values() for job in those)
     context = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)

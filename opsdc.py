@@ -76,8 +76,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import cached_file
 
 # The seam to whatever measures, eval.py beside this file or a fork's; without it rollouts are not graded.
-#     plain_row(row, where) -> row                       a multiple choice as a problem with lettered options
-#     read_answer(row, where) -> (field, answer)         of a plain row; (None, None) where none is known
+#     read_answer(row, where) -> (row, field, answer)    its options lettered; None twice if no answer is known
 #     grade_rollouts(rollouts, problems, tokenizer)      fills in .correct where the problem's answer is known
 #     load_held_out(cfg, base) -> jobs                   of --eval_data, whatever `validate` takes
 #     validate(engine, tokenizer, jobs, cfg) -> metrics  of the engine's present weights
@@ -110,8 +109,7 @@ class Config:
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = setting("reverse_kl", "the others are ablations")
     keep: Literal["all", "correct"] = setting("all", "rollouts to train on; correct ones need known answers")
     micro_batch_tokens: int = setting(16384, "padded tokens of a forward pass: memory, not mathematics")
-    loss_chunk: int = setting(1024 if torch.cuda.is_available() else 256,
-                              "tokens whose logits, student's and teacher's, exist at a time")
+    loss_chunk: int = setting(1024 if torch.cuda.is_available() else 256, "tokens whose logits exist at a time")
     gradient_checkpointing: bool = setting(True, "recompute activations in backward: less memory, more time")
     vllm_tp: int = setting(1, "ranks that share one vLLM engine (tensor parallelism)")
     vllm_memory: float = setting(0.5, "share of each GPU's memory for vLLM while it generates")
@@ -166,10 +164,10 @@ def edit_last_user(messages, edit):
 # loss = sum over tokens of w KL(p || q), w = 1 / (B |y|). With the student's logits s and a = log p - log q:
 #     KL = sum_v p_v a_v                             dKL/ds_v = p_v (a_v - sum_u p_u a_u)
 #        = sum_v p_v (a_v + exp(-a_v) - 1)           as sum_v p_v = sum_v q_v = sum_v p_v exp(-a_v) = 1
-# The second sum is taken: its terms are never negative. Those of the first have both signs and cancel to second
-# order, which leaves the rounding of float32: 1.5e-4 of a KL of 1e-4 nats/token.
-# Logits are float32 even where hidden states and heads are bfloat16: at a KL of 0.0016 nats/token, bfloat16
-# logits put an error of 20 % on the loss and of 63 % on the head's gradient (README, The objective).
+# The second sum is taken, whose terms are never negative: those of the first have both signs and cancel to
+# second order, which leaves the rounding of float32, 1.5e-4 of a KL of 1e-4 nats/token. Logits are float32 even
+# where hidden states and heads are bfloat16: at a KL of 0.0016 nats/token, bfloat16 logits put an error of 20 %
+# on the loss and of 63 % on the head's gradient (README, The objective).
 
 def kl_divergence(p, q, a):
     """KL(p || q) [n] in nats, given a = log p - log q [n, V]."""
@@ -191,8 +189,7 @@ def divergence_and_gradient(p, log_p, q, log_q, kind):
     return value, p * (a - (p * a).sum(-1, keepdim=True))  # dD/dp_v is a_v up to a constant, which cancels
 
 def reverse_kl(student_logits, teacher_logits):
-    """KL(student || teacher) of each row, nats, float32: [N, V], [N, V] -> [N]. What the loss sums, for tests and
-    forks: the loss itself never has all logits."""
+    """KL(student || teacher) of each row, nats, float32: [N, V], [N, V] -> [N]. For tests and forks."""
     log_p, log_q = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     return divergence_and_gradient(log_p.exp(), log_p, log_q.exp(), log_q, "reverse_kl")[0]
 
@@ -259,9 +256,8 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
 
     student_hidden [N, d], student_head [V, d] get gradients; teacher_hidden [N, d'], teacher_head [V, d'] do
     not. weights [N] float32; tokens [N] sampled ids; scale and cap: see finish_logits. A token of `chunk` takes
-    8 V bytes, two float32 logits, on a GPU 2 V more for dL/dlogits in bfloat16. Returns the loss (float32
-    scalar) and stats without gradient: kl (the divergence), student_entropy, teacher_entropy (means over N,
-    nats/token) and, given tokens, logprob [N] = log p(token)."""
+    8 V bytes, on a GPU 10 V. Returns the loss (float32 scalar) and stats without gradient: kl (the divergence),
+    student_entropy, teacher_entropy (means over N, nats/token) and, given tokens, logprob [N] = log p(token)."""
     ids = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
     loss, per_token = ChunkedDivergence.apply(student_hidden, student_head, teacher_hidden, teacher_head,
                                               weights, ids, divergence, chunk, scale, cap)
@@ -326,9 +322,9 @@ def shard(model, device):
     """FSDP2, a group a decoder layer, and one of embedding, last norm and head (which keeps tied weights
     tied): shards within a node, replicas across nodes. Masters and reductions in float32."""
     local = int(os.environ["LOCAL_WORLD_SIZE"])
-    nodes = dist.get_world_size() // local
-    mesh = dist.init_device_mesh(device.type, (nodes, local), mesh_dim_names=("replicate", "shard"))
-    mesh = mesh if nodes > 1 else mesh["shard"]
+    shape = dist.get_world_size() // local, local
+    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = mesh if shape[0] > 1 else mesh["shard"]
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)  # it would round the tokens' weights to bfloat16
     for layer in model.lm.get_decoder().layers:
@@ -349,8 +345,8 @@ def checkpoint_weights(lm, dtype, both_names=False):
 def snapshot(model, dtype=None):
     """theta's shards by name, by default in the compute dtype: thetabar at the start and after a refresh."""
     model.reshard()
-    return {name: p.detach().to(dtype or compute_dtype(), copy=True)
-            for name, p in model.lm.named_parameters()}
+    dtype = dtype or compute_dtype()
+    return {name: p.detach().to(dtype, copy=True) for name, p in model.lm.named_parameters()}
 
 @torch.no_grad()
 def copy_into(model, weights):
@@ -403,14 +399,13 @@ class RolloutEngine:
         from vllm.model_executor.models.transformers import base as wrapped
         # a family without a class in vLLM: its compiler would change transformers' class, the trainer's too
         wrapped.Base._decorate_for_torch_compile = lambda self: None
-        self.llm = LLM(base.name, distributed_executor_backend="external_launcher",
-                       tensor_parallel_size=cfg.vllm_tp, max_model_len=length,
-                       max_num_seqs=256, max_num_batched_tokens=max(8192, length), seed=cfg.seed,
+        self.llm = LLM(base.name, distributed_executor_backend="external_launcher", seed=cfg.seed,
+                       tensor_parallel_size=cfg.vllm_tp, gpu_memory_utilization=cfg.vllm_memory,
+                       max_model_len=length, max_num_seqs=256, max_num_batched_tokens=max(8192, length),
                        enable_chunked_prefill=cuda,  # on CPU it cannot rewind a request's own generator
-                       load_format=load_format, enable_sleep_mode=self.sleeps, enforce_eager=not cuda,
-                       gpu_memory_utilization=cfg.vllm_memory, disable_log_stats=True,
-                       use_tqdm_on_load=False, dtype=engine_dtype(base.config),
                        enable_prefix_caching=None if cuda else False,  # hybrids would need chunked prefill
+                       load_format=load_format, enable_sleep_mode=self.sleeps, enforce_eager=not cuda,
+                       disable_log_stats=True, use_tqdm_on_load=False, dtype=engine_dtype(base.config),
                        hf_overrides=partial(engine_config, text_only=load_format == "dummy"))
         os.environ["LOCAL_WORLD_SIZE"] = before["LOCAL_WORLD_SIZE"]  # on CPU vLLM rewrites it
         self.llm.llm_engine.engine_core._finalizer.detach()  # its exit hook destroys our process groups too
@@ -449,19 +444,18 @@ class RolloutEngine:
         """Lists of prompt ids -> a sample of each (see `sampled`). A request's own seed makes it independent of
         rank and neighbours. sampling: vLLM's max_tokens, temperature, top_p, top_k."""
         from vllm import SamplingParams
-        params = [SamplingParams(**sampling, seed=seed, detokenize=False, logprobs=0)  # of no token but the sampled
-                  for seed in seeds]
+        params = [SamplingParams(**sampling, seed=seed, detokenize=False, logprobs=0) for seed in seeds]
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         return [sampled(output.outputs[0]) for output in outputs]
 
 def sampled(y):
     """vLLM's completion -> (ids, the model's logprobs of them before temperature, finished)."""
-    logprobs = [of[token].logprob for token, of in zip(y.token_ids, y.logprobs)]
+    logprobs = [of[token].logprob for token, of in zip(y.token_ids, y.logprobs)]  # `of` has no other token
     return list(y.token_ids), logprobs, y.finish_reason == "stop"
 
 def sample_rollouts(engine, problems, indices, step, tokenizer, cfg):
-    """A graded rollout of each problem of `indices`, in order, on every rank; the engines share the work. It is a
-    function of run seed, step, problem and, where B exceeds the data, repeat; not of the rank."""
+    """A graded rollout of each problem of `indices`, in order, on every rank; the engines share the work. It is
+    a function of run seed, step, problem and, where B exceeds the data, repeat; not of the rank."""
     seeds = [int(digest((cfg.seed, step, i, indices[:k].count(i)))[:8], 16) for k, i in enumerate(indices)]
     mine = engine.share(indices)
     samples = engine.generate([problems[i].student for i in mine], engine.share(seeds),
@@ -489,11 +483,9 @@ def token_weights(rollouts):
 
 def plan_micro_batches(lengths, budget, rank, world):
     """Indices of `lengths` for `rank` to compute, in groups of at most `budget` padded tokens (or one
-    sequence), of which at most a twentieth of the budget is padding.
-
-    Sequences sorted by length are dealt out `world` at a time: the ranks' groups are equally many, nearly as
-    wide. Lengths [9, 3, 9, 8, 8, 3], world 2 and budget 20 are dealt as (0, 2), (3, 4), (1, 5); the first two
-    deals fit into one group: rank 0 has [[0, 3], [1]] and rank 1 [[2, 4], [5]]."""
+    sequence), a twentieth of it padding. Sequences sorted by length are dealt out `world` at a time, so that
+    the ranks' groups are equally many and nearly as wide: lengths [9, 3, 9, 8, 8, 3] to two ranks as (0, 2),
+    (3, 4), (1, 5). With a budget of 20 the first two deals make one group: rank 0 has [[0, 3], [1]]."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups = []
     for deal in (order[k:k + world] for k in range(0, len(order), world)):  # a sequence a rank, longest first
@@ -519,18 +511,15 @@ def make_micro_batches(rollouts, problems, device, cfg):
     """This rank's MicroBatches, the same number on all ranks, as FSDP's collectives demand: a rank without a
     sequence for one of them computes the shortest rollout with weight 0."""
     weights, shortest = token_weights(rollouts), min(rollouts, key=lambda r: len(r.ids))
-    prompts = [(problems[r.index].student, problems[r.index].teacher) for r in rollouts]
-    lengths = [max(map(len, both)) + len(r.ids) for both, r in zip(prompts, rollouts)]
-    packed = lambda lists: torch.tensor(sum(lists, []), device=device)
-    batches = []
+    lengths = [max(len(problems[r.index].student), len(problems[r.index].teacher)) + len(r.ids) for r in rollouts]
+    packed, batches = lambda lists: torch.tensor(sum(lists, []), device=device), []
     for group in plan_micro_batches(lengths, cfg.micro_batch_tokens, dist.get_rank(), dist.get_world_size()):
         mine = [rollouts[i] for i in group] or [shortest]
         w = [weights[i] for i in group] or [[0.0] * len(shortest.ids)]
-        responses = [r.ids for r in mine]
-        batches.append(MicroBatch(
-            right_pad([problems[r.index].student for r in mine], responses, device),
-            right_pad([problems[r.index].teacher for r in mine], responses, device),
-            packed(responses), packed(w), packed([r.logprobs for r in mine])))
+        prompts, responses = [problems[r.index] for r in mine], [r.ids for r in mine]
+        batches.append(MicroBatch(right_pad([p.student for p in prompts], responses, device),
+                                  right_pad([p.teacher for p in prompts], responses, device),
+                                  packed(responses), packed(w), packed([r.logprobs for r in mine])))
     return batches
 
 def teacher_pass(model, thetabar, batches):
@@ -545,8 +534,8 @@ def teacher_pass(model, thetabar, batches):
     copy_into(model, theta)
     return hidden, head.full_tensor()
 
-# Engine and trainer are two implementations of one model, whose log-probabilities of the sampled tokens may
-# differ by so much on average, nats/token. Working syncs have 1e-2 and 3e-7, stale weights 0.2.
+# Engine and trainer are two implementations of one model. By so much may their log-probabilities of the sampled
+# tokens differ on average, nats/token; working syncs have 1e-2 and 3e-7, stale weights 0.2.
 MAX_GAP = {torch.bfloat16: 0.1, torch.float32: 1e-3}
 
 def student_pass(model, batches, hidden, head, cfg):
@@ -567,9 +556,8 @@ def student_pass(model, batches, hidden, head, cfg):
     student_entropy, teacher_entropy, gap = (sums[1:4] / sums[4].clamp(min=1)).tolist()
     limit = MAX_GAP[engine_dtype(model.lm.config)]
     if math.isfinite(loss) and not gap <= limit:  # nor if the gap is NaN; a loss that is NaN `update` sees to
-        raise RuntimeError(f"engine and trainer differ by {gap:.4f} nats/token, expected at most {limit}. No "
-                           "update was made. Look, likeliest first, at the engine's kernels for this family "
-                           "(README, Families), at checkpoint_weights, at vLLM's version (requirements.txt)")
+        raise RuntimeError(f"engine and trainer differ by {gap:.4f} nats/token, expected at most {limit}: no update. "
+                           "Look at README, Families, at checkpoint_weights, at vLLM's version (requirements.txt)")
     return dict(loss=loss, student_entropy=student_entropy, teacher_entropy=teacher_entropy, logprob_gap=gap,
                 logprob_gap_max=max_over_ranks(gap_max))
 
@@ -592,7 +580,8 @@ def train_step(model, thetabar, optimizer, rollouts, problems, device, metrics, 
 
 # ------------------------------------------------------------------------------------------------------ MAIN
 def main():
-    device, cfg = start_processes(), read_arguments()
+    device = start_processes()
+    cfg, = HfArgumentParser(Config).parse_args_into_dataclasses()
     base, problems, held_out, out = prepare(cfg)
     engine = RolloutEngine(base, cfg)
     model = load_model(base, device, cfg)
@@ -626,8 +615,7 @@ def main():
         metrics |= dict(skipped_updates=skipped, seconds_step=time.perf_counter() - start)
         log_step(out, metrics, rollouts, problems, base.tokenizer)
         if skipped == 3 or idle == 10:
-            raise RuntimeError(f"{skipped} gradients in a row were not finite, {idle} steps in a row kept no "
-                               "rollout; the checkpoints are as they were")
+            raise RuntimeError(f"in a row, {skipped} gradients were not finite, {idle} steps kept no rollout")
         leave = max_over_ranks(bool(terminated))  # all after the same step
         if leave or step % cfg.save_every == 0 or step == cfg.steps:
             save_checkpoint(out, step, model, optimizer, thetabar)
@@ -641,43 +629,41 @@ def main():
 # The algorithm ends here. What follows surrounds it: checkpoints, rows, families of models, checks, logs.
 
 # ------------------------------------------------------------------------------------------------ CHECKPOINT
-# checkpoint-K/ holds theta, Adam's state and thetabar as shards that any number of ranks can read. What is being
-# written is called UNFINISHED until it is whole. Nothing else is replaced but the run's own checkpoints and logs.
+# checkpoint-K/ holds theta, Adam's state and thetabar in shards that any number of ranks can read. What is being
+# written is called UNFINISHED; nothing else is replaced but the run's own checkpoints, logs and model.
 UNFINISHED = "unfinished"
 
 def training_state(model, optimizer, thetabar):
     model.reshard()
-    return {"theta": dict(model.lm.named_parameters()), "thetabar": thetabar,
-            "optimizer": dcp_state.get_optimizer_state_dict(model, optimizer)}
+    adam = dcp_state.get_optimizer_state_dict(model, optimizer)
+    return {"theta": dict(model.lm.named_parameters()), "thetabar": thetabar, "optimizer": adam}
 
 def save_checkpoint(out, step, model, optimizer, thetabar):
-    unfinished, final = out / UNFINISHED, out / f"checkpoint-{step}"
     if not optimizer.state:  # no update was made yet: Adam has nothing to save
         return
     try:
-        dcp.save(training_state(model, optimizer, thetabar), checkpoint_id=unfinished)
-    except dcp.CheckpointException:  # of any rank: a full disk
-        say(f"error: {final} was not written, {shutil.disk_usage(out).free / 1e9:.3g} GB are free there; make room, "
-            "then --resume goes on from the checkpoint before")
+        dcp.save(training_state(model, optimizer, thetabar), checkpoint_id=out / UNFINISHED)
+    except dcp.CheckpointException:  # of any rank
+        say(f"error: checkpoint-{step} is not written; is the disk full? --resume goes on from the one before")
         raise
     if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one
-        unfinished.rename(final)
-        for old in list(checkpoints(out).values())[2:]:
+        shutil.rmtree(out / f"checkpoint-{step}", ignore_errors=True)  # a damaged one
+        (out / UNFINISHED).rename(out / f"checkpoint-{step}")
+        for _, old in checkpoints(out)[2:]:
             shutil.rmtree(old, ignore_errors=True)
             if old.exists():
                 say(f"{old} is no longer needed, but could not be removed")
     dist.barrier()
 
 def checkpoints(out):
-    """{step: folder} of finished checkpoints, newest first."""
-    found = [(int(path.name[11:]), path) for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return dict(sorted(found, reverse=True))
+    """[(step, folder)] of finished checkpoints, newest first."""
+    found = [(path.name.removeprefix("checkpoint-"), path) for path in out.glob("checkpoint-*")]
+    return sorted(((int(step), path) for step, path in found if step.isdigit()), reverse=True)
 
 def resume(out, model, optimizer, thetabar, cfg):
     """Fill theta, Adam's state and thetabar from the newest checkpoint that loads; returns the steps done."""
-    step, found = 0, checkpoints(out)
-    for step, path in found.items():
+    step = 0
+    for step, path in checkpoints(out):
         state = training_state(model, optimizer, thetabar)
         try:
             dcp.load(state, checkpoint_id=path)
@@ -688,7 +674,7 @@ def resume(out, model, optimizer, thetabar, cfg):
         optimizer.param_groups[0].update(lr=cfg.lr, weight_decay=cfg.weight_decay)  # not the checkpoint's
         break
     else:
-        check(not found, f"--resume: no checkpoint in {out} is whole; name another --out to start anew")
+        check(not step, f"--resume: no checkpoint in {out} is whole; name another --out to start anew")
     say(f"--resume: {step} steps are done")
     for log in (out / "metrics.jsonl", out / "samples.jsonl") if dist.get_rank() == 0 else ():
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
@@ -705,28 +691,27 @@ def export(model, base, out):
     """out/model/: theta as a plain Hugging Face model in bfloat16, gathered in rank 0's CPU memory. All but
     the weights are the base's files as they came, so that other libraries read them as they do the base's."""
     model.reshard()
-    weights = {name: w.cpu() for name, w in checkpoint_weights(model.lm, torch.bfloat16)
-               if dist.get_rank() == 0}
-    if dist.get_rank() == 0:
-        folder, final, text = out / UNFINISHED, out / "model", base.empty.config
+    rank, weights = dist.get_rank(), checkpoint_weights(model.lm, torch.bfloat16)
+    weights = {name: w.cpu() for name, w in weights if rank == 0}
+    if rank == 0:
+        folder, text = out / UNFINISHED, base.empty.config
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        save_torch_state_dict(weights, folder)
         for path in base.folder.iterdir():
             if path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken") and "index" not in path.name:
                 shutil.copyfile(path, folder / path.name)
         config = json.loads((folder / "config.json").read_text())
-        if "text_config" in config:  # of a multimodal model the text model's fields
+        if "text_config" in config:  # of a multimodal model the text model's
             config = config["text_config"] | {name: getattr(text, name) for name in (
                 "model_type", "architectures", "tie_word_embeddings", "eos_token_id", "pad_token_id")}
         rope = config.get("rope_parameters") or {}  # transformers 4 looks for rope_theta beside it
         config |= {name: rope[name] for name in rope if name == "rope_theta"}
-        config |= dict(dtype="bfloat16", torch_dtype="bfloat16")
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        replace_file(folder / "config.json", json.dumps(config | dict(dtype="bfloat16", torch_dtype="bfloat16")))
+        save_torch_state_dict(weights, folder)
         for path in folder.glob("*.safetensors"):  # made for their owner alone
             path.chmod((folder / "config.json").stat().st_mode)
-        shutil.rmtree(final, ignore_errors=True)
-        folder.rename(final)
+        shutil.rmtree(out / "model", ignore_errors=True)
+        folder.rename(out / "model")
     dist.barrier()
 
 # ------------------------------------------------------------------------------------------------------ DATA
@@ -749,20 +734,21 @@ def read_lines(name):
 def read_rows(source):
     """(where, row) of every row of a file, a folder of files or by save_to_disk, or a data set of the hub."""
     name, config, split = [*([source] if Path(source).exists() else source.rsplit(":", 2)), "", ""][:3]
-    if re.search(r"\.(jsonl|csv)$", name) and not Path(name).is_dir():
+    folder, config, split = Path(name), config or None, split or "train"
+    if folder.suffix in (".jsonl", ".csv") and not folder.is_dir():
         return read_lines(name)
     import datasets
     with blaming(f"{source}: expected a file .jsonl, .json, .csv or .parquet, or .gz of one, a folder of these, "
                  "or a data set of the hub as ID, ID:CONFIG or ID:CONFIG:SPLIT, found"):
-        formats = {path.suffix: path.name for path in Path(name).rglob("*.*[vlt]")}  # csv, jsonl, parquet
+        formats = {path.suffix: path.name for path in folder.rglob("*.*[vlt]")}  # csv, jsonl, parquet
         check(len(formats) < 2, f"several formats, {' and '.join(formats.values())}; name one file")
-        if Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists():
+        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             data = datasets.load_from_disk(name)
-            data = data if isinstance(data, datasets.Dataset) else data[split or "train"]
-        elif Path(name).is_file():
-            data = datasets.load_dataset(str(Path(name).parent), data_files=Path(name).name, split="train")
+            data = data if isinstance(data, datasets.Dataset) else data[split]
+        elif folder.is_file():
+            data = datasets.load_dataset(str(folder.parent), data_files=folder.name, split="train")
         else:
-            data = datasets.load_dataset(name, config or None, split=split or "train")
+            data = datasets.load_dataset(name, config, split=split)
     return ((f"{source}, row {n}", row) for n, row in enumerate(data, 1))
 
 def as_problem(value, wrapper):
@@ -779,8 +765,7 @@ def as_problem(value, wrapper):
     json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
     roles = [m["role"] for m in value]
     check(roles[-1:] != ["assistant"] and (wrapper == "none" or roles.count("user") < 2),
-          "expected the user's turn last, and with --wrapper math no other of theirs (--wrapper none takes a "
-          f"conversation as it is), found the turns {', '.join(roles)}")
+          "expected the user's turn last, and only one but for --wrapper none, found " + ", ".join(roles))
     if not any(m["role"] == "user" and m["content"].strip() for m in value):
         return None
     if wrapper == "math":
@@ -795,11 +780,10 @@ def read_problem(row, where, wrapper="math"):
     check(not unread, f"{where}: expected a problem in words, found {', '.join(unread)}; take such rows out")
     for field in ("problem", "prompt", "question"):
         with blaming(f"{where}, field {field}"):
-            problem, tools = as_problem(row.get(field), wrapper), row.get("tools") or None
-            if problem:
+            if problem := as_problem(row.get(field), wrapper):
+                tools = row.get("tools") or None
                 return field, problem, load_json(tools) if isinstance(tools, str) else tools
-    raise ValueError(f"{where}: expected a field problem, prompt or question that is not blank, found "
-                     f"{', '.join(row)}")
+    raise ValueError(f"{where}: expected a field problem, prompt or question with text, found {', '.join(row)}")
 
 def read_problems(source, wrapper="math"):
     """[dict(problem, tools, answer, row, number)] of `source`, each problem once, with its first known answer.
@@ -807,18 +791,16 @@ def read_problems(source, wrapper="math"):
     say(f"reading {source} ...")
     found, fields, read, others, number = {}, {}, {}, 0, 0
     for number, (where, row) in enumerate(read_rows(source), 1):
-        plain = evaluator.plain_row(row, where) if evaluator else row
-        field, problem, tools = read_problem(plain, where, wrapper)
-        answer_field, answer = evaluator.read_answer(plain, where) if evaluator else (None, None)
+        row, answer_field, answer = evaluator.read_answer(row, where) if evaluator else (row, None, None)
+        field, problem, tools = read_problem(row, where, wrapper)
         first = found.setdefault(json.dumps([problem, tools]), dict(
             problem=problem, tools=tools, answer=answer, row=row, number=number))
         others += None not in (first["answer"], answer) and first["answer"] != answer
         first["answer"] = first["answer"] or answer
-        fields |= dict.fromkeys(row)
-        read |= {field: "problem", answer_field: "answer"}
-    unknown, unread = sum(p["answer"] is None for p in found.values()), [f for f in fields if f not in read]
-    say(f"{source}: {number} rows, {len(found)} problems, {unknown} without a known answer, {others} rows with "
-        f"another one than before them; read: {read}; not read: {', '.join(unread)}")
+        fields, read = fields | dict.fromkeys(row), read | {field: "problem", answer_field: "answer"}
+    unknown = sum(p["answer"] is None for p in found.values())
+    say(f"{source}: {number} rows, {len(found)} problems, {unknown} without a known answer, {others} repeated with "
+        f"another answer; read: {read}; not read: {[name for name in fields if name not in read]}")
     return list(found.values())
 
 def load_problems(cfg, base, instruction):
@@ -827,14 +809,12 @@ def load_problems(cfg, base, instruction):
     problems = [Problem(p["problem"], p["answer"], ask(p["problem"], tools=p["tools"]),
                         ask(p["problem"], instruction, tools=p["tools"]))
                 for p in read_problems(cfg.data, cfg.wrapper)]
-    check_prompts(base, [p.student + p.teacher for p in problems])
+    check_ids(base, [p.student + p.teacher for p in problems])
     short = [p for p in problems if max(len(p.student), len(p.teacher)) <= cfg.max_prompt_tokens]
-    known = sum(p.answer is not None for p in short)
-    say(f"{len(problems) - len(short)} dropped (a prompt longer than {cfg.max_prompt_tokens} tokens), "
-        f"{len(short)} left; {cfg.steps} steps are {cfg.steps * cfg.batch_size / max(1, len(short)):.2f} epochs")
-    check(known if cfg.keep == "correct" else short, f"--data {cfg.data}: expected problems with prompts of at "
-          f"most {cfg.max_prompt_tokens} tokens, for --keep correct with known answers, found {len(problems)} "
-          f"problems, {len(short)} of them as short, {known} with a known answer")
+    say(f"{len(short)} problems are left, {len(problems) - len(short)} have a prompt longer than "
+        f"{cfg.max_prompt_tokens} tokens; {cfg.steps * cfg.batch_size / max(1, len(short)):.2f} epochs")
+    check(any(cfg.keep == "all" or p.answer for p in short), f"--data {cfg.data}: found no problem with a prompt "
+          f"of at most {cfg.max_prompt_tokens} tokens and, for --keep correct, a known answer")
     return short
 
 # -------------------------------------------------------------------------------------------------- FAMILIES
@@ -858,25 +838,23 @@ def open_base(name):
         check(not Path(name, "adapter_config.json").exists(), "a LoRA adapter; merge it into its base model")
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # else it asks on the terminal
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        text, folder = config.get_text_config(), Path(cached_file(name, "config.json")).parent
+        folder, pad = Path(cached_file(name, "config.json")).parent, config.get_text_config().pad_token_id or 0
         check(tokenizer.chat_template, "no chat template; save a tokenizer with one there")
         check(files or not Path(name).exists(), "no weights, .safetensors or .bin; copy them there")
-        check(abs(text.pad_token_id or 0) < text.vocab_size, f"pad_token_id {text.pad_token_id} of "
-              f"{text.vocab_size} ids; correct its config.json")
+        check(abs(pad) < config.get_text_config().vocab_size, f"pad_token_id {pad}, of no token")
     weights = digest([*map(digest_weights, files)]) if files else config._commit_hash
     return Base(name, folder, config, tokenizer, weights)
 
 def digest_weights(path):
     """Of the whole content: a copy is the same model, one trained further another."""
-    with blaming(f"{path}: expected weights, found a pointer or half a file; copy it again"):
+    with blaming(f"{path}: expected weights, found a pointer or half a file"), open(path, "rb") as file:
         if path.suffix == ".safetensors":
             safetensors.safe_open(path, "pt")
         else:
             torch.load(path, map_location="meta", weights_only=True)
-    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-def check_prompts(base, prompts):
+def check_ids(base, prompts):
     rows, largest = base.config.get_text_config().vocab_size, max(map(max, prompts), default=0)
     check(largest < rows, f"--model {base.name}: expected token ids below {rows}, the rows of its embedding, found "
           f"{largest}, {base.tokenizer.decode([largest])!r}; mend the tokenizer, or resize the embedding")
@@ -916,39 +894,34 @@ def logit_scale_and_cap(config):
 def make_empty(base):
     """base.empty. ValueError for a model that cannot be trained, where nothing later would notice."""
     config, text, kind = base.config, base.config.get_text_config(), (base.config.architectures or ["?"])[0]
-    with blaming(f"--model {base.name}: expected a causal language model in plain weights, with .layers, of a "
-                 "family that transformers can make, found"), torch.device("meta"):
+    with blaming(f"--model {base.name}: expected a causal language model with plain weights and .layers, found"):
         check(kind.endswith(("ForCausalLM", "ForConditionalGeneration")) and text.model_type in CAUSAL_LMS
-              and not config.is_encoder_decoder, f"{kind} of type {text.model_type}; take a ...ForCausalLM")
-        check(not (base.folder / "modules.json").exists(), "an embedding model; take one that generates")
-        check(not any(getattr(c, "quantization_config", None) for c in (config, text)),
-              "quantised weights; take the model they were made from")
-        empty = AutoModelForCausalLM.from_config(text_config(config), dtype=torch.float32)
-        SelfDistillation(empty)
+              and not config.is_encoder_decoder, f"{kind} of type {text.model_type}")
+        check(not (base.folder / "modules.json").exists(), "an embedding model")
+        check(not any(getattr(c, "quantization_config", None) for c in (config, text)), "quantised weights")
+        with torch.device("meta"):
+            base.empty = AutoModelForCausalLM.from_config(text_config(config), dtype=torch.float32)
+        SelfDistillation(base.empty)
     if text is not config:
-        say(f"{base.name} is multimodal: its text model alone is trained, and exported as {text.architectures[0]}")
-    return empty
+        say(f"of {base.name} the text model alone is trained, and exported as {text.architectures[0]}")
 
 @torch.no_grad()
 def check_weights(base, lm, missing):
-    """Are they all there, finite, and is theirs the model whose logits the loss computes?
-
-    For that, the likeliest next token after each of eight: the model's own forward sees these eight, ours four
-    more behind them, and it takes the logits apart. A scale, a cap or a bias that logit_scale_and_cap does not
-    know shows in the log-probabilities, and so does a token that sees later ones."""
+    """Are they whole, and is theirs the model whose logits the loss computes? For that, the likeliest next token
+    after each of eight: the model's own forward sees these eight, ours four more behind them, and it takes the
+    logits apart. What logit_scale_and_cap leaves out shows in the log-probabilities, and so does a token that
+    sees later ones."""
     eight, twelve, head = torch.arange(8), torch.arange(12)[None], lm.get_output_embeddings().weight
     own, likeliest = lm.eval()(eight[None], use_cache=False).logits[0].log_softmax(-1).max(-1)
     ours = SelfDistillation(lm)
     _, stats = ours(twelve, eight, ours(twelve, eight), head, torch.ones(8), tokens=likeliest)
-    error, tied = (stats["logprob"] - own).abs().max().item(), bool(base.empty.all_tied_weights_keys)
-    for right, fault in (
-            (not missing, f"files without the weights {missing[:3]}"),
-            (tied == bool(lm.all_tied_weights_keys), "two tensors for embedding and head, which config.json says "
-             "are one; set its tie_word_embeddings to false"),
-            (all(w.isfinite().all() for w in lm.state_dict().values()), "NaN or infinity; take another copy"),
-            (error <= 1e-3, f"{error:.1g} nats between its own log-probabilities and the loss's: "
-             "logit_scale_and_cap is not all, or tokens see later ones")):
-        check(right, f"--model {base.name}: expected all weights, finite, of the model in config.json, found {fault}")
+    error = (stats["logprob"] - own).abs().max().item()
+    check(not missing, f"expected weights {missing[:3]}, found none in its files")
+    check(bool(base.empty.all_tied_weights_keys) == bool(lm.all_tied_weights_keys), "expected embedding and head "
+          "to be one, as config.json says, found two tensors; set its tie_word_embeddings to false")
+    check(all(w.isfinite().all() for w in lm.state_dict().values()), "expected finite weights, found NaN or inf")
+    check(error <= 1e-3, f"expected the model's own log-probabilities from the loss, found them {error:.1g} nats "
+          "apart; logit_scale_and_cap is not all, or tokens see later ones")
 
 # ---------------------------------------------------------------------------------------------------- CHECKS
 # What is wrong with an input is said before the engine starts: expected, found, what to change.
@@ -975,8 +948,8 @@ def read_instruction(name):
         with blaming(f"--instruction {name}, expected a text file in the encoding UTF-8"):
             text = Path(name[1:]).read_text("utf-8-sig").strip()
     # one word is a key mistyped, and would be trained on without a sign; Chinese has no spaces
-    check(re.search(r"\s|[^!-~]", text), f"--instruction {name}: expected {', '.join(INSTRUCTIONS)}, @FILE or a "
-          f"text, found {text!r}")
+    check(re.search(r"\s|[^!-~]", text), f"--instruction {name}: expected {', '.join(INSTRUCTIONS)}, @FILE or "
+          f"a text, found {text!r}")
     return text
 
 MAY_BE_0 = "lr", "weight_decay", "clip", "temperature", "refresh_every", "eval_every", "seed", "top_k"
@@ -987,28 +960,20 @@ def check_settings(settings):
         if type(value) in (int, float):
             check(math.isfinite(value) and (value > 0 or value == 0 and name in MAY_BE_0),
                   f"--{name} {value}: expected {'0 or more' if name in MAY_BE_0 else 'more than 0'}")
-    check(torch.cuda.is_available() or not torch.version.cuda, f"torch for CUDA {torch.version.cuda} sees no "
-          "GPU: expected a driver R580 or newer; update it, or take the README's CPU builds")
-    tp, world = settings["vllm_tp"], dist.get_world_size()
-    check(world % tp == 0, f"--vllm_tp {tp}: expected a number of ranks that it divides, found {world}")
+    check(torch.cuda.is_available() or not torch.version.cuda, f"torch for CUDA {torch.version.cuda} sees no GPU: "
+          "it needs a driver R580 or newer; without a GPU take the README's CPU builds")
+    check(dist.get_world_size() % settings["vllm_tp"] == 0, f"--vllm_tp {settings['vllm_tp']}: expected a divisor "
+          f"of the number of ranks, {dist.get_world_size()}")
 
 def claim_folder(out, resume, mark):
     """`out`, new or empty, or a run's that has its mark in it, for this process alone until that ends."""
     with blaming(f"--out {out}: expected a new or empty folder or, with --resume, that of a run, where no other "
                  "process is at work; found"):
-        check(out.name, "the present folder")
         out.mkdir(parents=True, exist_ok=True)
         found = {path.name for path in out.iterdir()}
-        check(found <= {mark} or resume and mark in found, f"{', '.join(sorted(found)[:4])}; name another")
+        check(out.name and (found <= {mark} or resume and mark in found), f"{', '.join(sorted(found)[:4])}")
         # the mark is a file, locked and never closed: the lock ends with the process
-        fcntl.flock(os.open(out / mark, os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-def read_arguments():
-    parser = HfArgumentParser(Config)
-    parser.error = lambda message: check(False, f"{message}; see --help")  # a line instead of the usage
-    cfg, stray = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    check(not stray, f"expected options as in --help, found {' '.join(stray)}")
-    return cfg
+        fcntl.flock(os.open(out / mark, os.O_CREAT | os.O_WRONLY, 0o666), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 # What makes two runs different ones: --resume needs these as they were.
 IDENTITY = ("weights", "template", "instruction", "wrapper", "thinking", "problems", "batch_size", "seed",
@@ -1021,13 +986,12 @@ def prepare(cfg):
     instruction, base, out = read_instruction(cfg.instruction), open_base(cfg.model), Path(cfg.out)
     engines, length = dist.get_world_size() // cfg.vllm_tp, cfg.max_prompt_tokens + cfg.max_response_tokens
     context = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)
-    check(cfg.batch_size % engines == 0,
-          f"--batch_size {cfg.batch_size} is not divisible by the {engines} engines; take a multiple")
-    check(length <= context, f"--max_prompt_tokens + --max_response_tokens = {length} is more than the "
-          f"model's context of {context}; lower one")
-    check(evaluator or cfg.keep == "all" and not cfg.eval_every,
-          f"--keep correct and --eval_every need this project's eval.py, which grades, beside {__file__}")
-    base.empty = make_empty(base)
+    check(cfg.batch_size % engines == 0, f"--batch_size {cfg.batch_size} is no multiple of {engines} engines")
+    check(length <= context, f"--max_prompt_tokens + --max_response_tokens = {length} is more than the context of "
+          f"{context}; lower one")
+    check(evaluator or cfg.keep == "all" and not cfg.eval_every, "--keep correct and --eval_every need this "
+          f"project's eval.py, which grades, beside {__file__}")
+    make_empty(base)
     problems = load_problems(cfg, base, instruction)
     held_out = evaluator.load_held_out(cfg, base) if cfg.eval_every else []
     if dist.get_rank() == 0:
@@ -1042,16 +1006,15 @@ def start_run(base, out, settings):
     """Rank 0's part of the checks: the folder, the run to go on with, the weights."""
     claim_folder(out, settings["resume"], "opsdc.lock")
     if checkpoints(out):
-        with blaming(f"--resume: the settings in {out}/config.json"):
+        with blaming(f"--resume: the settings of the run in {out}/config.json"):
             old = json.loads((out / "config.json").read_text())
-            changed = [f"{name} was {old[name]!r}, is {settings[name]!r}" for name in IDENTITY
+            changed = [f"{name} is {old[name]!r}, not {settings[name]!r}" for name in IDENTITY
                        if old[name] != settings[name]]
-            check(not changed, "; ".join(changed) + "; give the same, or another --out")
+            check(not changed, "; ".join(changed))
     base.loaded = read_weights(base)
     replace_file(out / "config.json", json.dumps(settings, indent=1))
     size = (12 + compute_dtype().itemsize) * sum(p.numel() for p in base.empty.parameters()) / 1e9
-    say(f"a checkpoint takes {size:.3g} GB, three exist while one is saved; "
-        f"{shutil.disk_usage(out).free / 1e9:.3g} GB are free")
+    say(f"a checkpoint takes {size:.3g} GB, {shutil.disk_usage(out).free / 1e9:.3g} GB are free; up to three exist")
 
 # ------------------------------------------------------------------------------------------------------ LOGS
 def say(text):
