@@ -290,7 +290,7 @@ def rate(event, kind, column):
 def toy_tokenizer():
     """A word is a token together with the space before it, so that decoding is joining."""
     split = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]|\s"), "isolated")
-    texts = [opsdc.WRAPPER_HEAD, opsdc.FORMAT, opsdc.WRAPPER_TAIL, *TOLD.values(),
+    texts = [opsdc.STUDENT_HEAD, opsdc.FORMAT, opsdc.TAIL, *TOLD.values(),
              "Add modulo 10: = +\nuser\nassistant\ncheck\nAnswer:"]
     texts += [f"{digit} {digit}" + "".join(f" {letter}{digit}" for letter in LETTERS) for digit in range(10)]
     special = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
@@ -320,10 +320,10 @@ def toy_rows(rng, n):
 
 def toy_prompt(tokenizer, row, kind):
     if kind == "bare":
-        return opsdc.chat_ids(tokenizer, row["problem"], True)
+        return opsdc.prompt_ids(tokenizer, row["problem"], wrapper="none")
     if kind in TOLD:
-        return opsdc.teacher_prompt(tokenizer, row["problem"], TOLD[kind])
-    return opsdc.student_prompt(tokenizer, row["problem"])
+        return opsdc.prompt_ids(tokenizer, row["problem"], TOLD[kind])
+    return opsdc.prompt_ids(tokenizer, row["problem"])
 
 def toy_response(rng, row, kind, verbose=0):
     """Lines of an answer, the first `verbose` of its thought in the base's habit; numbers of wrong lines."""
@@ -926,12 +926,12 @@ def test_prompts_are_the_papers(tmp_path):
     remember = 'Remember to put your answer on its own line after "Answer:".'
     chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     student = f"Solve the following math problem step by step. {form}\n\n1+1?\n\n{remember}"
-    assert tokenizer.decode(opsdc.student_prompt(tokenizer, "1+1?")) == chat.format(student)
+    assert tokenizer.decode(opsdc.prompt_ids(tokenizer, "1+1?")) == chat.format(student)
     v1 = ("Solve the following math problem concisely and correctly. Be direct: avoid unnecessary "
           "elaboration, redundant steps, or restating the problem. Focus only on the key reasoning steps "
           "needed to reach the answer.")
     teacher = f"{v1}\n\n{form}\n\n1+1?\n\n{remember}"
-    assert (tokenizer.decode(opsdc.teacher_prompt(tokenizer, "1+1?", opsdc.read_instruction("v1")))
+    assert (tokenizer.decode(opsdc.prompt_ids(tokenizer, "1+1?", opsdc.read_instruction("v1")))
             == chat.format(teacher))
     v2 = opsdc.read_instruction("v2")
     assert v2.startswith("Solve the following math problem concisely and correctly. Prioritize a correct "
@@ -943,15 +943,15 @@ def test_prompts_are_the_papers(tmp_path):
 
 def test_thinking_reaches_templates_that_know_it():
     qwen, r1 = make_tokenizer(["text"], QWEN_TEMPLATE), make_tokenizer(["text"], R1_TEMPLATE)
-    assert qwen.decode(opsdc.student_prompt(qwen, "1+1?", thinking=False)).endswith("<think>\n\n</think>\n\n")
-    assert qwen.decode(opsdc.student_prompt(qwen, "1+1?", thinking=True)).endswith("<|im_start|>assistant\n")
-    assert opsdc.student_prompt(r1, "1+1?", thinking=True) == opsdc.student_prompt(r1, "1+1?", thinking=False)
-    assert r1.decode(opsdc.student_prompt(r1, "1+1?")).endswith("<|Assistant|><think>\n")
+    assert qwen.decode(opsdc.prompt_ids(qwen, "1+1?", thinking=False)).endswith("<think>\n\n</think>\n\n")
+    assert qwen.decode(opsdc.prompt_ids(qwen, "1+1?", thinking=True)).endswith("<|im_start|>assistant\n")
+    assert opsdc.prompt_ids(r1, "1+1?", thinking=True) == opsdc.prompt_ids(r1, "1+1?", thinking=False)
+    assert r1.decode(opsdc.prompt_ids(r1, "1+1?")).endswith("<|Assistant|><think>\n")
 
 def turns(*roles):
     return [dict(role=role, content=f"text {i}") for i, role in enumerate(roles)]
 
-WRAPPED = opsdc.WRAPPER_HEAD + "1+1?" + opsdc.WRAPPER_TAIL
+WRAPPED = opsdc.STUDENT_HEAD + "1+1?" + opsdc.TAIL
 ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the error; with none if another
     (dict(problem="1+1?", answer="2", solution="1+1 makes 2"), ("1+1?", "2")),
     (dict(question="1+1?", answer=2), ("1+1?", "2")),
@@ -1012,7 +1012,7 @@ ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the er
 def test_a_row_is_read_or_refused_by_name(row, math_, none):
     for wrapper, expected in (("math", math_), ("none", none)):
         if isinstance(expected, tuple):
-            assert (opsdc.read_problem(row, "here", wrapper), ev.read_answer(row, "here")) == expected
+            assert (opsdc.read_problem(row, "here", wrapper)[1], ev.read_answer(row, "here")[2]) == expected
         else:
             with pytest.raises(ValueError, match=expected) as error:
                 opsdc.read_problem(row, "here", wrapper)
@@ -1025,22 +1025,16 @@ def test_conversations_keep_their_turns_and_only_the_last_is_wrapped():
     chat = turns("system", "user", "assistant", "user")
     head = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat[:-1])
     tail = "<|im_end|>\n<|im_start|>assistant\n"
-    assert (decode(opsdc.student_prompt(tokenizer, chat, wrapper="none"))
+    assert (decode(opsdc.prompt_ids(tokenizer, chat, wrapper="none"))
             == head + "<|im_start|>user\ntext 3" + tail)
-    assert (decode(opsdc.teacher_prompt(tokenizer, chat, "Be brief.", wrapper="none"))
+    assert (decode(opsdc.prompt_ids(tokenizer, chat, "Be brief.", wrapper="none"))
             == head + "<|im_start|>user\nBe brief.\n\ntext 3" + tail)
-    assert (decode(opsdc.student_prompt(tokenizer, turns("system", "user")))
+    assert (decode(opsdc.prompt_ids(tokenizer, turns("system", "user")))
             == "<|im_start|>system\ntext 0<|im_end|>\n<|im_start|>user\n" + WRAPPED.replace("1+1?", "text 1")
             + tail)
-    assert opsdc.student_prompt(tokenizer, "x", wrapper="none") == opsdc.chat_ids(tokenizer, "x", True)
     tokenizer.chat_template = "{{ raise_exception('no system here') }}"
     with pytest.raises(ValueError, match="chat template fails on .*text 0.*: no system here"):
-        opsdc.student_prompt(tokenizer, chat)
-
-def test_a_template_with_a_date_keeps_the_day_it_is_given():
-    tokenizer = make_tokenizer(["text"], "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}")
-    opsdc.fix_date(tokenizer, "2024-07-26")
-    assert tokenizer.decode(opsdc.student_prompt(tokenizer, "x", wrapper="none")) == "26 Jul 2024x"
+        opsdc.prompt_ids(tokenizer, chat)
 
 def as_file(directory, name, content):
     path = directory / name
@@ -1109,7 +1103,7 @@ def test_batch_at_covers_each_epoch_once(n, batch_size):
 @pytest.mark.parametrize("budget", [1, 12, 10_000])
 def test_micro_batches_hold_every_sequence_once(world, budget):
     lengths = [9, 3, 8, 4, 4, 7, 1]
-    ranks = [opsdc.micro_batches(lengths, budget, rank, world) for rank in range(world)]
+    ranks = [opsdc.plan_micro_batches(lengths, budget, rank, world) for rank in range(world)]
     assert sorted(i for rank in ranks for group in rank for i in group) == list(range(7))
     # FSDP's collectives are entered by all ranks equally often
     assert len({len(rank) for rank in ranks}) == 1
@@ -1122,7 +1116,7 @@ def test_little_padding_and_even_ranks_on_a_long_tailed_batch():
     lengths = (torch.randn(20, 32) * 0.6 + 8.2).exp().clamp(max=8192).int().tolist()
     padded, real, per_rank = 0, 0, []
     for batch in lengths:
-        ranks = [opsdc.micro_batches(batch, 16384, rank, 8) for rank in range(8)]
+        ranks = [opsdc.plan_micro_batches(batch, 16384, rank, 8) for rank in range(8)]
         sizes = [sum(len(g) * max(batch[i] for i in g) for g in rank if g) for rank in ranks]
         padded, real = padded + sum(sizes), real + sum(batch)
         per_rank.append(max(sizes) / (sum(sizes) / 8))
@@ -1140,10 +1134,24 @@ def test_right_pad_marks_the_places_that_predict_the_response():
 # gradients as opsdc.py does, on as many ranks as torchrun gives it; the reference is the unsharded model in
 # float64, one unpadded sequence at a time.
 
+ANY_GAP = dict.fromkeys(opsdc.MAX_GAP, math.inf)
+
+def opened(path):
+    """opsdc.Base of the model in `path`, on rank 0 with its weights."""
+    base = opsdc.open_base(str(path))
+    opsdc.make_empty(base)
+    base.loaded = opsdc.read_weights(base) if torch.distributed.get_rank() == 0 else None
+    return base
+
+def loaded(path, **settings):
+    """It in shards."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return opsdc.load_model(opened(path), device, opsdc.Config(**settings))
+
 def fixed_batch(tokenizer):
     texts = ["1+1?", "What is the sum of the first hundred positive integers?", "2+2?", "x", "Find all n."]
-    problems = [opsdc.Problem(x, None, opsdc.student_prompt(tokenizer, x),
-                              opsdc.teacher_prompt(tokenizer, x, opsdc.INSTRUCTIONS["v1"])) for x in texts]
+    problems = [opsdc.Problem(x, None, opsdc.prompt_ids(tokenizer, x),
+                              opsdc.prompt_ids(tokenizer, x, opsdc.INSTRUCTIONS["v1"])) for x in texts]
     torch.manual_seed(1)
     lengths = [7, 90, 1, 33, 20]
     ids = [torch.randint(5, len(tokenizer), (n,)).tolist() for n in lengths]
@@ -1157,12 +1165,12 @@ def gradients(model_path, file, *settings):
     """Worker: for each 'dtype,micro_batch_tokens,loss_chunk' of `settings`, loss and full gradients; and
     whether theta came back."""
     device = opsdc.start_processes()
-    opsdc.MAX_GAP = math.inf  # no engine here, hence no logprobs to agree with
+    opsdc.MAX_GAP = ANY_GAP  # no engine here, hence no logprobs to agree with
     problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(model_path))
     found = []
     for dtype, micro, chunk in (setting.split(",") for setting in settings):
         opsdc.compute_dtype = lambda: getattr(torch, dtype)
-        model = opsdc.load_model(opsdc.Config(model=model_path), device)
+        model = loaded(model_path)
         theta = {name: p.full_tensor().clone() for name, p in model.lm.named_parameters()}
         thetabar = other_weights(model.lm.named_parameters())
         cfg = opsdc.Config(model=model_path, micro_batch_tokens=int(micro), loss_chunk=int(chunk))
@@ -1246,12 +1254,12 @@ def test_two_nodes_shard_within_and_replicate_across(folder):
     assert result["mesh"] == ("replicate", "shard")
 
 def test_recomputing_activations_or_not_gives_the_same_gradients(good, one_rank, monkeypatch):
-    monkeypatch.setattr(opsdc, "MAX_GAP", math.inf)
+    monkeypatch.setattr(opsdc, "MAX_GAP", ANY_GAP)
     problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(good["model"]))
     found = []
     for recompute in (True, False):
         cfg = opsdc.Config(**good, gradient_checkpointing=recompute)
-        model, forwards = opsdc.load_model(cfg, torch.device("cpu")), []
+        model, forwards = loaded(cfg.model, gradient_checkpointing=recompute), []
         batches = opsdc.make_micro_batches(rollouts, problems, "cpu", cfg)
         teacher = opsdc.teacher_pass(model, other_weights(model.lm.named_parameters()), batches)
         model.lm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
@@ -1297,7 +1305,8 @@ def sync(model_path, file, vllm_tp):
                        vllm_tp=int(vllm_tp))
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     problems, _ = fixed_batch(tokenizer)
-    engine, model = opsdc.RolloutEngine(cfg), opsdc.load_model(cfg, device)
+    base = opened(model_path)
+    engine, model = opsdc.RolloutEngine(base, cfg), opsdc.load_model(base, device, cfg)
     thetabar = opsdc.snapshot(model)
 
     def step(synced, cfg=cfg):
@@ -1318,7 +1327,7 @@ def sync(model_path, file, vllm_tp):
         found.append(f"not stopped: {step(synced=False)}")
     except RuntimeError as error:
         found.append(str(error))
-    opsdc.MAX_GAP, gather, gathered = math.inf, DTensor.full_tensor, []
+    opsdc.MAX_GAP, gather, gathered = ANY_GAP, DTensor.full_tensor, []
     found += [step(synced=False), step(synced=True)]
     DTensor.full_tensor = lambda self: gathered.append(self) or gather(self)
     engine.sync(model)
@@ -1338,7 +1347,7 @@ def test_weight_sync_is_seen_in_the_logprob_gap(family, folder):
     (ids, warm, fresh), (_, cold, sharp), stopped, (*_, stale), (new_ids, _, again), counts = found
     assert fresh < 1e-4 and sharp < 1e-4 and again < 1e-4 and stale > 1e-2
     assert cold > warm + 1  # --temperature 0.05 draws what is likely; the logprobs stay the model's own
-    assert "No update was made. Look, likeliest first" in stopped
+    assert "no update" in stopped
     assert ids != new_ids  # the same seeds, other weights
     assert counts[0] == counts[1]  # gathered: each parameter once, a tied head too
 
@@ -1351,8 +1360,7 @@ def test_calls_of_the_engine_on_a_gpu(good, one_rank, monkeypatch):
         def __init__(self, *args, **settings):
             made.append(settings)
             self.llm_engine = self.engine_core = self._finalizer = self
-            self.model_config = types.SimpleNamespace(dtype=settings["dtype"], try_get_generation_config=dict)
-            self.get_tokenizer = lambda: AutoTokenizer.from_pretrained(args[0])
+            self.model_config = types.SimpleNamespace(dtype=settings["dtype"])
             self.apply_model = lambda asked: [True]  # it has a head
 
         def __getattr__(self, name):
@@ -1360,22 +1368,23 @@ def test_calls_of_the_engine_on_a_gpu(good, one_rank, monkeypatch):
                 synced = dict(kwargs.get("weights_iterator", ()))
                 assert all(w.dtype == torch.bfloat16 for w in synced.values())
                 calls.append((name, *args, *more.values(), len(synced)) if name in named else name)
+                return []
             return call
     named = "sleep", "wake_up", "collective_rpc"
-    model = opsdc.load_model(opsdc.Config(model=good["model"]), torch.device("cpu"))
+    model, base = loaded(good["model"]), opsdc.open_base(good["model"])
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Recorder, SamplingParams=dict))
-    monkeypatch.setitem(sys.modules, "vllm.model_executor.models.transformers.base",
-                        types.SimpleNamespace(Base=types.SimpleNamespace()))
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.models.transformers", types.SimpleNamespace(
+        base=types.SimpleNamespace(Base=types.SimpleNamespace())))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for load_format in ("dummy", "auto"):
-        engine = opsdc.RolloutEngine(opsdc.Config(**good, vllm_memory=0.7), load_format)
+        engine = opsdc.RolloutEngine(base, opsdc.Config(**good, vllm_memory=0.7), load_format)
         for _ in range(2 if load_format == "dummy" else 0):
             engine.sync(model)
             engine.generate([], [], max_tokens=1)
             engine.sleep()
     asleep = "sleep", 2, 0
     step = (("wake_up", ["weights"], 0), ("collective_rpc", "reload_weights", len(model.lm.state_dict())),
-            ("wake_up", ["kv_cache"], 0), "reset_prefix_cache", "enqueue", "has_unfinished_requests", asleep)
+            ("wake_up", ["kv_cache"], 0), "reset_prefix_cache", "generate", asleep)
     assert calls == ["detach", asleep, *step, *step, "detach"]
     common = dict(distributed_executor_backend="external_launcher", tensor_parallel_size=1, max_model_len=536,
                   dtype=torch.bfloat16, enforce_eager=False, enable_chunked_prefill=True,
@@ -1534,10 +1543,9 @@ def family_export(directory, name):
         stub_torchvision(directory)
     folder = str(directory / "out/model")
     opsdc.start_processes()
-    tokenizer, _ = opsdc.load_tokenizer(folder)
-    engine = opsdc.RolloutEngine(opsdc.Config(model=folder, max_prompt_tokens=512, max_response_tokens=40),
-                                 load_format="auto")
-    prompts = [opsdc.student_prompt(tokenizer, f"What is {i} + {i}?") for i in range(4)]
+    base, cfg = opsdc.open_base(folder), opsdc.Config(max_prompt_tokens=512, max_response_tokens=40)
+    engine = opsdc.RolloutEngine(base, cfg, load_format="auto")
+    prompts = [opsdc.prompt_ids(base.tokenizer, f"What is {i} + {i}?") for i in range(4)]
     samples = engine.generate(prompts, list(range(4)), max_tokens=40, temperature=1.0)
     capped = "attn_logit_softcapping" in FAMILIES[name][1]  # which transformers' sdpa leaves out
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
@@ -1597,40 +1605,44 @@ def test_families_that_differ_most_in_code(name, folder):
     row, bound = family_row(folder, name), 2e-2 if name == "Qwen3-Next" else 1e-4
     assert row["gap"] and row["gap"] < bound and row["export"] is not None and row["export"] < bound, row
 
-def test_logits_that_the_loss_does_not_compute_stop_with_one_line(one_rank, tmp_path, capsys):
-    """HyperCLOVA X multiplies by the logits_scaling by which Granite divides."""
-    make_family(tmp_path, "HyperCLOVA X")
-    with pytest.raises(SystemExit) as exit:
-        opsdc.load_model(opsdc.Config(model=str(tmp_path)), torch.device("cpu"))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
-    assert exit.value.code == 1 and len(lines) == 1
-    assert re.search("expected the loss to compute the model's own log-probabilities, found [0-9.]+ nats",
-                     lines[0])
+def spoil_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
-def test_weights_are_neither_made_up_nor_tied_against_their_files(one_rank, tmp_path, capsys):
-    def said():
-        with pytest.raises(SystemExit):
-            opsdc.load_model(opsdc.Config(model=str(tmp_path)), torch.device("cpu"))
-        return capsys.readouterr().out
-    make_family(tmp_path, "Qwen2")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | dict(tie_word_embeddings=True)))
-    assert re.search("error: --model .* expected embedding and head to be one, .* found two tensors", said())
-    weights = load_file(tmp_path / "model.safetensors")
-    save_file({name: w for name, w in weights.items() if "q_proj" not in name},
-              tmp_path / "model.safetensors", metadata=dict(format="pt"))
-    assert re.search("error: --model .* expected weights .*q_proj.* found none in its files", said())
+def spoil_weights(folder, change):
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata=dict(format="pt"))
+
+SPOILED = {  # family, what is done to it, the refusal; HyperCLOVA X multiplies by Granite's divisor
+    "logits": ("HyperCLOVA X", lambda folder: None,
+               "expected the model's own log-probabilities from the loss, found them [0-9.]+ nats apart"),
+    "tied": ("Qwen2", lambda folder: spoil_config(folder, tie_word_embeddings=True),
+             "expected embedding and head to be one, .* found two tensors"),
+    "missing": ("Qwen2", lambda folder: spoil_weights(folder, lambda weights: {
+        name: w for name, w in weights.items() if "q_proj" not in name}), "expected weights .*q_proj.* none"),
+    "NaN": ("Qwen2", lambda folder: spoil_weights(folder, lambda weights: weights | {
+        "model.norm.weight": weights["model.norm.weight"] * math.nan}), "expected finite weights, found NaN"),
+    "half": ("Qwen2", lambda folder: os.truncate(folder / "model.safetensors", 9999), "a pointer or half a file"),
+}
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_weights_are_checked_before_the_engine_starts(case, good, one_rank, tmp_path, monkeypatch):
+    family, spoil, message = SPOILED[case]
+    make_family(tmp_path / "m", family)
+    spoil(tmp_path / "m")
+    monkeypatch.setattr(opsdc.RolloutEngine, "__init__", lambda *_: pytest.fail("an engine is started"))
+    cfg = opsdc.Config(**good | dict(model=str(tmp_path / "m"), out=str(tmp_path / "out")))
+    assert re.search(message, refusal(lambda: opsdc.prepare(cfg)))
 
 def test_dropout_in_the_config_changes_nothing(one_rank, tmp_path):
-    found, device = [], torch.device("cpu")
+    found = []
     for name in ("Qwen2", "dropout in the config"):
         make_family(tmp_path / name, name)
         cfg = opsdc.Config(model=str(tmp_path / name))
         problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(cfg.model))
-        model = opsdc.load_model(cfg, device)
-        batches = opsdc.make_micro_batches(rollouts, problems, device, cfg)
+        model = loaded(cfg.model)
+        batch, = batches = opsdc.make_micro_batches(rollouts, problems, "cpu", cfg)
         hidden, head = opsdc.teacher_pass(model, other_weights(model.lm.named_parameters()), batches)
-        batch, = batches
         loss, _ = model(*batch.student, hidden[0], head, batch.weights)
         loss.backward()
         layers = model.lm.get_decoder().layers
@@ -1705,7 +1717,7 @@ def test_sigterm_saves_and_exits_with_0_and_no_rollout_kept_means_no_update(fold
     arguments = small_run(model, data, folder / "out", steps=500, save_every=1000, keep="correct")
     assert run_and_signal(arguments, folder / "out/metrics.jsonl", 2, signal.SIGTERM) == 0
     lines = metrics_of(folder / "out")
-    assert 2 <= len(lines) < 500 and (folder / f"out/checkpoint-{len(lines)}/state.json").exists()
+    assert 2 <= len(lines) < 500 and not list((folder / "out").glob("checkpoint*"))
     assert lines[0]["response_tokens"] == metrics_of(whole)[0]["response_tokens"]
     for line in lines:
         assert line["accuracy"] == line["skipped_updates"] == 0 and not {"loss", "grad_norm"} & set(line)
@@ -1720,28 +1732,13 @@ def test_conversations_as_they_are_that_are_never_right_then_more_steps_than_ask
         dict(prompt=[dict(role="user", content=f"Say {i}.")], answer=i) for i in range(9)]))
     done = in_fork(script, "opsdc.py", *small_run(model, data, folder / "out", steps=50, batch_size=2,
                                                   keep="correct", wrapper="none"))
-    assert done.returncode == 1 and "no rollout was kept in ten steps" in done.stdout, done.stdout[-3000:]
-    assert "warning: no rollout was kept in three steps" in done.stdout
-    assert "a response ends with the id 1 <|im_end|>\n" in done.stdout
+    assert done.returncode == 1 and "10 steps kept no rollout" in done.stdout, done.stdout[-3000:]
     lines, samples = metrics_of(folder / "out"), (folder / "out/samples.jsonl").read_text()
     assert len(lines) == 10 and not any("loss" in line for line in lines)
     assert '"problem": "Say ' in samples and '"problem": [{"role": "system", "content": "text 0"}' in samples
     shutil.copytree(whole, folder / "whole")
     said = in_fork(script, "opsdc.py", *small_run(model, rows, folder / "whole", steps=4, resume=True)).stdout
-    assert "6 steps are done, from" in said and "; --steps 4 adds none, model/ is that of step 6" in said
-    assert "model is that of step 6; " in said and len(metrics_of(folder / "whole")) == 6
-
-@beside()
-def test_weights_that_are_not_finite_stop_before_the_first_step(folder):
-    model, data = small_files(folder)
-    file = model / "model.safetensors"
-    weights = load_file(file)
-    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
-    save_file(weights, file, metadata=dict(format="pt"))
-    done = in_fork(script, "opsdc.py", *small_run(model, data, folder / "out"))
-    assert (done.returncode == 1
-            and done.stdout.count("m: expected finite weights, found NaN or infinity") == 1)
-    assert not (folder / "out/metrics.jsonl").exists()
+    assert "--resume: 6 steps are done" in said and "model is that of step 6" in said and len(metrics_of(folder / "whole")) == 6
 
 def destroy_slowly(mark):
     """Process groups take a minute to destroy, as NCCL's do where a rank has failed; then `mark` is made."""
@@ -1847,16 +1844,14 @@ def test_rank_killed_while_saving_then_a_damaged_checkpoint_and_a_full_disk(fold
     log, _ = killed_at("fsync", small_run(model, data, out, save_every=1))
     assert "Signal 9 (SIGKILL)" in log and not (folder / "destroyed").exists()
     left = sorted(path.name for path in out.glob("*checkpoint-*"))
-    assert left == ["checkpoint-1", "checkpoint-2", "tmp-checkpoint-3"]
+    assert left == ["checkpoint-1", "checkpoint-2"] and (out / opsdc.UNFINISHED).exists()
     (out / "checkpoint-best").mkdir()  # a user's own: neither resumed from nor removed
     shard = next((out / "checkpoint-2").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
     done = in_fork(script, "opsdc.py", *small_run(model, data, out, save_every=3, resume=True))
-    assert f"checkpoint-2, which is not whole: {shard.name}" in done.stdout
-    assert "1 steps are done, from" in done.stdout
-    assert done.returncode == 1 and re.search("error: .*checkpoint-3 could not be written, with .* GiB free "
-                                              "there; .*--resume goes on", done.stdout), done.stdout[-3000:]
+    assert "checkpoint-2, which is not whole: " in done.stdout and "1 steps are done" in done.stdout
+    assert done.returncode == 1 and "error: checkpoint-3 is not written; is the disk full?" in done.stdout
     left = sorted(path.name for path in out.glob("checkpoint-*"))
     assert left == ["checkpoint-1", "checkpoint-2", "checkpoint-best"]
     same_losses(whole, out, 3)
@@ -1879,7 +1874,7 @@ def test_rollouts_of_one_token_and_three_bad_gradients_in_a_row(folder):
     GenerationConfig(eos_token_id=list(range(400))).save_pretrained(model)  # every token ends it
     done = in_fork(nan, *small_run(model, data, folder / "out"))
     assert done.returncode == 1
-    assert "RuntimeError: three gradients in a row were not finite" in done.stdout.splitlines()[-1]
+    assert "RuntimeError: in a row, 3 gradients were not finite" in done.stdout.splitlines()[-1]
     lines = metrics_of(folder / "out")
     assert all(line["response_tokens_max"] == 1 and line["truncated"] == 0 for line in lines)
     assert lines[0]["loss"] > 0 and lines[0]["grad_norm"] > 0 and lines[0]["logprob_gap_max"] < 1e-4
@@ -1887,7 +1882,7 @@ def test_rollouts_of_one_token_and_three_bad_gradients_in_a_row(folder):
     assert [p.name for p in (folder / "out").glob("*checkpoint-*")] == ["checkpoint-2"]
 
 def test_update_clips_the_gradient_and_drops_one_that_is_not_finite(good, one_rank):
-    model = opsdc.load_model(opsdc.Config(model=good["model"]), torch.device("cpu"))
+    model = loaded(good["model"])
     before, sgd = opsdc.snapshot(model), torch.optim.SGD(model.parameters(), lr=1.0)
     moved = lambda: torch.cat([(p - before[name]).full_tensor().flatten()
                                for name, p in model.lm.named_parameters()]).norm().item()
@@ -1896,17 +1891,6 @@ def test_update_clips_the_gradient_and_drops_one_that_is_not_finite(good, one_ra
             p.grad = torch.full_like(p, grad / math.sqrt(sum(q.numel() for q in model.parameters())))
         assert opsdc.update(model, sgd, opsdc.Config(clip=0.5)) == pytest.approx(norm, rel=1e-4, nan_ok=True)
         assert moved() == pytest.approx(step, rel=1e-3) and next(model.parameters()).grad is None
-
-def test_a_checkpoint_before_the_first_update_does_not_count_as_one(good, one_rank):
-    model = opsdc.load_model(opsdc.Config(model=good["model"]), torch.device("cpu"))
-    adam = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0)
-    opsdc.training_state(model, adam, opsdc.snapshot(model))
-    before = opsdc.snapshot(model)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    opsdc.update(model, adam, opsdc.Config(clip=0.0))
-    for name, p in model.lm.named_parameters():  # Adam's first step is the learning rate
-        assert torch.allclose(before[name].full_tensor() - p.full_tensor(), torch.tensor(1.0), rtol=1e-4)
 
 def test_keep_correct_drops_wrong_rollouts():
     rollouts = [opsdc.Rollout(i, [5], [-1.0], True, correct) for i, correct in enumerate((True, False, None))]
@@ -1925,10 +1909,8 @@ def test_real_problems(folder):
         instruction="v2", divergence="jsd", weight_decay=1000)).stdout
     trained = AutoModelForCausalLM.from_pretrained(folder / "out/model")
     assert all(w.abs().max() < 0.01 for w in trained.parameters())
-    dropped = int(re.search(r"(\d+) dropped \(a prompt longer than 400", output)[1])
-    assert 0 < dropped < 250 and "500 left" not in output
-    assert output.count("warning: all rollouts were cut at 8 tokens: do the model's turns end with "
-                        "1 <|im_end|>?") == 1
+    dropped = int(re.search(r"(\d+) have a prompt longer than 400 tokens", output)[1])
+    assert 0 < dropped < 250 and "500 problems are left" not in output
     for line in metrics_of(folder / "out"):
         assert line["loss"] > 0 and line["logprob_gap_max"] < 1e-4 and line["accuracy"] == 0
         assert line["truncated"] == 1
@@ -1973,49 +1955,37 @@ def bad_template(directory, good, template="{{ raise_exception('the system only'
     (directory / "m/chat_template.jinja").write_text(template)
     return dict(model=directory / "m")
 
-def others(directory, name, content):
+def folder_with(directory, *names):
     """--out, where somebody else's things are."""
-    (directory / "theirs/model").mkdir(parents=True)
-    (directory / "theirs" / name).write_text(content)
+    for name in names:
+        (directory / "theirs" / name).mkdir(parents=True)
     return dict(out=directory / "theirs")
 
-RANGES = {  # option of opsdc.py: values, and the words of the range
-    "steps": ("0 -1", "at least 1"), "batch_size": ("0 -32", "at least 1"),
-    "lr": ("-0.1 nan inf 2", "at least 0 and at most 1"),
-    "weight_decay": ("-0.1 nan inf", "at least 0"), "clip": ("-1 nan inf", "at least 0"),
-    "temperature": ("-1 nan 2.1 inf", "at least 0 and at most 2"), "max_prompt_tokens": ("0", "at least 1"),
-    "max_response_tokens": ("0 -5", "at least 1"), "refresh_every": ("-1", "at least 0"),
-    "micro_batch_tokens": ("0", "at least 1"), "loss_chunk": ("0 -1", "at least 1"),
-    "vllm_tp": ("0", "at least 1"),
-    "vllm_memory": ("0 1.1 -0.5 nan", "at least 0.01 and at most 1"), "eval_every": ("-1", "at least 0"),
-    "eval_samples": ("0", "at least 1"), "save_every": ("0 -1", "at least 1"),
-    "seed": ("-1 4294967296", "at least 0 and at most 4294967295"),
-}
+NO_NUMBERS = {"steps": "0 -1", "batch_size": "0 -32", "lr": "-0.1 nan inf", "weight_decay": "-0.1 nan",
+              "clip": "-1 inf", "temperature": "-1 nan", "max_prompt_tokens": "0", "refresh_every": "-1",
+              "vllm_tp": "0", "vllm_memory": "0 -0.5 nan", "save_every": "0", "seed": "-1"}
 BAD_INPUT = {
     "model": (lambda d, good: dict(model=d / "nowhere"),
-              "--model .*nowhere: expected a folder with a chat model, or the id .* found no such"),
+              "--model .*nowhere: expected a folder with a chat model, or the id .* found "),
     "template": (no_template, "no chat template"),
-    "template that raises": (bad_template, "chat template fails on .*What is 0.*: the system only"),
-    "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl: .* No such file"),
-    "empty data": (lambda d, good: broken_data(d, ""), "expected problems, found 0,"),
-    "blank lines": (lambda d, good: broken_data(d, "\n \n"), "expected problems, found 0,"),
+    "template that raises": (bad_template, "chat template fails on What is 0.*: the system only"),
+    "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl.* No such file"),
+    "empty data": (lambda d, good: broken_data(d, ""), "rows.jsonl: found no problem"),
+    "blank lines": (lambda d, good: broken_data(d, "\n \n"), "rows.jsonl: found no problem"),
     "malformed line": (lambda d, good: broken_data(d, '{"problem": "x"}\n\n{"problem"\n'),
-                       "line 3, expected a JSON object, found"),
+                       "row 2, expected a JSON object, found"),
     "no problem field": (lambda d, good: broken_data(d, '{"text": "x"}\n'),
-                         "line 1: expected a field problem, prompt or question, found text"),
+                         "row 1: expected a field problem, prompt or question with text, found text"),
     "conversation": (lambda d, good: broken_data(d, json.dumps(dict(
                          prompt=turns("user", "assistant", "user")))),
-                     "line 1, field prompt: .*--wrapper none"),
-    "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "none with prompts of at most 5 tokens"),
-    "context": (lambda d, good: dict(max_response_tokens=4000),
-                "= 4512 is more than the model's context of 2048"),
-    "tp": (lambda d, good: dict(vllm_tp=2),
-           "--vllm_tp 2: expected a number of ranks that it divides, found 1"),
+                     "row 1, field prompt: .*--wrapper none"),
+    "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "found no problem with a prompt of at most 5"),
+    "context": (lambda d, good: dict(max_response_tokens=4000), "= 4512 is more than the context of 2048"),
+    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a divisor of the number of ranks, 1"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
-                   "--keep correct: 1 of the 1 problems"),
+                   "for --keep correct, a known answer"),
     "blank answers": (lambda d, good: (broken_data(d, '{"problem": "x", "answer": " "}\n')
-                                       | dict(keep="correct")),
-                      "--keep correct: 1 of the 1 problems"),
+                                       | dict(keep="correct")), "for --keep correct, a known answer"),
     "instruction": (lambda d, good: dict(instruction="@nowhere.txt"),
                     "--instruction @nowhere.txt.* No such file"),
     "one word": (lambda d, good: dict(instruction="V3"),
@@ -2023,27 +1993,24 @@ BAD_INPUT = {
     "no text": (lambda d, good: text_file(d, b" \n"), "--instruction @.*c.txt: expected v1, .* found ''"),
     "latin-1": (lambda d, good: text_file(d, "sois pr\u00e9cis".encode("latin-1")),
                 "--instruction @.* encoding UTF-8"),
-    "another's model": (lambda d, good: others(d, "note", ""),
-                        "--out .*theirs holds a run .or a model. already"),
-    "out is a file": (lambda d, good: dict(out=good["data"]),
-                      "--out .*rows.jsonl, expected a folder to write to"),
-    "out below a file": (lambda d, good: dict(out=good["data"] + "/x"),
-                         "--out .*rows.jsonl/x, expected a folder"),
-    "no number": (lambda d, good: dict(steps="many"), "--steps: invalid int value: 'many'"),
-    "no choice": (lambda d, good: dict(divergence="KL"), "--divergence: invalid choice: 'KL'.*reverse_kl"),
-    "no option": (lambda d, good: dict(batch_sise=8), "expected options as in --help, found --batch_sise 8"),
-    "stray word": (lambda d, good: dict(seed="1 2".split()), "expected options as in --help, found 2"),
-} | {f"{name} {value}": (lambda d, good, change={name: value}: change,
-                         f"--{name} {value}.*: expected {words}")
-     for name, (values, words) in RANGES.items() for value in values.split()}
+    "another's things": (lambda d, good: folder_with(d, "model", "tmp-theirs"),
+                         "--out .*theirs: expected a new or empty folder or, with --resume, .* found model, tmp"),
+    "nothing to resume": (lambda d, good: folder_with(d, "checkpoint-1") | dict(resume=True),
+                          "--out .*theirs: expected a new or empty folder .* found checkpoint-1"),
+    "the model's folder": (lambda d, good: dict(out=good["model"]), "--out .*: expected a new or empty folder"),
+    "no folder": (lambda d, good: dict(out=""), "--out .: expected a new or empty folder"),
+    "out is a file": (lambda d, good: dict(out=good["data"]), "--out .*rows.jsonl: expected a new or empty"),
+    "out below a file": (lambda d, good: dict(out=good["data"] + "/x"), "--out .*rows.jsonl/x: expected a new"),
+} | {f"{name} {value}": (lambda d, good, change={name: float(value) if "." in value or "n" in value
+                                                 else int(value)}: change,
+                         f"--{name} {value}.*: expected (more than 0|0 or more)")
+     for name, values in NO_NUMBERS.items() for value in values.split()}
 
-def refusal(command, capsys):
-    """The one line with which `command` ends, with status 1."""
-    with pytest.raises(SystemExit) as exit:
+def refusal(command):
+    """What `command` says when it refuses, in one line."""
+    with pytest.raises((ValueError, OSError)) as error:
         command()
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
-    assert exit.value.code == 1 and len(lines) == 1, lines
-    return lines[0]
+    return " ".join(str(error.value).split())
 
 def folder(make, **config):
     """Of the good model a copy with another config, then changed by `make`(directory)."""
@@ -2071,43 +2038,34 @@ def of_type(model_type, architecture, **config):
     return folder(as_is, model_type=model_type, architectures=[architecture], **config)
 
 REMOTE = dict(AutoConfig="code.OddConfig", AutoModelForCausalLM="code.OddForCausalLM")
-PHI3_ROPE = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * 16, long_factor=[2.0] * 16,
-                 original_max_position_embeddings=512)
-CAUSAL = "model: expected a causal language model in plain weights, found "
+CAUSAL = "model: expected a causal language model with plain weights and .layers, found "
 FOLDERS = {
-    "encoder": (of_type("bert", "BertModel"), f"{CAUSAL}.*BertModel of type bert; take a ...ForCausalLM"),
-    "encoder with a head": (of_type("bert", "BertLMHeadModel"), f"{CAUSAL}.*BertLMHeadModel"),
+    "encoder": (of_type("bert", "BertModel"), f"{CAUSAL}BertModel of type bert"),
+    "encoder with a head": (of_type("bert", "BertLMHeadModel"), f"{CAUSAL}BertLMHeadModel"),
     "encoder-decoder": (of_type("t5", "T5ForConditionalGeneration", is_encoder_decoder=True),
-                        f"{CAUSAL}.*T5ForConditionalGeneration"),
+                        f"{CAUSAL}T5ForConditionalGeneration"),
     "reward": (folder(as_is, architectures=["Qwen3ForSequenceClassification"]),
-               f"{CAUSAL}.*Qwen3ForSequenceClassification"),
-    "base model": (folder(as_is, architectures=["Qwen3Model"]), f"{CAUSAL}.*Qwen3Model"),
-    "embedding": (folder(touch("modules.json")), f"{CAUSAL}.*an embedding model"),
-    **{name: (folder(as_is, quantization_config=dict(quant_method=name, bits=4, load_in_4bit=True)),
-              f"{CAUSAL}.*quantised weights; take") for name in ("fp8", "gptq", "awq", "bitsandbytes")},
+               f"{CAUSAL}Qwen3ForSequenceClassification"),
+    "base model": (folder(as_is, architectures=["Qwen3Model"]), f"{CAUSAL}Qwen3Model"),
+    "embedding": (folder(touch("modules.json")), f"{CAUSAL}an embedding model"),
+    "fp8": (folder(as_is, quantization_config=dict(quant_method="fp8")), f"{CAUSAL}quantised weights"),
     "quantised text of a multimodal model": (
         of_type("internvl", "InternVLForConditionalGeneration", text_config=dict(
             model_type="qwen2", quantization_config=dict(quant_method="compressed-tensors"))),
-        f"{CAUSAL}.*quantised weights; take"),
-    "prefix attention": (of_type("gemma", "GemmaForCausalLM", use_bidirectional_attention=True),
-                         f"{CAUSAL}.*two-way attention"),
-    "images that need timm": (of_type("gemma3n", "Gemma3nForConditionalGeneration"),
-                              "expected a class that transformers can make: .*timm"),
-    "adapter": (folder(as_adapter), "model: expected a folder .* found a LoRA adapter; merge"),
+        f"{CAUSAL}quantised weights"),
+    "adapter": (folder(as_adapter), "model: expected a folder .* found.* a LoRA adapter; merge"),
     "multimodal, no causal text": (of_type("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration",
                                            vision_config={}),
-                                   f"{CAUSAL}.*Qwen2_5_VLForConditionalGeneration of type qwen2_5_vl_text"),
-    "longrope": (of_type("phi3", "Phi3ForCausalLM", rope_parameters=PHI3_ROPE,
-                         original_max_position_embeddings=512),
-                 f"{CAUSAL}.*LongRoPE and 536 tokens.* at 512; lower"),
+                                   f"{CAUSAL}Qwen2_5_VLForConditionalGeneration of type qwen2_5_vl_text"),
     "no weights": (folder(lambda target: (target / "model.safetensors").unlink()),
-                   "model: expected a folder .* found no weights, .safetensors or .bin"),
-    "head bias": (of_type("phi", "PhiForCausalLM", partial_rotary_factor=0.5),
-                  "expected .layers and a head without a bias, found PhiForCausalLM"),
-    "other layers": (of_type("gpt2", "GPT2LMHeadModel"), f"{CAUSAL}.*GPT2LMHeadModel"),
+                   "model: expected a folder .* no weights, .safetensors or .bin"),
+    "other layers": (of_type("gpt2", "GPT2LMHeadModel"), f"{CAUSAL}GPT2LMHeadModel"),
     "remote code": (folder(touch("code.py"), model_type="odd", architectures=["OddForCausalLM"],
                            auto_map=REMOTE), "model: expected a folder .* contains custom code"),
     "unknown type": (of_type("odd", "OddForCausalLM"), "model: expected a folder .* model type `odd`"),
+    "pad id of no token": (folder(as_is, pad_token_id=400), "model: expected a folder .* pad_token_id 400"),
+    "pointer": (folder(lambda target: (target / "model.safetensors").write_text("version https://git-lfs")),
+                "model.safetensors: expected weights, found a pointer or half a file"),
 }
 
 @pytest.fixture
@@ -2119,125 +2077,87 @@ def refused_early(no_group, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on the terminal"))
 
 @pytest.mark.parametrize("case", FOLDERS)
-def test_models_that_cannot_be_trained_are_refused(case, good, one_rank, refused_early, tmp_path, capsys):
+def test_models_that_cannot_be_trained_are_refused(case, good, one_rank, refused_early, tmp_path):
     change, message = FOLDERS[case]
     settings = dict(good) | dict(out=str(tmp_path / "out")) | change(tmp_path, good)
-    assert re.search(message, refusal(lambda: opsdc.prepare(opsdc.Config(**settings)), capsys))
+    assert re.search(message, refusal(lambda: opsdc.prepare(opsdc.Config(**settings))))
     assert not (tmp_path / "out").exists()
 
 def test_a_multimodal_model_says_that_text_alone_is_trained(good, one_rank, tmp_path, capsys):
     make_family(tmp_path / "model", "Gemma 3")
     opsdc.prepare(opsdc.Config(**dict(good) | dict(out=str(tmp_path / "out"), model=str(tmp_path / "model"))))
-    assert "is multimodal: its text model alone is trained, and exported as a Gemma3ForCausalLM" in (
-        capsys.readouterr().out)
+    assert "the text model alone is trained, and exported as Gemma3ForCausalLM" in capsys.readouterr().out
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_stops_with_a_clear_message(case, good, refused_early, tmp_path, capsys, monkeypatch):
+def test_bad_input_stops_with_a_clear_message(case, good, one_rank, refused_early, tmp_path):
     change, message = BAD_INPUT[case]
     settings = dict(good) | dict(out=tmp_path / "out") | change(tmp_path, good)
-    words = [word for name, value in settings.items()
-             for word in (f"--{name}", *(value if isinstance(value, list) else [value]))]
-    monkeypatch.setattr(sys, "argv", ["opsdc.py", *map(str, words)])
-    assert re.search(message, refusal(opsdc.main, capsys))
-    assert not (tmp_path / "out").exists()
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    before = sorted(Path(settings["out"]).rglob("*"))
+    assert re.search(message, refusal(lambda: opsdc.prepare(opsdc.Config(**settings))))
+    assert settings["out"] == "" or sorted(Path(settings["out"]).rglob("*")) == before  # nothing was written
 
-def test_every_number_has_a_range():
-    parser = opsdc.HfArgumentParser(opsdc.Config)
-    numbers = [f.name for f in dataclasses.fields(opsdc.Config) if f.type in (int, float)]
-    assert sorted(numbers) == sorted(RANGES) and "0.01..1" in parser.format_help()
-
-def test_missing_vllm_is_named_with_what_to_install(good, one_rank, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
-    with pytest.raises(SystemExit):
-        opsdc.prepare(opsdc.Config(**good))
-    assert "error: vllm is not installed: on a machine with GPUs" in capsys.readouterr().out
-
-def test_too_small_a_disk_and_too_old_a_driver_are_named(good, one_rank, monkeypatch, capsys, tmp_path):
-    """16 bytes a parameter a checkpoint here (14 on a GPU), three of them while the third is written."""
-    config = opsdc.Config(**good, out=str(tmp_path / "some/out"))
-    weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(good["model"]).parameters())
-    free = lambda n: monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=n))
-    free(3 * 16 * weights - 1)
-    with pytest.raises(SystemExit):
-        opsdc.prepare(config)
-    said = capsys.readouterr().out
-    assert re.search("error: --out .*/some/out: expected .* GB free for checkpoints of .* GB, found", said)
-    opsdc.prepare(dataclasses.replace(config, steps=20))  # two checkpoints
-    (tmp_path / "some/out/checkpoint-10").mkdir()
-    opsdc.prepare(dataclasses.replace(config, resume=True))  # the third is there already
-    free(3 * 16 * weights)
-    opsdc.prepare(dataclasses.replace(config, out=str(tmp_path / "other")))
+def test_too_old_a_driver_is_named(good, one_rank, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(SystemExit):
-        opsdc.prepare(config)
-    said = capsys.readouterr().out
-    assert re.search("error: torch for CUDA 13.0 sees no GPU: expected .* R580 .*, found none; update", said)
+    assert "torch for CUDA 13.0 sees no GPU: it needs a driver R580" in refusal(
+        lambda: opsdc.prepare(opsdc.Config(**good)))
 
-DATED = "{{ strftime_now('%d %b %Y') }} " + QWEN_TEMPLATE
-
-def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, capsys, monkeypatch):
-    """What may be spelled or dated another way, and what may not."""
-    out, model = tmp_path / "out", Path(bad_template(tmp_path, good, DATED)["model"])
-    settings = dict(good) | dict(model=str(model), out=str(out))
+def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
+    """What may be spelled another way, and what may not."""
+    out, model = tmp_path / "out", Path(shutil.copytree(good["model"], tmp_path / "m"))
+    settings = dict(good) | dict(model=str(model), out=str(out), batch_size=8)
     prepare = lambda **change: opsdc.prepare(opsdc.Config(**settings | change))
-    refused = lambda **change: refusal(lambda: prepare(**change), capsys)
     prepare(batch_size=4)
-    (out / "metrics.jsonl").write_text('{"step": 1}\n')  # it died before its first checkpoint
-    _, problems, *_ = prepare(batch_size=8)
-    assert len(problems) == 40 and (out / "metrics.jsonl").read_text() == ""
+    second = refusal(lambda: prepare(resume=True))  # the first is at work: this process
+    assert "where no other process is at work; found" in second
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    prepare(batch_size=8, resume=True)  # it died before its first checkpoint
     (out / "checkpoint-1").mkdir()
-    settings |= dict(batch_size=8)
-    assert "holds a run (or a model) already; add --resume to its command" in refused()
+    assert "expected a new or empty folder or, with --resume, that of a run" in refusal(prepare)
     settings |= dict(resume=True)
-    kept = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(kept | dict(date="2024-07-26")))  # begun another day
-    tokenizer, again, *_ = prepare(steps=200)
-    assert "the run has steps 100, found 200; going on with the latter" in capsys.readouterr().out
-    assert tokenizer.decode(again[0].student).startswith("26 Jul 2024 ")
-    assert (json.loads((out / "config.json").read_text())
-            == kept | dict(date="2024-07-26", steps=200, resume=True))
-    assert again[0].student != problems[0].student
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(model)
-    for name in ("m", "./m/", "link", "../" + tmp_path.name + "/m"):
-        prepare(model=name)
-    prepare(instruction=" V1")
-    prepare(data=str(shutil.copy(good["data"], tmp_path / "copy.jsonl")), lr=1e-4, eval_samples=2)
-    capsys.readouterr()
+    shutil.copytree(model, tmp_path / "copy")
+    for change in (dict(model="m"), dict(model="./m/"), dict(model="link"), dict(model="copy"), dict(steps=200),
+                   dict(instruction=" V1"), dict(lr=1e-4, eval_samples=2),
+                   dict(data=str(shutil.copy(good["data"], tmp_path / "copy.jsonl")))):
+        prepare(**change)
+        kept = json.loads((out / "config.json").read_text())
+        assert kept == kept | change | dict(instruction=opsdc.INSTRUCTIONS["v1"])
+    spoil_weights(tmp_path / "copy", lambda weights: weights | {
+        "model.norm.weight": weights["model.norm.weight"] * 1.01})
     for change, name in ((broken_data(tmp_path, '{"problem": "x"}\n'), "problems"), (dict(seed=5), "seed"),
-                         (dict(model=good["model"]), "model"), (dict(instruction="v2"), "instruction"),
+                         (dict(model="copy"), "weights"), (dict(instruction="v2"), "instruction"),
                          (dict(wrapper="none"), "wrapper"), (dict(batch_size=4), "batch_size"),
                          (dict(thinking=False), "thinking"), (dict(refresh_every=3), "refresh_every")):
-        assert f"--resume: the run has {name} " in refused(**change)
-    (model / "chat_template.jinja").write_text(DATED + " ")
-    assert "--resume: the run has template " in refused()
+        assert f"{out}/config.json: {name} is " in refusal(lambda: prepare(**change))
+    (model / "chat_template.jinja").write_text(QWEN_TEMPLATE + " ")
+    assert "config.json: template is " in refusal(prepare)
     for text in ("", "[1"):
         (out / "config.json").write_text(text)
-        assert f"{out}/config.json, expected the settings of the run" in refused()
+        assert f"--resume: the settings of the run in {out}/config.json" in refusal(prepare)
 
 def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, capsys):
-    rows = [dict(problem="one"), dict(problem="one", answer=1), dict(problem="one", answer="1"),
+    rows = [dict(problem="one", note=5), dict(problem="one", answer=1), dict(problem="one", answer="1"),
             dict(problem="one", answer=2), dict(problem="two", answer=2),
-            dict(problem="long " * 500, answer=3), dict(problem="three", answer=" ")]
+            dict(problem="long " * 500, answer=3), dict(problem="three", answer=" "),
+            dict(problem="four", answer="See proof.")]
     data = broken_data(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
-    no_switch = bad_template(tmp_path, good, R1_TEMPLATE)
-    cfg = opsdc.Config(**good | data | no_switch | dict(out=str(tmp_path / "out"), thinking=False,
-                                                        instruction="20%"))
+    cfg = opsdc.Config(**good | data | dict(out=str(tmp_path / "out"), instruction="20%"))
     _, problems, *_ = opsdc.prepare(cfg)
-    assert [(p.text, p.answer) for p in problems] == [("one", "1"), ("two", "2"), ("three", None)]
+    assert [(p.text, p.answer) for p in problems] == [("one", "1"), ("two", "2"), ("three", None), ("four", None)]
     said = capsys.readouterr().out
-    for text in ("reading ", "c: Solve the following math problem correctly using 20% fewer tokens",
-                 "7 rows, 3 duplicates (1 with another answer", "1 dropped (a prompt longer than 512 tokens)",
-                 "3 left, 1 of them without an answer", "the first student's prompt: '<",
-                 "the first teacher's prompt: '<", "<|Assistant|><think>\\n'",
-                 "--no_thinking changes nothing"):
+    for text in ("reading ", "8 rows, 5 problems, 2 without a known answer, 1 repeated with another answer",
+                 "read: {'problem': 'problem'", "not read: ['note']",
+                 "4 problems are left, 1 have a prompt longer than 512 tokens", "the first teacher's prompt:\n<",
+                 "Solve the following math problem correctly using 20% fewer tokens", "a checkpoint takes "):
         assert text in said, text
 
 @beside()
 def test_bad_input_under_torchrun_exits_once_and_not_0(folder):
     done = run(*small_run(*small_files(folder), folder / "out", batch_size=3), ranks=2)
     assert done.returncode != 0
-    assert done.stdout.count("error: --batch_size 3 is not divisible by the 2 engines") == 1
+    assert done.stdout.count("error: --batch_size 3 is no multiple of 2 engines") == 1
 
 def test_readme_names_every_option_and_the_lines_of_the_sections():
     readme, lines = (HERE / "README.md").read_text(), (HERE / "opsdc.py").read_text().splitlines()
@@ -2258,7 +2178,7 @@ def test_opsdc_alone_in_a_folder_trains_without_accuracy(folder):
     shutil.copy(HERE / "opsdc.py", folder)
     done = run(*small_run(*small_files(folder), folder / "out", steps=1), script=folder / "opsdc.py",
                env=ENVIRONMENT | {"PYTHONPATH": ""})
-    assert done.returncode == 0 and done.stdout.count("no eval.py beside") == 1, done.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:]
     line, = metrics_of(folder / "out")
     assert line["loss"] > 0 and "accuracy" not in line
     kept = [json.loads((folder / model / "generation_config.json").read_text())["temperature"]
@@ -2266,10 +2186,10 @@ def test_opsdc_alone_in_a_folder_trains_without_accuracy(folder):
     assert kept == [0.6, 0.6]
 
 @pytest.mark.parametrize("change", [dict(keep="correct"), dict(eval_every=1)])
-def test_what_needs_eval_py_says_so(change, good, one_rank, refused_early, monkeypatch, capsys):
-    monkeypatch.setattr(opsdc, "measure", None)
-    assert "--keep correct and --eval_every need eval.py" in refusal(
-        lambda: opsdc.prepare(opsdc.Config(**good, **change)), capsys)
+def test_what_needs_eval_py_says_so(change, good, one_rank, refused_early, monkeypatch):
+    monkeypatch.setattr(opsdc, "evaluator", None)
+    assert "--keep correct and --eval_every need this project's eval.py" in refusal(
+        lambda: opsdc.prepare(opsdc.Config(**good, **change)))
 
 def test_imports_without_vllm_or_gpu_and_without_side_effects():
     assert SIDE_EFFECTS == (False, False, False)
@@ -2374,7 +2294,7 @@ def test_fork_answer_tells_the_teacher_only(good, one_rank, tmp_path):
     forked, tokenizer = load_fork("answer", tmp_path), AutoTokenizer.from_pretrained(good["model"])
     problem = forked.load_problems(forked.Config(**good), tokenizer, "Be brief.")[2]
     assert problem.text == "What is 2 + 2?" and "The answer is 4." in tokenizer.decode(problem.teacher)
-    assert problem.student == opsdc.student_prompt(tokenizer, problem.text)
+    assert problem.student == opsdc.prompt_ids(tokenizer, problem.text)
 
 def test_fork_thinking_lets_the_teacher_think_and_not_the_student(good, one_rank, tmp_path):
     forked, tokenizer = load_fork("thinking", tmp_path), AutoTokenizer.from_pretrained(good["model"])
@@ -3000,7 +2920,7 @@ def test_exported_model_is_a_plain_hugging_face_model(toy, trained):
     model, tokenizer = (kind.from_pretrained(trained / "model")
                         for kind in (AutoModelForCausalLM, AutoTokenizer))
     row = json.loads((toy / "eval.jsonl").read_text().splitlines()[0])
-    prompt = torch.tensor([opsdc.student_prompt(tokenizer, row["problem"])])
+    prompt = torch.tensor([opsdc.prompt_ids(tokenizer, row["problem"])])
     text = tokenizer.decode(model.generate(prompt, max_new_tokens=160, do_sample=False)[0, prompt.shape[1]:])
     assert model.dtype == torch.bfloat16 and text.rstrip().endswith(f"Answer: {row['answer']}<|im_end|>")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id and tokenizer.chat_template
@@ -3110,7 +3030,7 @@ BAD_EVALUATION = {
     "no text": (lambda d, good: dict(instruction=""), "--instruction : expected v1"),
     "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp 2: expected a number of ranks that it divides"),
 } | {f"{name} {value}": (lambda d, good, change={name: value}: change,
-                         f"--{name} {value}.*: expected at least ")
+                         f"--{name} {value}.*: expected ")
      for name, values in EVAL_RANGES.items() for value in values.split()}
 
 def evaluation(good, out, **change):
