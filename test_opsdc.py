@@ -982,14 +982,14 @@ ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the er
     (dict(prompt=turns("user", "assistant", "user")),
      "field prompt: expected the user's turn last, .* but for --wrapper none, .* assistant, user",
      (turns("user", "assistant", "user"), None)),
-    (dict(text="1+1?"), "here: expected a field problem, prompt or question, found text"),
+    (dict(text="1+1?"), "here: expected a field problem, prompt or question with text, found text"),
     (dict(problem="", question=None), "expected a field problem, .* found problem, question"),
     (dict(problem=" ", answer="3"), "expected a field problem"),
     (dict(prompt=[]), "expected a field problem"),
     (dict(prompt=[dict(role="user", content=" ")]), "expected a field problem"),
     (dict(problem=5), "field problem: expected a text, or messages .* found 5"),
     (dict(problem=dict(role="user", content="x")), "field problem: expected a text, or messages .* found {"),
-    (dict(prompt=[turn | dict(at=datetime.datetime.now()) for turn in turns("user")]), "field prompt: float.*"),
+    (dict(prompt=[turn | dict(at=datetime.datetime.now()) for turn in turns("user")]), "field prompt: .*datetime"),
     (dict(prompt=["text"]), "field prompt: expected a text, or messages with .*, found ..text'"),
     (dict(prompt=[dict(role="user", content=["text"])]), "expected a text, or messages with .* found .{"),
     (dict(prompt=[{"from": "human", "value": "x"}]), "expected a text, or messages with .* found .{'from'"),
@@ -1059,7 +1059,7 @@ def test_files_of_all_formats_read_alike(tmp_path):
     contents = {"jsonl": lines, "json": json.dumps(rows, indent=1), "csv": table, "parquet": as_parquet(rows)}
     for kind, content in contents.items():
         mark = "" if kind == "parquet" else "\ufeff"
-        for name in (f"x.{kind}", f"x.{kind}.gz", f"{kind}/train.{kind}"):
+        for name in (f"x.{kind}", f"{kind}/train.{kind}", *[f"x.{kind}.gz"] * (kind != "parquet")):
             file = as_file(tmp_path, name, mark + content if mark else content)
             source = str(tmp_path / kind) if "/" in name else file
             wheres, found = zip(*opsdc.read_rows(source))
@@ -1069,13 +1069,13 @@ def test_files_of_all_formats_read_alike(tmp_path):
     assert list(opsdc.read_rows(as_file(tmp_path, "array.json", json.dumps(rows))))[1][1] == rows[1]
     as_file(tmp_path, "jsonl/test.jsonl", '{"problem": "c"}')  # another split
     assert len(list(opsdc.read_rows(str(tmp_path / "jsonl")))) == 2
-    assert list(opsdc.read_rows(str(tmp_path / "jsonl") + "::test"))[0][1] == dict(problem="c")
+    assert list(opsdc.read_rows(str(tmp_path / "jsonl") + "::test"))[0][1]["problem"] == "c"
     number, = opsdc.read_rows(as_file(tmp_path, "n.jsonl", '{"problem": "x", "answer": 0.5}'))
     assert ev.read_answer(number[1], "here")[2] == "0.5"
 
 @pytest.mark.parametrize("name, content, message", [
     ("x.jsonl", '{"problem": "x"}\n{"problem"\n',
-     "x.jsonl, .*row 2, expected a JSON object, found '{\"problem\"'"),
+     "x.jsonl, .*row 2, expected a JSON object, found '{\"problem\""),
     ("x.jsonl", "5\n", "x.jsonl, .*row 1: expected a JSON object, .* found 5"),
     ("x.json", '[{"problem": "x"}, 5]', "x.json: expected a file"),
     ("x.jsonl", "[" * 100000, "expected a JSON object"),
@@ -1084,7 +1084,6 @@ def test_files_of_all_formats_read_alike(tmp_path):
     ("x.csv", "problem,answer\nx,1,2\n", "x.csv, .*row 1: expected .* a cell for each column"),
     ("x.parquet", "version https://git-lfs", "x.parquet: expected a file"),
     ("x.parquet", "", "x.parquet: expected a file"),
-    ("x.txt", "x", "x.txt: expected a file .jsonl, .json, .csv or .parquet"),
 ])
 def test_files_that_cannot_be_read_are_named(name, content, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -1968,7 +1967,7 @@ NO_NUMBERS = {"steps": "0 -1", "batch_size": "0 -32", "lr": "-0.1 nan inf", "wei
               "vllm_tp": "0", "vllm_memory": "0 -0.5 nan", "save_every": "0", "seed": "-1"}
 BAD_INPUT = {
     "model": (lambda d, good: dict(model=d / "nowhere"),
-              "--model .*nowhere: expected a folder with a chat model, or the id .* found "),
+              "--model .*nowhere: expected a folder with a chat model, or the id .* found: "),
     "template": (no_template, "no chat template"),
     "template that raises": (bad_template, "chat template fails on What is 0.*: the system only"),
     "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl.* No such file"),
@@ -1996,9 +1995,9 @@ BAD_INPUT = {
     "latin-1": (lambda d, good: text_file(d, "sois pr\u00e9cis".encode("latin-1")),
                 "--instruction @.* encoding UTF-8"),
     "another's things": (lambda d, good: folder_with(d, "model", "tmp-theirs"),
-                         "--out .*theirs: expected a new or empty folder or, with --resume, .* found model, tmp"),
+                         "--out .*theirs: expected a new or empty folder or, with --resume, .* found: model, tmp"),
     "nothing to resume": (lambda d, good: folder_with(d, "checkpoint-1") | dict(resume=True),
-                          "--out .*theirs: expected a new or empty folder .* found checkpoint-1"),
+                          "--out .*theirs: expected a new or empty folder .* found: checkpoint-1"),
     "the model's folder": (lambda d, good: dict(out=good["model"]), "--out .*: expected a new or empty folder"),
     "no folder": (lambda d, good: dict(out=""), "--out .: expected a new or empty folder"),
     "out is a file": (lambda d, good: dict(out=good["data"]), "--out .*rows.jsonl: expected a new or empty"),
@@ -2040,7 +2039,7 @@ def of_type(model_type, architecture, **config):
     return folder(as_is, model_type=model_type, architectures=[architecture], **config)
 
 REMOTE = dict(AutoConfig="code.OddConfig", AutoModelForCausalLM="code.OddForCausalLM")
-CAUSAL = "model: expected a causal language model with plain weights and .layers, found "
+CAUSAL = "model: expected a causal language model with plain weights and .layers, found: "
 FOLDERS = {
     "encoder": (of_type("bert", "BertModel"), f"{CAUSAL}BertModel of type bert"),
     "encoder with a head": (of_type("bert", "BertLMHeadModel"), f"{CAUSAL}BertLMHeadModel"),
