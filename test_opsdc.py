@@ -2592,7 +2592,7 @@ def test_benchmarks_load_with_the_fields_of_the_hub(tmp_path):
     math_row = {"problem": "What is $1+1$?", "solution": "\\boxed{2}", "answer": "2", "subject": "Algebra",
                 "level": 3, "unique_id": "a/1.json"}
     got = ev.load_problems(f"math500={hub_copy(tmp_path / 'm', [math_row], 'test')}")
-    assert got == [{"id": "a/1.json", "problem": "What is $1+1$?", "answer": "2", "level": 3}]
+    assert got == [{"id": "a/1.json", "problem": "What is $1+1$?", "tools": None, "answer": "2", "level": 3}]
     rows = [{"id": i, "problem": f"p{i}", "solution": "s", "answer": f"0{i}", "url": "u", "year": "2024"}
             for i in (60, 61)]
     assert ([p["answer"] for p in ev.load_problems(f"aime24={hub_copy(tmp_path / 'a', rows, 'train')}")]
@@ -2625,31 +2625,34 @@ def test_problem_files_and_their_faults(tmp_path, capsys):
     assert ([(p["problem"], p["answer"]) for p in ev.load_problems(str(file))]
             == [("a", "3"), ("b", "4")])
     row, choices = '{"problem": "a", "answer": 3}\n', '{"question": "a", "choices": %s, "answer": %s}\n'
-    for text, message in ((row + '{"problem"\n', "line 2"), ('{"task": "a"}\n', "found task"),
-                          ("5\n", "line 1: expected a JSON object"), ("", "found 0 rows"),
-                          ('{"problem": "a"}\n', "line 1: expected a field answer"),
-                          ('{"problem": "a", "answer": " "}\n', "line 1: expected a field answer"),
-                          (row.replace("}", ', "id": 1}') + '{"problem": "b", "answer": 3, "id": 1}\n',
-                           "found 2 rows and {.1.: 2}"),
+    unknown = "expected a field answer, final_answer or solution to grade by, found none that is known"
+    for text, message in ((row + '{"problem"\n', "row 2"), ('{"task": "a"}\n', "found task"),
+                          ("5\n", "row 1: expected a JSON object"), ("", unknown),
+                          ('{"problem": "a"}\n', unknown), ('{"problem": "a", "answer": " "}\n', unknown),
                           (row.replace("}", ', "id": ["1"]}'),
-                           "line 1, unique_id, id or level: expected a text"),
+                           "row 1, unique_id, id or level: expected a text"),
                           (row.replace("}", ', "level": {}}'),
-                           "line 1, unique_id, id or level: expected a text"),
+                           "row 1, unique_id, id or level: expected a text"),
                           (choices % ("null", 1) + "\n" + choices % ('["x", null]', 1),
-                           "line 3, a question with choices: expected"),
-                          (choices % ('["x", "y"]', 2),
-                           "line 1, a question with choices: expected a question, up to ten texts"),
-                          (choices % ('["x", "y"]', '"B"'), "line 1, a question with choices: .*'B'"),
-                          (choices % ('"xy"', 1), "line 1, a question with choices: expected")):
+                           "row 2, a question with choices: expected"),
+                          (choices % ('["x", "y"]', 2), "row 1, a question with choices: expected .* found 2"),
+                          (choices % ('["x", "y"]', '"C"'), "row 1, a question with choices: .*'C'"),
+                          (choices % ('"xy"', 1), "row 1, a question with choices: expected")):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             ev.load_problems(str(file))
+    capsys.readouterr()
     leveled = row.replace("}", ', "level": 1.50}')  # once more: how verl's aime-2024.parquet repeats problems
-    file.write_text(leveled * 32 + '{"problem": "a", "answer": 4}\n'
-                    + choices % ('"[\\"x\\", \\"y\\"]"', '"1"'))
+    file.write_text(leveled * 32 + '{"problem": "a", "answer": 4}\n' + '{"problem": "b"}\n'
+                    + choices % ('"[\\"x\\", \\"y\\"]"', '"B"'))
     one, other = ev.load_problems(str(file))
-    assert one == {"id": "0", "problem": "a", "answer": "3", "level": "1.50"} and "y" in other["problem"]
-    assert "34 rows are 2 problems; 1 rows have another answer" in capsys.readouterr().out
+    assert (one == {"id": "0", "problem": "a", "tools": None, "answer": "3", "level": "1.5"}
+            and "y" in other["problem"])
+    assert "35 rows, 3 problems, 1 without a known answer, 1 repeated with" in capsys.readouterr().out
+    same = row.replace("}", ', "id": 1}')
+    file.write_text(same + same.replace('"a"', '"b"'))
+    assert [p["id"] for p in ev.load_problems(str(file))] == ["1, row 1", "1, row 2"]
+    file.write_text(leveled)
     assert ev.load_problems(str(file), "none")[0] == one
     with pytest.raises(ValueError, match="math500.*mmlu"):
         ev.load_problems("math501")
@@ -2909,8 +2912,7 @@ def test_metrics_of_the_toy_run(trained):
     assert lines[40]["loss"] > 2 * lines[39]["loss"]  # the refresh: the teacher is brief from a briefer model
     known = {"loss", "grad_norm", "lr", "response_tokens", "response_tokens_min", "response_tokens_max",
              "truncated", "accuracy", "student_entropy", "teacher_entropy", "logprob_gap", "seconds_sync",
-             "seconds_generate", "seconds_teacher", "seconds_student", "seconds_step", "tokens_per_second",
-             "peak_memory_gib"}
+             "seconds_generate", "seconds_teacher", "seconds_student", "seconds_step", "tokens_per_second"}
     assert all(line[name] is not None for line in lines for name in known)
     assert [line["step"] for line in lines if "eval_tokens" in line] == [1, 44]
     assert lines[43]["eval_tokens"] < 0.65 * lines[0]["eval_tokens"] and lines[43]["eval_accuracy"] > 0.8
@@ -3035,7 +3037,7 @@ def test_bad_evaluation_is_refused_before_the_engine_starts(case, good, refused_
 
 def test_an_evaluation_keeps_its_folder(good, one_rank, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    prepare = lambda **change: ev.prepare(ev.parse_args(evaluation(good, out, **change))[0])
+    prepare = lambda out=out, **change: ev.prepare(ev.parse_args(evaluation(good, out, **change))[0])
     settings = prepare()[2]
     assert "where no other process is at work; found" in refusal(prepare)  # the first is: this process
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
