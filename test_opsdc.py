@@ -115,7 +115,7 @@ def finished(all_beside):
 
 @pytest.fixture(scope="session", autouse=True)
 def all_beside(request, tmp_path_factory):
-    """all_beside(name) waits for the test of this name, prints its output, and fails if it failed; its folder."""
+    """all_beside(name) waits for the test of this name, fails if that failed, and returns its folder."""
     torch.set_num_threads(1)  # the other cores are busy, and threads of torch spin while they wait
     directory = tmp_path_factory.mktemp("beside")
     asked = {name for item in request.session.items for name in (item.name, *item.fixturenames)}
@@ -546,7 +546,7 @@ FORKS = {
          "        wandb.init(project=\"opsdc\", config=asdict(cfg))\n"
          "    engine = RolloutEngine(base, cfg)\n"),
         ("    say(\"  \".join(", "    wandb.log(metrics, step=metrics[\"step\"])\n    say(\"  \".join("),
-        ("    sys.stdout.flush()\n    os._exit", "    wandb.finish(status)\n    sys.stdout.flush()\n    os._exit")],
+        ("    os._exit(status)", "    wandb.finish(status)\n    os._exit(status)")],
     # the teacher is told the answer
     "answer": [("ask(p[\"problem\"], instruction,",
                 "ask(p[\"problem\"], f\"{instruction}\\n\\nThe answer is {p['answer']}.\",")],
@@ -989,7 +989,7 @@ ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the er
     (dict(prompt=[dict(role="user", content=" ")]), "expected a field problem"),
     (dict(problem=5), "field problem: expected a text, or messages .* found 5"),
     (dict(problem=dict(role="user", content="x")), "field problem: expected a text, or messages .* found {"),
-    (dict(prompt=[turn | dict(at=datetime.datetime.now()) for turn in turns("user")]), "field prompt: .*datetime"),
+    (dict(prompt=[turn | dict(at=datetime.date.today()) for turn in turns("user")]), "field prompt: .*date"),
     (dict(prompt=["text"]), "field prompt: expected a text, or messages with .*, found ..text'"),
     (dict(prompt=[dict(role="user", content=["text"])]), "expected a text, or messages with .* found .{"),
     (dict(prompt=[{"from": "human", "value": "x"}]), "expected a text, or messages with .* found .{'from'"),
@@ -1063,8 +1063,8 @@ def test_files_of_all_formats_read_alike(tmp_path):
             file = as_file(tmp_path, name, mark + content if mark else content)
             source = str(tmp_path / kind) if "/" in name else file
             wheres, found = zip(*opsdc.read_rows(source))
-            if kind == "csv" and name != "x.csv":
-                found = [dict(row, answer=expected["answer"]) for row, expected in zip(found, rows)]  # 55 and 0.1
+            if kind == "csv" and name != "x.csv":  # read by datasets: 55 and 0.1
+                found = [dict(row, answer=expected["answer"]) for row, expected in zip(found, rows)]
             assert list(found) == rows and wheres == (f"{source}, row 1", f"{source}, row 2"), (name, found)
     assert list(opsdc.read_rows(as_file(tmp_path, "array.json", json.dumps(rows))))[1][1] == rows[1]
     as_file(tmp_path, "jsonl/test.jsonl", '{"problem": "c"}')  # another split
@@ -1414,7 +1414,6 @@ VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_att
               patch_size=14)
 QWEN_VISION = dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64)
 ROPE = dict(rope_type="default", rope_theta=10000.0)
-SLIDING_ROPE = dict(rope_parameters=dict(sliding_attention=ROPE, full_attention=ROPE))
 FAMILIES = {  # name: model_type, what its config says beyond SHAPE
     "Qwen2": ("qwen2", {}), "Qwen3, tied": ("qwen3", TIED),
     "Qwen3, untied": ("qwen3", {}), "Qwen3, more vocabulary than tokens": ("qwen3", dict(vocab_size=512)),
@@ -1623,7 +1622,7 @@ SPOILED = {  # family, what is done to it, the refusal; HyperCLOVA X multiplies 
         name: w for name, w in weights.items() if "q_proj" not in name}), "expected weights .*q_proj.* none"),
     "NaN": ("Qwen2", lambda folder: spoil_weights(folder, lambda weights: weights | {
         "model.norm.weight": weights["model.norm.weight"] * math.nan}), "expected finite weights, found NaN"),
-    "half": ("Qwen2", lambda folder: os.truncate(folder / "model.safetensors", 9999), "a pointer or half a file"),
+    "half": ("Qwen2", lambda folder: os.truncate(folder / "model.safetensors", 9999), "half a file"),
 }
 
 @pytest.mark.parametrize("case", SPOILED)
@@ -1739,7 +1738,8 @@ def test_conversations_as_they_are_that_are_never_right_then_more_steps_than_ask
     assert '"problem": "Say ' in samples and '"problem": [{"role": "system", "content": "text 0"}' in samples
     shutil.copytree(whole, folder / "whole")
     said = in_fork(script, "opsdc.py", *small_run(model, rows, folder / "whole", steps=4, resume=True)).stdout
-    assert "--resume: 6 steps are done" in said and "model is that of step 6" in said and len(metrics_of(folder / "whole")) == 6
+    assert "--resume: 6 steps are done" in said and "model is that of step 6" in said
+    assert len(metrics_of(folder / "whole")) == 6
 
 def destroy_slowly(mark):
     """Process groups take a minute to destroy, as NCCL's do where a rank has failed; then `mark` is made."""
@@ -1962,7 +1962,7 @@ def folder_with(directory, *names):
         (directory / "theirs" / name).mkdir(parents=True)
     return dict(out=directory / "theirs")
 
-NO_NUMBERS = {"steps": "0 -1", "batch_size": "0 -32", "lr": "-0.1 nan inf", "weight_decay": "-0.1 nan",
+WRONG_NUMBERS = {"steps": "0 -1", "batch_size": "0 -32", "lr": "-0.1 nan inf", "weight_decay": "-0.1 nan",
               "clip": "-1 inf", "temperature": "-1 nan", "max_prompt_tokens": "0", "refresh_every": "-1",
               "vllm_tp": "0", "vllm_memory": "0 -0.5 nan", "save_every": "0", "seed": "-1"}
 BAD_INPUT = {
@@ -1980,7 +1980,7 @@ BAD_INPUT = {
     "conversation": (lambda d, good: broken_data(d, json.dumps(dict(
                          prompt=turns("user", "assistant", "user")))),
                      "row 1, field prompt: .*--wrapper none"),
-    "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "found no problem with a prompt of at most 5"),
+    "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "no problem with a prompt of at most 5"),
     "context": (lambda d, good: dict(max_response_tokens=4000), "= 4512 is more than the context of 2048"),
     "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a divisor of the number of ranks, 1"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
@@ -1995,17 +1995,17 @@ BAD_INPUT = {
     "latin-1": (lambda d, good: text_file(d, "sois pr\u00e9cis".encode("latin-1")),
                 "--instruction @.* encoding UTF-8"),
     "another's things": (lambda d, good: folder_with(d, "model", "tmp-theirs"),
-                         "--out .*theirs: expected a new or empty folder or, with --resume, .* found: model, tmp"),
+                         "--out .*theirs: expected a new or empty folder .* found: model, tmp-theirs"),
     "nothing to resume": (lambda d, good: folder_with(d, "checkpoint-1") | dict(resume=True),
                           "--out .*theirs: expected a new or empty folder .* found: checkpoint-1"),
-    "the model's folder": (lambda d, good: dict(out=good["model"]), "--out .*: expected a new or empty folder"),
+    "the model's folder": (lambda d, good: dict(out=good["model"]), "--out .*: expected a new or empty"),
     "no folder": (lambda d, good: dict(out=""), "--out .: expected a new or empty folder"),
     "out is a file": (lambda d, good: dict(out=good["data"]), "--out .*rows.jsonl: expected a new or empty"),
-    "out below a file": (lambda d, good: dict(out=good["data"] + "/x"), "--out .*rows.jsonl/x: expected a new"),
+    "out below a file": (lambda d, good: dict(out=good["data"] + "/x"), "rows.jsonl/x: expected a new"),
 } | {f"{name} {value}": (lambda d, good, change={name: float(value) if "." in value or "n" in value
                                                  else int(value)}: change,
                          f"--{name} {value}.*: expected (more than 0|0 or more)")
-     for name, values in NO_NUMBERS.items() for value in values.split()}
+     for name, values in WRONG_NUMBERS.items() for value in values.split()}
 
 def refusal(command):
     """What `command` says when it refuses, in one line."""
@@ -2119,8 +2119,8 @@ def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(model)
     shutil.copytree(model, tmp_path / "copy")
-    for change in (dict(model="m"), dict(model="./m/"), dict(model="link"), dict(model="copy"), dict(steps=200),
-                   dict(instruction=" V1"), dict(lr=1e-4, eval_samples=2),
+    for change in (dict(model="m"), dict(model="./m/"), dict(model="link"), dict(model="copy"),
+                   dict(steps=200), dict(instruction=" V1"), dict(lr=1e-4, eval_samples=2),
                    dict(data=str(shutil.copy(good["data"], tmp_path / "copy.jsonl")))):
         prepare(**change)
         kept = json.loads((out / "config.json").read_text())
@@ -2146,11 +2146,12 @@ def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, cap
     data = broken_data(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
     cfg = opsdc.Config(**good | data | dict(out=str(tmp_path / "out"), instruction="20%"))
     _, problems, *_ = opsdc.prepare(cfg)
-    assert [(p.text, p.answer) for p in problems] == [("one", "1"), ("two", "2"), ("three", None), ("four", None)]
+    assert [p.text for p in problems] == ["one", "two", "three", "four"]
+    assert [p.answer for p in problems] == ["1", "2", None, None]
     said = capsys.readouterr().out
     for text in ("reading ", "8 rows, 5 problems, 2 without a known answer, 1 repeated with another answer",
                  "read: {'problem': 'problem'", "not read: ['note']",
-                 "4 problems are left, 1 have a prompt longer than 512 tokens", "the first teacher's prompt:\n<",
+                 "4 problems are left, 1 have a prompt longer than 512", "the first teacher's prompt:\n<",
                  "Solve the following math problem correctly using 20% fewer tokens", "a checkpoint takes "):
         assert text in said, text
 
@@ -2635,7 +2636,7 @@ def test_problem_files_and_their_faults(tmp_path, capsys):
                            "row 1, unique_id, id or level: expected a text"),
                           (choices % ("null", 1) + "\n" + choices % ('["x", null]', 1),
                            "row 2, a question with choices: expected"),
-                          (choices % ('["x", "y"]', 2), "row 1, a question with choices: expected .* found 2"),
+                          (choices % ('["x", "y"]', 2), "row 1, a question with choices: .* found 2"),
                           (choices % ('["x", "y"]', '"C"'), "row 1, a question with choices: .*'C'"),
                           (choices % ('"xy"', 1), "row 1, a question with choices: expected")):
         file.write_text(text)
@@ -3002,7 +3003,7 @@ BAD_EVALUATION = {
     "benchmark": (lambda d, good: dict(data="", benchmarks="math501"), "math501: expected math500, .*aime25"),
     "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl: .* No such file"),
     "empty": (lambda d, good: broken_data(d, ""), "rows.jsonl: expected a field answer"),
-    "no answer": (lambda d, good: broken_data(d, '{"problem": "x"}\n'), "rows.jsonl: expected a field answer, .*none that is known"),
+    "no answer": (lambda d, good: broken_data(d, '{"problem": "x"}\n'), "rows.jsonl: .*none that is known"),
     "list": (lambda d, good: broken_data(d, '{"problem": "x", "answer": ["2", "3"]}\n'),
              "row 1, field answer: exp"),
     "conversation": (lambda d, good: broken_data(d, json.dumps(dict(
@@ -3045,7 +3046,7 @@ def test_an_evaluation_keeps_its_folder(good, one_rank, tmp_path, monkeypatch):
     shutil.copytree(good["model"], tmp_path / "copy")
     assert prepare(model=tmp_path / "copy")[2] == settings | dict(model=str(tmp_path / "copy"))
     spoil_weights(tmp_path / "copy", lambda weights: weights | {
-        "model.norm.weight": weights["model.norm.weight"] * 1.01})  # trained further: its records are another's
+        "model.norm.weight": weights["model.norm.weight"] * 1.01})  # trained further: another model
     for change, name in ((dict(temperature=0.9), "temperature"), (dict(instruction="v2"), "instruction"),
                          (dict(wrapper="none"), "wrapper"), (dict(model=tmp_path / "copy"), "weights")):
         assert f"holds another run ({name}: there" in refusal(lambda: prepare(**change))
