@@ -13,7 +13,6 @@ float64 or with a second real run.
     python test_opsdc.py large [DIR]                a random Qwen3 of the 0.6B's shape
     python test_opsdc.py profile ARGUMENTS          opsdc.py with them, and where its seconds went
     python test_opsdc.py bench                      CPU time and memory of the objective beside naive autograd
-    python test_opsdc.py recomputation [DIR]        --gradient_checkpointing on and off, seconds and memory
     python test_opsdc.py gpu [DIR]                  what only a GPU can tell, in one table
 """
 import cProfile
@@ -102,16 +101,13 @@ def beside(*values):
     """The decorated test(folder), or test(value, folder) for each of `values`, runs so."""
     def decorate(test):
         BESIDE.update({f"{test.__name__}[{value}]": partial(test, value) for value in values}
-                      or {test.__name__: test})
+                      or {f"{test.__name__}[beside]": test})
 
-        def wait(request, finished):
-            finished(request.node.name)
-        return pytest.mark.parametrize("finished", values, indirect=True)(wait) if values else wait
+        @pytest.mark.parametrize("value", values or ["beside"])
+        def wait(value, request, all_beside):
+            all_beside(request.node.name)
+        return wait
     return decorate
-
-@pytest.fixture
-def finished(all_beside):
-    return all_beside
 
 @pytest.fixture(scope="session", autouse=True)
 def all_beside(request, tmp_path_factory):
@@ -2292,17 +2288,16 @@ def test_fork_larger_teacher(good, one_rank, tmp_path):
     assert objective["loss"] == pytest.approx(exact_objective(student, teacher, problems, rollouts).item(),
                                               rel=1e-5)
 
-def test_fork_answer_tells_the_teacher_only(good, one_rank, tmp_path):
-    forked, base = load_fork("answer", tmp_path), opsdc.open_base(good["model"])
-    problem = forked.load_problems(forked.Config(**good), base, "Be brief.")[2]
-    assert problem.text == "What is 2 + 2?" and "The answer is 4." in base.tokenizer.decode(problem.teacher)
-    assert problem.student == opsdc.prompt_ids(base.tokenizer, problem.text)
-
-def test_fork_thinking_lets_the_teacher_think_and_not_the_student(good, one_rank, tmp_path):
-    forked, base = load_fork("thinking", tmp_path), opsdc.open_base(good["model"])
-    problem = forked.load_problems(forked.Config(**good), base, "Be brief.")[0]
-    student, teacher = (base.tokenizer.decode(ids)[-40:] for ids in (problem.student, problem.teacher))
-    assert student.endswith("<think>\n\n</think>\n\n") and "</think>" not in teacher
+def test_forks_of_the_prompts(good, one_rank, tmp_path):
+    """The teacher alone is told the answer; the student answers without thinking, the teacher thinks."""
+    base = opsdc.open_base(good["model"])
+    for name, student_ends, teacher_has in (("answer", "assistant\n", "brief.\n\nThe answer is 4.\n\nThe last"),
+                                            ("thinking", "<think>\n\n</think>\n\n", "brief.\n\nThe last")):
+        forked = load_fork(name, tmp_path)
+        problem = forked.load_problems(forked.Config(**good), base, "Be brief.")[2]
+        student, teacher = map(base.tokenizer.decode, (problem.student, problem.teacher))
+        assert student.endswith(student_ends) and "The answer is 4" not in student
+        assert teacher_has in teacher and teacher.endswith("assistant\n")
 
 @beside()
 def test_forks_together_in_a_real_run(folder):
@@ -3283,15 +3278,6 @@ def gpu(directory="out-gpu"):
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
-def recomputation(directory="out-recomputation"):
-    """--gradient_checkpointing on and off: the trainer alone, a random Llama of SmolLM-135M's shape."""
-    model = make_model(Path(directory) / "model", "llama", vocab_size=49152, hidden_size=576,
-                       intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                       num_key_value_heads=3, head_dim=64, initializer_range=0.02)
-    for switch in ("on", "off", "on", "off"):
-        done = succeed("training_side", model, 256, switch, script="test_opsdc.py")
-        print(done.splitlines()[-1], flush=True)
-
 @beside()
 def test_parts_of_the_gpu_command(folder):
     """On a CPU all but the engine's, whose workers other tests here run; on a GPU the command."""
@@ -3325,7 +3311,7 @@ def profile(*arguments):
 if __name__ == "__main__":
     commands = dict(toy=make_toy) | {command.__name__: command for command in (
         quickstart, claims, traced, picture, families, fork, drill, large, profile, bench, bench_row,
-        die, gradients, leave, recomputation, gpu, objective_rows, run_beside, sync, training_side)}
+        die, gradients, leave, gpu, objective_rows, run_beside, sync, training_side)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])
