@@ -398,28 +398,11 @@ def make_records(tokenizer, jobs, outputs):
             "finish_reason": "stop" if done else "length", **verdict._asdict()})
     return records
 
-# The trainer's three functions, see the seam in opsdc.py
 def grade_rollouts(rollouts, problems, tokenizer):
     known = [r for r in rollouts if problems[r.index].answer is not None]
     jobs = [{"prompt": problems[r.index].student, "gold": problems[r.index].answer} for r in known]
     for r, record in zip(known, make_records(tokenizer, jobs, [(r.ids, None, r.finished) for r in known])):
         r.correct = record["correct"]
-
-def load_held_out(cfg, base):
-    jobs = make_jobs(base.tokenizer, load_problems(cfg.eval_data, cfg.wrapper), cfg.eval_samples, cfg.seed, None,
-                     cfg.thinking, cfg.wrapper)
-    opsdc().check_ids(base, [job["prompt"] for job in jobs])
-    longest, worst = max((len(job["prompt"]), job["id"]) for job in jobs)
-    check(longest <= cfg.max_prompt_tokens, f"--eval_data {cfg.eval_data}: the prompt of problem {worst} has "
-          f"{longest} tokens, more than --max_prompt_tokens {cfg.max_prompt_tokens}; raise it")
-    return jobs
-
-def validate(engine, tokenizer, jobs, cfg):
-    jobs = engine.share(jobs)
-    outputs = engine.generate([job["prompt"] for job in jobs], [job["seed"] for job in jobs],
-                              max_tokens=cfg.max_response_tokens, **SAMPLING)
-    found = summarise(engine.gather(make_records(tokenizer, jobs, outputs)))
-    return {f"eval_{name}": found[name] for name in ("accuracy", "accuracy_se", "tokens", "truncated")}
 
 def readable(tokenizer, prompt, ids):
     """The text that is graded: think tags kept (special tokens for some), other special tokens not."""

@@ -16,26 +16,22 @@ instruction. One model, two prompts; no answers, no rewards, no length budget.
         theta <- AdamW(theta, grad loss)       # lr 1e-6 constant, weight decay 0.01, gradient clipped at 1.0
         every M = 50 steps: thetabar <- theta  # the refresh
 
-    torchrun --nproc_per_node 8 opsdc.py --model Qwen/Qwen3-8B      # the same lines run on CPUs: see README
-
-Every rank holds a shard of theta and of Adam's state (FSDP2, float32), a shard of thetabar, and a vLLM engine
-in its process (or a part of one, --vllm_tp). A step copies theta into the engine in place and samples; swaps
-thetabar's shards into the training module for one pass that keeps the last hidden states only; swaps theta
-back, and runs the student's passes, in which logits exist for `loss_chunk` tokens at a time.
-
+Every rank holds shards of theta, Adam's state (FSDP2, float32) and thetabar, and a vLLM engine in its process
+(or part of one, --vllm_tp). A step copies theta into the engine in place and samples; swaps thetabar's shards
+into the training module for a pass that keeps the last hidden states; swaps theta back for the student's pass.
 Axes: B sequences of a batch, b of a micro-batch, T positions, N response tokens packed end to end, V, d.
 
 Left out on purpose: rewards and advantages, importance ratios (at a given prefix the loss is exact, whoever
-sampled it), LoRA, schedules, several rollouts a prompt, asynchronous rollouts. README: where a fork adds them.
+sampled it), LoRA, schedules, several rollouts a prompt, asynchronous rollouts. README: forks that add them.
 
 What is done here where the paper's text (P) or the authors' code (A) does otherwise:
  1. A: logits are float32 whatever the model's dtype; bfloat16 drowns the small KL (see THE OBJECTIVE).
- 2. A: the line "Remember to put your answer ..." stands once in the teacher's prompt, not twice.
- 3. A: a token weighs 1 / (B |y|), as in P, however the batch is cut into micro-batches.
- 4. A: the sampled ids are trained on, not the response's text tokenised again.
+ 2. A: a token weighs 1 / (B |y|), as in P, however the batch is cut into micro-batches.
+ 3. A: the sampled ids are trained on, not the response's text tokenised again.
+ 4. A: the line "Remember to put your answer ..." stands once in the teacher's prompt, not twice.
  5. A: --resume goes on as if the run had not stopped; thetabar is part of the checkpoint.
- 6. P: the data set's wrapper is taken off and put on here, so any set of bare problems is trained on alike.
- 7. P: a problem whose teacher's prompt is longer than max_prompt_tokens is dropped, counted and said.
+ 6. P: the data's wrapper is taken off and put on here, so that bare problems are trained on alike; where the
+    teacher's prompt is longer than max_prompt_tokens, the problem is dropped and counted.
 """
 import contextlib
 import csv
@@ -49,7 +45,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -75,12 +70,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.utils import cached_file
 
-# The seam to whatever measures, eval.py beside this file or a fork's; without it rollouts are not graded.
-#     read_answer(row, where) -> (row, field, answer)    its options lettered; None twice if no answer is known
+# The seam to whatever grades, eval.py beside this file or a fork's; training needs it for --keep correct alone.
+#     read_answer(row, where) -> (row, field, answer)    options lettered; None twice where no answer is known
 #     grade_rollouts(rollouts, problems, tokenizer)      fills in .correct where the problem's answer is known
-#     load_held_out(cfg, base) -> jobs                   of --eval_data, whatever `validate` takes
-#     validate(engine, tokenizer, jobs, cfg) -> metrics  of the engine's present weights
-sys.modules.setdefault("opsdc", sys.modules[__name__])  # run as a script, it would be imported anew by eval.py
+sys.modules.setdefault("opsdc", sys.modules[__name__])  # else eval.py imports a second copy of this script
 evaluator, beside = None, importlib.machinery.PathFinder.find_spec("eval")
 if beside and "def grade_rollouts(" in Path(beside.origin).read_text(errors="replace"):
     import eval as evaluator  # not a user's own script of that name
@@ -109,13 +102,10 @@ class Config:
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = setting("reverse_kl", "the others are ablations")
     keep: Literal["all", "correct"] = setting("all", "rollouts to train on; correct ones need known answers")
     micro_batch_tokens: int = setting(16384, "padded tokens of a forward pass: memory, not mathematics")
-    loss_chunk: int = setting(1024 if torch.cuda.is_available() else 256, "tokens whose logits exist at a time")
+    loss_chunk: int = setting(1024 if torch.cuda.is_available() else 256, "tokens that have logits at a time")
     gradient_checkpointing: bool = setting(True, "recompute activations in backward: less memory, more time")
     vllm_tp: int = setting(1, "ranks that share one vLLM engine (tensor parallelism)")
     vllm_memory: float = setting(0.5, "share of each GPU's memory for vLLM while it generates")
-    eval_every: int = setting(0, "steps between evaluations of --eval_data; 0 = none")
-    eval_data: str = setting("math500", "a benchmark of eval.py, or as --data")
-    eval_samples: int = setting(8, "samples a problem, at most max_response_tokens long")
     save_every: int = setting(10, "steps between checkpoints; the newest two are kept")
     resume: bool = setting(False, "go on from the newest whole checkpoint in --out")
     seed: int = setting(0, "of the order of the problems and of the sampling")
@@ -124,10 +114,9 @@ class Config:
 # --------------------------------------------------------------------------------------------------- PROMPTS
 # Both see the same problem; the teacher's prompt has the instruction where the student's says "Solve the
 # following math problem step by step". The strings are the experiment.
-
 FORMAT = ("The last line of your response should be of the form Answer: $Answer (without quotes) "
           "where $Answer is the answer to the problem.")
-STUDENT_HEAD = f"Solve the following math problem step by step. {FORMAT}\n\n"  # as in every row of DAPO-Math-17k
+STUDENT_HEAD = f"Solve the following math problem step by step. {FORMAT}\n\n"  # of each row of DAPO-Math-17k
 TEACHER_HEAD = f"{FORMAT}\n\n"  # after the instruction
 TAIL = '\n\nRemember to put your answer on its own line after "Answer:".'  # after the problem, in both
 
@@ -145,14 +134,14 @@ INSTRUCTIONS = {  # versions 1 and 2 of the paper, word for word
               "while preserving correctness." for p in (20, 50, 80)}
 
 def prompt_ids(tokenizer, problem, instruction=None, thinking=True, wrapper="math", tools=None):
-    """Ids of the student's prompt or, given c's text as `instruction`, of the teacher's, up to where the answer
-    starts. problem: a text, or messages, whose last user turn is wrapped. ValueError: the template fails."""
+    """Ids of the student's prompt or, given c's text as `instruction`, of the teacher's. problem: a text, or
+    messages, whose last user turn is wrapped. ValueError: the template fails."""
     head, tail = (STUDENT_HEAD, TAIL) if wrapper == "math" else ("", "")
     if instruction is not None:
         head = f"{instruction}\n\n" + TEACHER_HEAD * (wrapper == "math")
     messages = problem if isinstance(problem, list) else [{"role": "user", "content": problem}]
     messages = edit_last_user(messages, lambda text: head + text + tail)
-    with blaming(f"the model's chat template fails on {str(problem):.80}"):  # it may ignore the last two options
+    with blaming(f"the model's chat template fails on {str(problem):.80}"):  # it may ignore tools, thinking
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
                                              return_dict=False, tools=tools, enable_thinking=thinking)
 
@@ -165,8 +154,8 @@ def edit_last_user(messages, edit):
 #     KL = sum_v p_v a_v                             dKL/ds_v = p_v (a_v - sum_u p_u a_u)
 #        = sum_v p_v (a_v + exp(-a_v) - 1)           as sum_v p_v = sum_v q_v = sum_v p_v exp(-a_v) = 1
 # The second sum is taken, whose terms are never negative: those of the first have both signs and cancel to
-# second order, which leaves the rounding of float32, 1.5e-4 of a KL of 1e-4 nats/token. Logits are float32 even
-# where hidden states and heads are bfloat16: at a KL of 0.0016 nats/token, bfloat16 logits put an error of 20 %
+# second order, which leaves the rounding of float32, 1.5e-4 of a KL of 1e-4 nats/token. Logits are float32 if
+# hidden states and heads are bfloat16 too: at a KL of 0.0016 nats/token, bfloat16 logits put an error of 20 %
 # on the loss and of 63 % on the head's gradient (README, The objective).
 
 def kl_divergence(p, q, a):
@@ -195,7 +184,7 @@ def reverse_kl(student_logits, teacher_logits):
 
 class ChunkedDivergence(torch.autograd.Function):
     """Loss and both gradients in one sweep over N. Logits exist for `chunk` tokens at a time and become their
-    own gradient in place; the head's gradient adds up on the way; backward only hands over what is there."""
+    own gradient in place; the head's gradient adds up on the way."""
     BLOCK = dict(cpu=620_000, cuda=10_000_000)  # logits of one softmax: in a CPU's cache, or filling a GPU
 
     @staticmethod
@@ -236,8 +225,7 @@ class ChunkedDivergence(torch.autograd.Function):
         return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *[None] * 8
 
 def finish_logits(raw, scale, cap):
-    """raw = h W^T [n, V] -> the family's logits, cap tanh(scale raw / cap), and their slope in raw. Most have
-    scale 1 and cap None: nothing happens."""
+    """raw = h W^T [n, V] -> the family's logits, cap tanh(scale raw / cap), and their slope in raw."""
     logits = raw if scale == 1 else raw.mul_(scale)
     if cap is None:
         return logits, scale
@@ -255,9 +243,9 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
     """sum_n weights[n] D(student_n, teacher_n): exact over the vocabulary, never [N, V] in memory.
 
     student_hidden [N, d], student_head [V, d] get gradients; teacher_hidden [N, d'], teacher_head [V, d'] do
-    not. weights [N] float32; tokens [N] sampled ids; scale and cap: see finish_logits. A token of `chunk` takes
+    not. weights [N] float32; tokens [N] sampled ids; scale, cap: see finish_logits. A token of `chunk` takes
     8 V bytes, on a GPU 10 V. Returns the loss (float32 scalar) and stats without gradient: kl (the divergence),
-    student_entropy, teacher_entropy (means over N, nats/token) and, given tokens, logprob [N] = log p(token)."""
+    student_entropy, teacher_entropy (means over N, nats/token); logprob [N] = log p(token), given tokens."""
     ids = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
     loss, per_token = ChunkedDivergence.apply(student_hidden, student_head, teacher_hidden, teacher_head,
                                               weights, ids, divergence, chunk, scale, cap)
@@ -269,13 +257,12 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
 # One sharded module serves both: thetabar is a second set of shards, copied into the first for one pass.
 # After a forward the root's weights may still be gathered: reshard() before anything reads or writes shards.
 
-def compute_dtype():
-    """Of activations, thetabar and the engine. float32 on CPU, so that tests can ask for exact agreement."""
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+# Activations, thetabar and the engine are bfloat16, on CPUs float32, so that tests can ask for exact agreement.
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 class SelfDistillation(nn.Module):
-    """A causal LM whose forward returns hidden states or, given the teacher's, the loss. All has to happen
-    inside the root's forward, whose FSDP2 hooks gather the embedding, the last norm and the head."""
+    """A causal LM whose forward returns hidden states or, given the teacher's, the loss: both inside the
+    root's forward, whose FSDP2 hooks gather the embedding, the last norm and the head."""
 
     def __init__(self, lm):
         super().__init__()
@@ -285,7 +272,7 @@ class SelfDistillation(nn.Module):
             layer.training = True  # the layer's own flag: in training mode alone transformers recomputes it
 
     def forward(self, inputs, predicts, *loss_inputs, **loss_options):
-        """inputs [b, T] and predicts [N] of right_pad; padding is behind, where no token sees it. Returns hidden
+        """inputs [b, T], predicts [N] of right_pad; padding is behind, where no token sees it. Returns hidden
         states [N, d] or, given (teacher_hidden, teacher_head, weights), what distill_loss returns."""
         hidden = self.lm.get_decoder()(inputs, use_cache=False).last_hidden_state  # [b, T, d]
         hidden = hidden.flatten(0, 1)[predicts]  # [N, d]
@@ -325,15 +312,15 @@ def shard(model, device):
     shape = dist.get_world_size() // local, local
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     mesh = mesh if shape[0] > 1 else mesh["shard"]
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32,
+    policy = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)  # it would round the tokens' weights to bfloat16
     for layer in model.lm.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 def checkpoint_weights(lm, dtype, both_names=False):
-    """(name, gathered tensor) as in a checkpoint, for engine and export; collective. A layer at a time, in which
-    fused experts come apart. Tied weights come once, or under both names."""
+    """(name, gathered tensor) as in a checkpoint, for engine and export; collective. A layer at a time, in
+    which fused experts come apart. Tied weights come once, or under both names."""
     tied, layer_of = lm.all_tied_weights_keys, lambda item: re.sub(r"(\.\d+\.).*", r"\1", item[0])
     for _, layer in itertools.groupby(lm.state_dict(keep_vars=True).items(), layer_of):
         weights = {name: p.detach().to(dtype) for name, p in layer if name not in tied}
@@ -345,8 +332,7 @@ def checkpoint_weights(lm, dtype, both_names=False):
 def snapshot(model, dtype=None):
     """theta's shards by name, by default in the compute dtype: thetabar at the start and after a refresh."""
     model.reshard()
-    dtype = dtype or compute_dtype()
-    return {name: p.detach().to(dtype, copy=True) for name, p in model.lm.named_parameters()}
+    return {name: p.detach().to(dtype or DTYPE, copy=True) for name, p in model.lm.named_parameters()}
 
 @torch.no_grad()
 def copy_into(model, weights):
@@ -368,8 +354,8 @@ class Problem(NamedTuple):
     teacher: list
 
 def batch_at(n, step, batch_size, seed):
-    """Indices of step 0, 1, ...: slices of one permutation of range(n) after another. n=3, batch_size=2: step 1
-    takes an epoch's last and the next one's first. A pure function: resuming needs no sampler."""
+    """Indices of step 0, 1, ...: slices of one permutation of range(n) after another. A pure function:
+    resuming needs no sampler. n=3, batch_size=2: step 1 has an epoch's last and the next one's first."""
     at = range(step * batch_size, (step + 1) * batch_size)
     orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in {k // n for k in at}}
     return [orders[k // n][k % n] for k in at]
@@ -385,7 +371,7 @@ class Rollout:
 class RolloutEngine:
     """vLLM in this rank's process; `vllm_tp` consecutive ranks form one engine, the others are replicas of it
     with their own share of the batch. On a GPU it sleeps while we train: weights dropped, cache freed.
-    load_format: "dummy" where `sync` brings the weights, "auto" where the model's own stay (eval.py)."""
+    load_format: "dummy" where `sync` brings the weights, "auto" for the model's own (eval.py)."""
 
     def __init__(self, base, cfg, load_format="dummy"):
         say(f"starting vLLM with {base.name}, which takes up to some minutes ...")
@@ -441,8 +427,8 @@ class RolloutEngine:
         return sum(shares[::self.tp], [])
 
     def generate(self, prompts, seeds, **sampling):
-        """Lists of prompt ids -> a sample of each (see `sampled`). A request's own seed makes it independent of
-        rank and neighbours. sampling: vLLM's max_tokens, temperature, top_p, top_k."""
+        """Lists of prompt ids -> a sample of each, see `sampled`. A request's own seed makes it independent
+        of rank and neighbours. sampling: vLLM's max_tokens, temperature, top_p, top_k."""
         from vllm import SamplingParams
         params = [SamplingParams(**sampling, seed=seed, detokenize=False, logprobs=0) for seed in seeds]
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
@@ -454,8 +440,8 @@ def sampled(y):
     return list(y.token_ids), logprobs, y.finish_reason == "stop"
 
 def sample_rollouts(engine, problems, indices, step, tokenizer, cfg):
-    """A graded rollout of each problem of `indices`, in order, on every rank; the engines share the work. It is
-    a function of run seed, step, problem and, where B exceeds the data, repeat; not of the rank."""
+    """A graded rollout of each problem of `indices`, in order, on every rank; the engines share the work. It
+    is a function of run seed, step, problem and, where B exceeds the data, repeat; not of the rank."""
     seeds = [int(digest((cfg.seed, step, i, indices[:k].count(i)))[:8], 16) for k, i in enumerate(indices)]
     mine = engine.share(indices)
     samples = engine.generate([problems[i].student for i in mine], engine.share(seeds),
@@ -511,7 +497,8 @@ def make_micro_batches(rollouts, problems, device, cfg):
     """This rank's MicroBatches, the same number on all ranks, as FSDP's collectives demand: a rank without a
     sequence for one of them computes the shortest rollout with weight 0."""
     weights, shortest = token_weights(rollouts), min(rollouts, key=lambda r: len(r.ids))
-    lengths = [max(len(problems[r.index].student), len(problems[r.index].teacher)) + len(r.ids) for r in rollouts]
+    prompt_length = lambda p: max(len(p.student), len(p.teacher))
+    lengths = [prompt_length(problems[r.index]) + len(r.ids) for r in rollouts]
     packed, batches = lambda lists: torch.tensor(sum(lists, []), device=device), []
     for group in plan_micro_batches(lengths, cfg.micro_batch_tokens, dist.get_rank(), dist.get_world_size()):
         mine = [rollouts[i] for i in group] or [shortest]
@@ -530,36 +517,35 @@ def teacher_pass(model, thetabar, batches):
     with torch.no_grad():
         hidden = [model(*batch.teacher) for batch in batches]
     model.reshard()
-    head = model.lm.get_output_embeddings().weight.detach().to(compute_dtype(), copy=True)  # theta's comes next
+    head = model.lm.get_output_embeddings().weight.detach().to(DTYPE, copy=True)  # from theta's
     copy_into(model, theta)
     return hidden, head.full_tensor()
 
-# Engine and trainer are two implementations of one model. By so much may their log-probabilities of the sampled
-# tokens differ on average, nats/token; working syncs have 1e-2 and 3e-7, stale weights 0.2.
+# Engine and trainer are two implementations of one model. By so much may their log-probabilities of the
+# sampled tokens differ on average, nats/token; working syncs have 1e-2 and 3e-7, stale weights 0.2.
 MAX_GAP = {torch.bfloat16: 0.1, torch.float32: 1e-3}
 
 def student_pass(model, batches, hidden, head, cfg):
     """Forward and backward of every micro-batch; gradients add up. Returns the loss and means over all
     tokens. RuntimeError: engine and trainer do not agree on the tokens' log-probabilities."""
-    sums, gap_max = torch.zeros(5, device=head.device), 0.0
+    sums, gap_max = torch.zeros(5, device=head.device), torch.zeros((), device=head.device)
     for batch, teacher_hidden in zip(batches, hidden):
         loss, stats = model(*batch.student, teacher_hidden, head, batch.weights, divergence=cfg.divergence,
                             chunk=cfg.loss_chunk, tokens=batch.tokens)
         (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the loss is a sum over them
         trained = batch.weights > 0  # all tokens of a micro-batch or none, see make_micro_batches
         n, gap = trained.sum(), ((stats["logprob"] - batch.logprobs) * trained).abs()
-        entropies = stats["student_entropy"] * n, stats["teacher_entropy"] * n
-        sums += torch.stack([loss.detach(), *entropies, gap.sum(), n])
-        gap_max = max(gap_max, gap.max().item())
+        sums += torch.stack([loss.detach(), stats["student_entropy"] * n, stats["teacher_entropy"] * n, gap.sum(), n])
+        gap_max = gap_max.maximum(gap.max())
     dist.all_reduce(sums)
-    loss = sums[0].item()
-    student_entropy, teacher_entropy, gap = (sums[1:4] / sums[4].clamp(min=1)).tolist()
+    dist.all_reduce(gap_max, op=dist.ReduceOp.MAX)
+    loss, (student_entropy, teacher_entropy, gap) = sums[0].item(), (sums[1:4] / sums[4].clamp(min=1)).tolist()
     limit = MAX_GAP[engine_dtype(model.lm.config)]
     if math.isfinite(loss) and not gap <= limit:  # nor if the gap is NaN; a loss that is NaN `update` sees to
-        raise RuntimeError(f"engine and trainer differ by {gap:.4f} nats/token, expected at most {limit}: no update. "
-                           "Look at README, Families, at checkpoint_weights, at vLLM's version (requirements.txt)")
+        raise RuntimeError(f"engine and trainer differ by {gap:.4f} nats/token, expected at most {limit}: no "
+                           "update. See README, Families; checkpoint_weights; the version of vLLM")
     return dict(loss=loss, student_entropy=student_entropy, teacher_entropy=teacher_entropy, logprob_gap=gap,
-                logprob_gap_max=max_over_ranks(gap_max))
+                logprob_gap_max=gap_max.item())
 
 def update(model, optimizer, cfg):
     """Clip, AdamW; a gradient that is not finite is dropped. Returns the norm before clipping."""
@@ -569,45 +555,36 @@ def update(model, optimizer, cfg):
     optimizer.zero_grad()
     return norm
 
-def train_step(model, thetabar, optimizer, rollouts, problems, device, metrics, cfg):
-    """One update on `rollouts`, the same list on all ranks; fills in `metrics`."""
+def train_step(model, thetabar, optimizer, rollouts, problems, device, cfg):
+    """One update on `rollouts`, the same list on all ranks; returns its metrics."""
     batches = make_micro_batches(rollouts, problems, device, cfg)
-    with timed(metrics, "teacher"):
-        hidden, head = teacher_pass(model, thetabar, batches)
-    with timed(metrics, "student"):
-        metrics.update(student_pass(model, batches, hidden, head, cfg))
-        metrics["grad_norm"] = update(model, optimizer, cfg)
+    hidden, head = teacher_pass(model, thetabar, batches)
+    return student_pass(model, batches, hidden, head, cfg) | dict(grad_norm=update(model, optimizer, cfg))
 
 # ------------------------------------------------------------------------------------------------------ MAIN
 def main():
     device = start_processes()
     cfg, = HfArgumentParser(Config).parse_args_into_dataclasses()
-    base, problems, held_out, out = prepare(cfg)
-    engine = RolloutEngine(base, cfg)
-    model = load_model(base, device, cfg)
+    base, problems, out = prepare(cfg)
+    engine, model = RolloutEngine(base, cfg), load_model(base, device, cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     thetabar = snapshot(model)
     done = resume(out, model, optimizer, thetabar, cfg) if cfg.resume else 0  # fills the three in place
     skipped = idle = 0  # steps in a row without a finite gradient, and without a rollout kept
-    terminated = []  # SIGTERM received: a scheduler takes the machine
-    signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
 
     for step in range(done + 1, cfg.steps + 1):
         start = time.perf_counter()
         metrics = dict(step=step, lr=optimizer.param_groups[0]["lr"],
                        teacher_age=(step - 1) % (cfg.refresh_every or cfg.steps))
-        with timed(metrics, "sync"):
-            engine.sync(model)
-        if cfg.eval_every and (step - 1) % cfg.eval_every == 0:
-            with timed(metrics, "eval"):
-                metrics |= evaluator.validate(engine, base.tokenizer, held_out, cfg)
-        with timed(metrics, "generate"):
-            indices = batch_at(len(problems), step - 1, cfg.batch_size, cfg.seed)
-            rollouts = sample_rollouts(engine, problems, indices, step, base.tokenizer, cfg)
-            engine.sleep()
+        engine.sync(model)
+        indices = batch_at(len(problems), step - 1, cfg.batch_size, cfg.seed)
+        asked = time.perf_counter()
+        rollouts = sample_rollouts(engine, problems, indices, step, base.tokenizer, cfg)
+        metrics["seconds_generate"] = time.perf_counter() - asked
+        engine.sleep()
         kept = keep_rollouts(rollouts, cfg)
         if kept:
-            train_step(model, thetabar, optimizer, kept, problems, device, metrics, cfg)
+            metrics |= train_step(model, thetabar, optimizer, kept, problems, device, cfg)
         thetabar = refresh(model, thetabar, step, cfg)
 
         skipped = 0 if math.isfinite(metrics.get("grad_norm", 0)) else skipped + 1
@@ -616,21 +593,16 @@ def main():
         log_step(out, metrics, rollouts, problems, base.tokenizer)
         if skipped == 3 or idle == 10:
             raise RuntimeError(f"in a row, {skipped} gradients were not finite, {idle} steps kept no rollout")
-        leave = max_over_ranks(bool(terminated))  # all after the same step
-        if leave or step % cfg.save_every == 0 or step == cfg.steps:
+        if step % cfg.save_every == 0 or step == cfg.steps:
             save_checkpoint(out, step, model, optimizer, thetabar)
-        if leave:
-            say(f"stopped by SIGTERM after step {step}; --resume goes on from there")
-            break
-    else:  # not stopped
-        export(model, base, out)
-        say(f"done: {out}/model is that of step {max(done, cfg.steps)}")
+    export(model, base, out)
+    say(f"done: {out}/model is that of step {max(done, cfg.steps)}")
 
 # The algorithm ends here. What follows surrounds it: checkpoints, rows, families of models, checks, logs.
 
 # ------------------------------------------------------------------------------------------------ CHECKPOINT
-# checkpoint-K/ holds theta, Adam's state and thetabar in shards that any number of ranks can read. What is being
-# written is called UNFINISHED; nothing else is replaced but the run's own checkpoints, logs and model.
+# checkpoint-K/ holds theta, Adam's state and thetabar in shards that any number of ranks can read. What is
+# being written is called UNFINISHED; nothing else is replaced but the run's own checkpoints, logs and model.
 UNFINISHED = "unfinished"
 
 def training_state(model, optimizer, thetabar):
@@ -641,24 +613,21 @@ def training_state(model, optimizer, thetabar):
 def save_checkpoint(out, step, model, optimizer, thetabar):
     if not optimizer.state:  # no update was made yet: Adam has nothing to save
         return
-    try:
-        dcp.save(training_state(model, optimizer, thetabar), checkpoint_id=out / UNFINISHED)
-    except dcp.CheckpointException:  # of any rank
-        say(f"error: checkpoint-{step} is not written; is the disk full? --resume goes on from the one before")
-        raise
+    dcp.save(training_state(model, optimizer, thetabar), checkpoint_id=out / UNFINISHED)
     if dist.get_rank() == 0:
-        shutil.rmtree(out / f"checkpoint-{step}", ignore_errors=True)  # a damaged one
-        (out / UNFINISHED).rename(out / f"checkpoint-{step}")
+        finish_folder(out, f"checkpoint-{step}")
         for _, old in checkpoints(out)[2:]:
-            shutil.rmtree(old, ignore_errors=True)
-            if old.exists():
-                say(f"{old} is no longer needed, but could not be removed")
+            shutil.rmtree(old, onerror=lambda *_: say(f"{old} is not needed, but could not be removed"))
     dist.barrier()
+
+def finish_folder(out, name):
+    shutil.rmtree(out / name, ignore_errors=True)  # an older one
+    (out / UNFINISHED).rename(out / name)
 
 def checkpoints(out):
     """[(step, folder)] of finished checkpoints, newest first."""
-    found = [(path.name.removeprefix("checkpoint-"), path) for path in out.glob("checkpoint-*")]
-    return sorted(((int(step), path) for step, path in found if step.isdigit()), reverse=True)
+    found = [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(((int(path.name[11:]), path) for path in found), reverse=True)
 
 def resume(out, model, optimizer, thetabar, cfg):
     """Fill theta, Adam's state and thetabar from the newest checkpoint that loads; returns the steps done."""
@@ -691,14 +660,14 @@ def export(model, base, out):
     """out/model/: theta as a plain Hugging Face model in bfloat16, gathered in rank 0's CPU memory. All but
     the weights are the base's files as they came, so that other libraries read them as they do the base's."""
     model.reshard()
-    rank, weights = dist.get_rank(), checkpoint_weights(model.lm, torch.bfloat16)
-    weights = {name: w.cpu() for name, w in weights if rank == 0}
-    if rank == 0:
+    weights = checkpoint_weights(model.lm, torch.bfloat16)
+    weights = {name: w.cpu() for name, w in weights if dist.get_rank() == 0}
+    if dist.get_rank() == 0:
         folder, text = out / UNFINISHED, base.empty.config
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        for path in base.folder.iterdir():
-            if path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken") and "index" not in path.name:
+        for path in base.folder.glob("*.*"):
+            if re.search(r"(?<!index)\.(json|jinja|txt|model|tiktoken)$", path.name):
                 shutil.copyfile(path, folder / path.name)
         config = json.loads((folder / "config.json").read_text())
         if "text_config" in config:  # of a multimodal model the text model's
@@ -706,50 +675,44 @@ def export(model, base, out):
                 "model_type", "architectures", "tie_word_embeddings", "eos_token_id", "pad_token_id")}
         rope = config.get("rope_parameters") or {}  # transformers 4 looks for rope_theta beside it
         config |= {name: rope[name] for name in rope if name == "rope_theta"}
-        replace_file(folder / "config.json", json.dumps(config | dict(dtype="bfloat16", torch_dtype="bfloat16")))
+        config |= dict(dtype="bfloat16", torch_dtype="bfloat16")
+        replace_file(folder / "config.json", json.dumps(config, indent=2))
         save_torch_state_dict(weights, folder)
         for path in folder.glob("*.safetensors"):  # made for their owner alone
             path.chmod((folder / "config.json").stat().st_mode)
-        shutil.rmtree(out / "model", ignore_errors=True)
-        folder.rename(out / "model")
+        finish_folder(out, "model")
     dist.barrier()
 
 # ------------------------------------------------------------------------------------------------------ DATA
 # Strict: str() of a list, or a text cut off a conversation, would be trained on without a sign.
-
 def load_json(text, where=""):
     with blaming(f"{where}expected a JSON object, found {text[:60]!r}"):
         return json.loads(text)
 
-def read_lines(name):
-    """(where, row) of a .jsonl or .csv, of which `datasets` would make 55 from 055 and shift columns."""
-    table = name.endswith(".csv")
-    with blaming(f"{name}, expected the encoding UTF-8"), open(name, encoding="utf-8-sig", newline="") as file:
-        for n, row in enumerate(csv.DictReader(file, strict=True) if table else filter(str.strip, file), 1):
-            row = row if table else load_json(row, f"row {n}, ")
-            check(isinstance(row, dict) and None not in row,
-                  f"row {n}: expected a JSON object, or a cell for each column, found {str(row):.60}")
-            yield f"{name}, row {n}", row
-
 def read_rows(source):
-    """(where, row) of every row of a file, a folder of files or by save_to_disk, or a data set of the hub."""
+    """(where, row) of every row of a file, a folder of files, or a data set of the hub."""
     name, config, split = [*([source] if Path(source).exists() else source.rsplit(":", 2)), "", ""][:3]
-    folder, config, split = Path(name), config or None, split or "train"
-    if folder.suffix in (".jsonl", ".csv") and not folder.is_dir():
-        return read_lines(name)
-    import datasets
+    path = Path(name)
     with blaming(f"{source}: expected a file .jsonl, .json, .csv or .parquet, or .gz of one, a folder of these, "
-                 "or a data set of the hub as ID, ID:CONFIG or ID:CONFIG:SPLIT, found"):
-        formats = {path.suffix: path.name for path in folder.rglob("*.*[vlt]")}  # csv, jsonl, parquet
-        check(len(formats) < 2, f"several formats, {' and '.join(formats.values())}; name one file")
-        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-            data = datasets.load_from_disk(name)
-            data = data if isinstance(data, datasets.Dataset) else data[split]
-        elif folder.is_file():
-            data = datasets.load_dataset(str(folder.parent), data_files=folder.name, split="train")
-        else:
-            data = datasets.load_dataset(name, config, split=split)
-    return ((f"{source}, row {n}", row) for n, row in enumerate(data, 1))
+                 "all in the encoding UTF-8, or of the hub ID[:CONFIG[:SPLIT]], found"):
+        if path.suffix not in (".jsonl", ".csv") or path.is_dir():
+            rows = load_data_set(path, name, config or None, split or "train")
+        else:  # of these `datasets` would make 55 from 055, and shift columns
+            lines = path.read_text("utf-8-sig").split("\n")  # splitlines() also cuts at U+2028
+            rows = csv.DictReader((line + "\n" for line in lines), strict=True) if path.suffix == ".csv" else (
+                load_json(line, f"line {n}, ") for n, line in enumerate(lines, 1) if line.strip())
+        for n, row in enumerate(rows, 1):
+            check(isinstance(row, dict) and None not in row, f"in row {n} not a JSON object, or a cell for each "
+                  f"column, but {str(row):.60}")
+            yield f"{source}, row {n}", row
+
+def load_data_set(path, name, config, split):
+    import datasets
+    formats = {file.suffix: file.name for file in path.rglob("*.*[vlt]")}  # csv, jsonl, parquet
+    check(len(formats) < 2, f"several formats, {' and '.join(formats.values())}; name one file")
+    if path.is_file():
+        return datasets.load_dataset(str(path.parent), data_files=path.name, split="train")
+    return datasets.load_dataset(name, config, split=split)
 
 def as_problem(value, wrapper):
     """A prompt as the text of its only turn, else as messages; None if no user's text is in it. For --wrapper
@@ -757,16 +720,15 @@ def as_problem(value, wrapper):
     if isinstance(value, str):
         is_chat = re.fullmatch(r"(?s)\[?\s*\{.*[\"'](role|from)[\"']\s*:.*\}\s*\]?", value.strip())
         value = load_json(value) if is_chat else [{"role": "user", "content": value}]
-    value = [] if value is None else value
     is_turn = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and (
         isinstance(m.get("content"), str) or m.get("tool_calls"))
-    check(isinstance(value, list) and all(map(is_turn, value)),
+    check(value is None or isinstance(value, list) and all(map(is_turn, value)),
           f"expected a text, or messages with the texts role and content, found {value!r:.60}")
     json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
-    roles = [m["role"] for m in value]
+    roles = [m["role"] for m in value or ()]
     check(roles[-1:] != ["assistant"] and (wrapper == "none" or roles.count("user") < 2),
           "expected the user's turn last, and only one but for --wrapper none, found " + ", ".join(roles))
-    if not any(m["role"] == "user" and m["content"].strip() for m in value):
+    if not any(m["role"] == "user" and m["content"].strip() for m in value or ()):
         return None
     if wrapper == "math":
         bare = lambda text: text.strip().removeprefix(STUDENT_HEAD).removesuffix(TAIL).strip()
@@ -783,11 +745,11 @@ def read_problem(row, where, wrapper="math"):
             if problem := as_problem(row.get(field), wrapper):
                 tools = row.get("tools") or None
                 return field, problem, load_json(tools) if isinstance(tools, str) else tools
-    raise ValueError(f"{where}: expected a field problem, prompt or question with text, found {', '.join(row)}")
+    raise ValueError(f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
 
 def read_problems(source, wrapper="math"):
-    """[dict(problem, tools, answer, row, number)] of `source`, each problem once, with its first known answer.
-    Says which fields are read, and which are not."""
+    """[dict(problem, tools, answer, row, number)] of `source`, each problem once, with its first known
+    answer. Says which fields are read, and which are not."""
     say(f"reading {source} ...")
     found, fields, read, others, number = {}, {}, {}, 0, 0
     for number, (where, row) in enumerate(read_rows(source), 1):
@@ -799,8 +761,8 @@ def read_problems(source, wrapper="math"):
         first["answer"] = first["answer"] or answer
         fields, read = fields | dict.fromkeys(row), read | {field: "problem", answer_field: "answer"}
     unknown = sum(p["answer"] is None for p in found.values())
-    say(f"{source}: {number} rows, {len(found)} problems, {unknown} without a known answer, {others} repeated with "
-        f"another answer; read: {read}; not read: {[name for name in fields if name not in read]}")
+    say(f"{source}: {number} rows, {len(found)} problems, {unknown} without a known answer, {others} repeated "
+        f"with another answer; read: {read}; not read: {[name for name in fields if name not in read]}")
     return list(found.values())
 
 def load_problems(cfg, base, instruction):
@@ -813,13 +775,12 @@ def load_problems(cfg, base, instruction):
     short = [p for p in problems if max(len(p.student), len(p.teacher)) <= cfg.max_prompt_tokens]
     say(f"{len(short)} problems are left, {len(problems) - len(short)} have a prompt longer than "
         f"{cfg.max_prompt_tokens} tokens; {cfg.steps * cfg.batch_size / max(1, len(short)):.2f} epochs")
-    check(any(cfg.keep == "all" or p.answer for p in short), f"--data {cfg.data}: found no problem with a prompt "
-          f"of at most {cfg.max_prompt_tokens} tokens and, for --keep correct, a known answer")
+    check(any(cfg.keep == "all" or p.answer for p in short), f"--data {cfg.data}: found no problem with a "
+          f"prompt of at most {cfg.max_prompt_tokens} tokens and, for --keep correct, a known answer")
     return short
 
 # -------------------------------------------------------------------------------------------------- FAMILIES
 # How families of models differ, all of it, and which cannot be trained.
-
 @dataclass
 class Base:
     """The model that a run starts from, opened and checked once."""
@@ -835,29 +796,26 @@ def open_base(name):
     """The Base of a model whose weights are not loaded yet, for both scripts."""
     files = [path for path in sorted(Path(name).glob("*")) if path.suffix in (".safetensors", ".bin")]
     with blaming(f"--model {name}: expected a folder with a chat model, or the id of one on the hub, found"):
-        check(not Path(name, "adapter_config.json").exists(), "a LoRA adapter; merge it into its base model")
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # else it asks on the terminal
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        folder, pad = Path(cached_file(name, "config.json")).parent, config.get_text_config().pad_token_id or 0
+        text, folder = config.get_text_config(), Path(cached_file(name, "config.json")).parent
         check(tokenizer.chat_template, "no chat template; save a tokenizer with one there")
         check(files or not Path(name).exists(), "no weights, .safetensors or .bin; copy them there")
-        check(abs(pad) < config.get_text_config().vocab_size, f"pad_token_id {pad}, of no token")
+        check(abs(text.pad_token_id or 0) < text.vocab_size, f"pad_token_id {text.pad_token_id} of no token")
     weights = digest([*map(digest_weights, files)]) if files else config._commit_hash
     return Base(name, folder, config, tokenizer, weights)
 
 def digest_weights(path):
     """Of the whole content: a copy is the same model, one trained further another."""
     with blaming(f"{path}: expected weights, found a pointer or half a file"), open(path, "rb") as file:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors":  # of a .bin transformers says as much
             safetensors.safe_open(path, "pt")
-        else:
-            torch.load(path, map_location="meta", weights_only=True)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 def check_ids(base, prompts):
     rows, largest = base.config.get_text_config().vocab_size, max(map(max, prompts), default=0)
-    check(largest < rows, f"--model {base.name}: expected token ids below {rows}, the rows of its embedding, found "
-          f"{largest}, {base.tokenizer.decode([largest])!r}; mend the tokenizer, or resize the embedding")
+    check(largest < rows, f"--model {base.name}: expected token ids below {rows}, the rows of its embedding, "
+          f"found {largest}, {base.tokenizer.decode([largest])!r}; mend the tokenizer, or resize the embedding")
 
 def text_config(config):
     """Of a multimodal model the causal text model's: that is what is trained, run and exported."""
@@ -883,7 +841,7 @@ def engine_config(config, text_only):
 def engine_dtype(config):
     """The compute dtype, but for gated delta-nets, whose kernels know bfloat16 only."""
     delta_net = hasattr(config.get_text_config(), "linear_key_head_dim")
-    return torch.bfloat16 if delta_net else compute_dtype()
+    return torch.bfloat16 if delta_net else DTYPE
 
 def logit_scale_and_cap(config):
     """For finish_logits; check_weights sees whether that is all."""
@@ -894,38 +852,34 @@ def logit_scale_and_cap(config):
 def make_empty(base):
     """base.empty. ValueError for a model that cannot be trained, where nothing later would notice."""
     config, text, kind = base.config, base.config.get_text_config(), (base.config.architectures or ["?"])[0]
-    with blaming(f"--model {base.name}: expected a causal language model with plain weights and .layers, found"):
-        check(kind.endswith(("ForCausalLM", "ForConditionalGeneration")) and text.model_type in CAUSAL_LMS
-              and not config.is_encoder_decoder, f"{kind} of type {text.model_type}")
+    with blaming(f"--model {base.name}: expected a causal language model of plain weights and layers, found"):
+        check(kind.endswith(("ForCausalLM", "ForConditionalGeneration")) and not config.is_encoder_decoder
+              and text.model_type in CAUSAL_LMS, f"{kind} of type {text.model_type}")
         check(not (base.folder / "modules.json").exists(), "an embedding model")
         check(not any(getattr(c, "quantization_config", None) for c in (config, text)), "quantised weights")
         with torch.device("meta"):
             base.empty = AutoModelForCausalLM.from_config(text_config(config), dtype=torch.float32)
         SelfDistillation(base.empty)
-    if text is not config:
-        say(f"of {base.name} the text model alone is trained, and exported as {text.architectures[0]}")
 
 @torch.no_grad()
 def check_weights(base, lm, missing):
-    """Are they whole, and is theirs the model whose logits the loss computes? For that, the likeliest next token
-    after each of eight: the model's own forward sees these eight, ours four more behind them, and it takes the
-    logits apart. What logit_scale_and_cap leaves out shows in the log-probabilities, and so does a token that
-    sees later ones."""
+    """Are they whole, and is theirs the model whose logits the loss computes? For that, the likeliest next
+    token after each of eight: the model's own forward sees these eight, ours four more behind them, and takes
+    the logits apart. What logit_scale_and_cap leaves out shows, and so does a token that sees later ones."""
     eight, twelve, head = torch.arange(8), torch.arange(12)[None], lm.get_output_embeddings().weight
     own, likeliest = lm.eval()(eight[None], use_cache=False).logits[0].log_softmax(-1).max(-1)
     ours = SelfDistillation(lm)
     _, stats = ours(twelve, eight, ours(twelve, eight), head, torch.ones(8), tokens=likeliest)
-    error = (stats["logprob"] - own).abs().max().item()
-    check(not missing, f"expected weights {missing[:3]}, found none in its files")
-    check(bool(base.empty.all_tied_weights_keys) == bool(lm.all_tied_weights_keys), "expected embedding and head "
-          "to be one, as config.json says, found two tensors; set its tie_word_embeddings to false")
-    check(all(w.isfinite().all() for w in lm.state_dict().values()), "expected finite weights, found NaN or inf")
-    check(error <= 1e-3, f"expected the model's own log-probabilities from the loss, found them {error:.1g} nats "
-          "apart; logit_scale_and_cap is not all, or tokens see later ones")
+    error, tied = (stats["logprob"] - own).abs().max().item(), bool(base.empty.all_tied_weights_keys)
+    check(not missing, f"no weights {missing[:3]} in its files")
+    check(tied == bool(lm.all_tied_weights_keys), "two tensors for embedding and head, which its config.json "
+          "says are one; set tie_word_embeddings to false")
+    check(all(w.isfinite().all() for w in lm.state_dict().values()), "NaN or infinity; take another copy")
+    check(error <= 1e-3, f"log-probabilities that are {error:.1g} nats from those that the loss computes; "
+          "logit_scale_and_cap is not all, or tokens see later ones")
 
 # ---------------------------------------------------------------------------------------------------- CHECKS
 # What is wrong with an input is said before the engine starts: expected, found, what to change.
-
 def check(condition, message):
     if not condition:
         raise ValueError(message)
@@ -948,11 +902,11 @@ def read_instruction(name):
         with blaming(f"--instruction {name}, expected a text file in the encoding UTF-8"):
             text = Path(name[1:]).read_text("utf-8-sig").strip()
     # one word is a key mistyped, and would be trained on without a sign; Chinese has no spaces
-    check(re.search(r"\s|[^!-~]", text), f"--instruction {name}: expected {', '.join(INSTRUCTIONS)}, @FILE or "
-          f"a text, found {text!r}")
+    check(re.search(r"\s|[^!-~]", text),
+          f"--instruction {name}: expected {', '.join(INSTRUCTIONS)}, @FILE or a text, found {text!r}")
     return text
 
-MAY_BE_0 = "lr", "weight_decay", "clip", "temperature", "refresh_every", "eval_every", "seed", "top_k"
+MAY_BE_0 = "lr", "weight_decay", "clip", "temperature", "refresh_every", "seed", "top_k"
 
 def check_settings(settings):
     """Of both scripts, {option: value}. Without a driver torch for CUDA would run on the CPU, unsaid."""
@@ -960,15 +914,14 @@ def check_settings(settings):
         if type(value) in (int, float):
             check(math.isfinite(value) and (value > 0 or value == 0 and name in MAY_BE_0),
                   f"--{name} {value}: expected {'0 or more' if name in MAY_BE_0 else 'more than 0'}")
-    check(torch.cuda.is_available() or not torch.version.cuda, f"torch for CUDA {torch.version.cuda} sees no GPU: "
-          "it needs a driver R580 or newer; without a GPU take the README's CPU builds")
-    check(dist.get_world_size() % settings["vllm_tp"] == 0, f"--vllm_tp {settings['vllm_tp']}: expected a divisor "
-          f"of the number of ranks, {dist.get_world_size()}")
+    check(torch.cuda.is_available() or not torch.version.cuda, f"torch for CUDA {torch.version.cuda} sees no "
+          "GPU: expected a driver R580 or newer; without a GPU take the README's CPU builds")
+    check(dist.get_world_size() % settings["vllm_tp"] == 0, "--vllm_tp: expected a divisor of the ranks' number")
 
 def claim_folder(out, resume, mark):
     """`out`, new or empty, or a run's that has its mark in it, for this process alone until that ends."""
-    with blaming(f"--out {out}: expected a new or empty folder or, with --resume, that of a run, where no other "
-                 "process is at work; found"):
+    with blaming(f"--out {out}: expected a new or empty folder or, with --resume, that of a run, and no other "
+                 "process at work there, found"):
         out.mkdir(parents=True, exist_ok=True)
         found = {path.name for path in out.iterdir()}
         check(out.name and (found <= {mark} or resume and mark in found), f"{', '.join(sorted(found)[:4])}")
@@ -980,27 +933,23 @@ IDENTITY = ("weights", "template", "instruction", "wrapper", "thinking", "proble
             "keep", "divergence", "refresh_every")
 
 def prepare(cfg):
-    """All checks and all that is read -> the base model, on rank 0 with its weights, problems to train on and
-    jobs to evaluate on, the run's folder."""
+    """All checks and all that is read -> the base model, on rank 0 with its weights, problems, the folder."""
     check_settings(asdict(cfg))
     instruction, base, out = read_instruction(cfg.instruction), open_base(cfg.model), Path(cfg.out)
-    engines, length = dist.get_world_size() // cfg.vllm_tp, cfg.max_prompt_tokens + cfg.max_response_tokens
+    length = cfg.max_prompt_tokens + cfg.max_response_tokens
     context = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)
-    check(cfg.batch_size % engines == 0, f"--batch_size {cfg.batch_size} is no multiple of {engines} engines")
-    check(length <= context, f"--max_prompt_tokens + --max_response_tokens = {length} is more than the context of "
-          f"{context}; lower one")
-    check(evaluator or cfg.keep == "all" and not cfg.eval_every, "--keep correct and --eval_every need this "
-          f"project's eval.py, which grades, beside {__file__}")
+    check(length <= context, f"--max_prompt_tokens + --max_response_tokens = {length} is more than the model's "
+          f"context of {context}; lower one")
+    check(evaluator or cfg.keep == "all", f"--keep correct needs this project's eval.py beside {__file__}")
     make_empty(base)
     problems = load_problems(cfg, base, instruction)
-    held_out = evaluator.load_held_out(cfg, base) if cfg.eval_every else []
     if dist.get_rank() == 0:
         start_run(base, out, asdict(cfg) | dict(
             instruction=instruction, weights=base.weights, template=digest(base.tokenizer.chat_template),
             problems=digest([(p.text, p.answer) for p in problems])))
         say(f"the first teacher's prompt:\n{base.tokenizer.decode(problems[0].teacher)}")
     dist.barrier()  # rank 0 has refused nothing
-    return base, problems, held_out, out
+    return base, problems, out
 
 def start_run(base, out, settings):
     """Rank 0's part of the checks: the folder, the run to go on with, the weights."""
@@ -1008,35 +957,20 @@ def start_run(base, out, settings):
     if checkpoints(out):
         with blaming(f"--resume: the settings of the run in {out}/config.json"):
             old = json.loads((out / "config.json").read_text())
-            changed = [f"{name} is {old[name]!r}, not {settings[name]!r}" for name in IDENTITY
-                       if old[name] != settings[name]]
-            check(not changed, "; ".join(changed))
+            for name in IDENTITY:
+                check(old[name] == settings[name], f"{name} is {old[name]!r}, not {settings[name]!r}")
     base.loaded = read_weights(base)
     replace_file(out / "config.json", json.dumps(settings, indent=1))
-    size = (12 + compute_dtype().itemsize) * sum(p.numel() for p in base.empty.parameters()) / 1e9
-    say(f"a checkpoint takes {size:.3g} GB, {shutil.disk_usage(out).free / 1e9:.3g} GB are free; up to three exist")
+    size, free = (12 + DTYPE.itemsize) * sum(p.numel() for p in base.empty.parameters()), shutil.disk_usage(out).free
+    say(f"a checkpoint takes {size / 1e9:.3g} GB, of up to three; {free / 1e9:.3g} GB are free")
 
 # ------------------------------------------------------------------------------------------------------ LOGS
 def say(text):
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
-@contextlib.contextmanager
-def timed(metrics, name):
-    """metrics["seconds_NAME"]: what the block took, the GPU's queue included."""
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    metrics[f"seconds_{name}"] = time.perf_counter() - start
-
-def max_over_ranks(value):  # collective
-    value = torch.tensor(float(value))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return value.item()
-
 CONSOLE = ("step", "loss", "grad_norm", "response_tokens", "truncated", "accuracy", "student_entropy",
-           "logprob_gap", "teacher_age", "eval_accuracy", "eval_tokens", "seconds_step")
+           "logprob_gap", "teacher_age", "seconds_step")
 
 def log_step(out, metrics, rollouts, problems, tokenizer):
     """A line of metrics.jsonl, with what the rollouts say, four of samples.jsonl, one on the console."""
@@ -1062,20 +996,21 @@ def start_processes():
     os.environ.update(dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
                            MASTER_ADDR="127.0.0.1", MASTER_PORT="0") | os.environ)
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     waiting = threading.Timer(8, print, ["rank {RANK} waits for the others of WORLD_SIZE={WORLD_SIZE} at "
                                          "{MASTER_ADDR}; to run alone unset both".format_map(os.environ)])
     waiting.start()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    backends = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backends, timeout=timedelta(hours=1))
     waiting.cancel()
     return device
 
 def run_and_exit(main):
-    """main(), and the process is gone: Python's exit would call vLLM's and NCCL's, which wait for ranks that may
-    have failed. The first rank to fail says why, before the engine's start in one line: an input is refused."""
+    """main(), and the process is gone: Python's exit would call vLLM's and NCCL's, which wait for ranks that
+    may have failed. The first rank to fail says why, in one line if it is before the engine's start."""
     status = 1
     try:
         main()
