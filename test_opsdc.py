@@ -13,12 +13,15 @@ float64 or with a second real run.
     python test_opsdc.py large [DIR]                a random Qwen3 of the 0.6B's shape
     python test_opsdc.py profile ARGUMENTS          opsdc.py with them, and where its seconds went
     python test_opsdc.py bench                      CPU time and memory of the objective beside naive autograd
-    python test_opsdc.py recomputation [DIR]        --gradient_checkpointing on and off, seconds and memory
     python test_opsdc.py gpu [DIR]                  what only a GPU can tell, in one table
 """
+import cProfile
+import contextlib
 import dataclasses
 import datetime
 import difflib
+import fcntl
+import gc
 import gzip
 import importlib.util
 import io
@@ -26,19 +29,23 @@ import itertools
 import json
 import math
 import os
+import pstats
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import types
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,21 +58,25 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTex
                           GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
                           Qwen3Config, Qwen3ForCausalLM)
 
-import eval as ev
-import opsdc
+environment = dict(os.environ)
+import eval as ev  # noqa: E402
+import opsdc  # noqa: E402
+SIDE_EFFECTS = ("vllm" in sys.modules, torch.distributed.is_initialized(), environment != os.environ)
 
 HERE = Path(__file__).resolve().parent
 MATH500 = HERE.parent / "shared/data/math500.jsonl"
 # as it was before a test joined a process group; a forked script elsewhere finds eval.py
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+HANG = 3000  # seconds; only a hang takes as long: ten times what a slow, quiet machine needs
 
-def run(*arguments, ranks=0, timeout=300, script="opsdc.py"):
+def run(*arguments, ranks=0, script="opsdc.py", **options):
     """`python SCRIPT ARGUMENTS`, or under torchrun with `ranks` processes -> the finished process, output as
     one text."""
     launcher = [sys.executable] + ["-m", "torch.distributed.run", "--nproc_per_node",
                                    str(ranks)] * (ranks > 0)
-    return subprocess.run([*launcher, str(HERE / script), *map(str, arguments)], timeout=timeout, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+    options = dict(timeout=HANG, env=ENVIRONMENT) | options
+    return subprocess.run([*launcher, str(HERE / script), *map(str, arguments)], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
 def succeed(*arguments, **options):
     done = run(*arguments, **options)
@@ -79,6 +90,123 @@ TOY_EVAL = "--samples 2 --max-tokens 160 --temperature 1 --top-p 1 --top-k 0".sp
 
 def metrics_of(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+# ----------------------------------------------------------------------------------------- tests in processes
+# What takes long runs beside the other tests, in their order, two at a time, in forks of one process that has
+# imported vLLM. These tests get a folder instead of fixtures.
+
+BESIDE = {}  # name of a test: its function of a folder
+
+def beside(*values):
+    """The decorated test(folder), or test(value, folder) for each of `values`, runs so."""
+    def decorate(test):
+        BESIDE.update({f"{test.__name__}[{value}]": partial(test, value) for value in values}
+                      or {f"{test.__name__}[beside]": test})
+
+        @pytest.mark.parametrize("value", values or ["beside"])
+        def wait(value, request, all_beside):
+            all_beside(request.node.name)
+        return wait
+    return decorate
+
+@pytest.fixture(scope="session", autouse=True)
+def all_beside(request, tmp_path_factory):
+    """all_beside(name) waits for the test of this name, fails if that failed, and returns its folder."""
+    torch.set_num_threads(1)  # the other cores are busy, and threads of torch spin while they wait
+    directory = tmp_path_factory.mktemp("beside")
+    asked = {name for item in request.session.items for name in (item.name, *item.fixturenames)}
+    names = sorted(asked & BESIDE.keys(), key=["toy", *BESIDE].index)  # all the others are shorter
+    if not names:
+        return (yield)
+    process = subprocess.Popen([sys.executable, str(HERE / "test_opsdc.py"), "run_beside", str(directory),
+                                *names], env=ENVIRONMENT, start_new_session=True)
+
+    def finished(name):
+        status, since = folder_of(directory, name) / "status", time.monotonic()
+        while not (status.exists() and status.read_text()):
+            assert process.poll() is None and time.monotonic() - since < HANG
+            time.sleep(0.05)
+        print(status.with_name("log").read_text())
+        assert status.read_text() == "0"
+        return status.parent
+    yield finished
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # and its children
+    process.wait()
+
+def folder_of(directory, name):
+    return Path(directory) / re.sub(r"\W+", "-", name)  # vLLM finds no weights below a folder with brackets
+
+def run_beside(directory, *names):
+    """Worker: the tests of these names."""
+    import_vllm()
+
+    def test(name):
+        folder = folder_of(directory, name)
+        folder.mkdir()
+        status = status_of(fork_process(BESIDE[name], folder / "log", folder))
+        (folder / "status").write_text(str(status))
+    with ThreadPoolExecutor(2) as pool:  # a core each
+        list(pool.map(test, names))
+
+def shared(folder, name, make):
+    """The folder of this name beside `folder`, made by the first test that asks for it."""
+    folder = folder.with_name(name)
+    with open(folder.with_suffix(".lock"), "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.fstat(lock.fileno()).st_size:
+            make(folder)
+            lock.write("made")
+    return folder
+
+def import_vllm():
+    """Once, for all forked processes; with the settings that opsdc.py makes before its import."""
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR",
+                      VLLM_CPU_KVCACHE_SPACE="1", TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1")
+    import vllm.entrypoints.llm
+    import vllm.v1.worker.gpu_model_runner  # noqa: F401  a CPU's too
+    gc.freeze()  # vLLM collects garbage five times a start: not among what is imported
+
+def fork_process(function, log, *arguments, **environment):
+    """The id of a forked process that calls function(*arguments), its output added to `log`."""
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        with open(log, "a") as file:
+            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        sys.stdout = sys.__stdout__  # not what the parent has redirected
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        function(*arguments)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+
+def status_of(process_id):
+    return os.waitstatus_to_exitcode(os.waitpid(process_id, 0)[1])
+
+def in_fork(function, *arguments, ranks=1, nodes=1):
+    """As `run`, of a function, in as many forked processes, with the group that torchrun would make."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = dict(WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks // nodes, MASTER_ADDR="127.0.0.1",
+                     MASTER_PORT=free.getsockname()[1])
+    with tempfile.NamedTemporaryFile() as log:
+        ids = [fork_process(function, log.name, *map(str, arguments), **group, RANK=rank,
+                            LOCAL_RANK=rank % (ranks // nodes)) for rank in range(ranks)]
+        return subprocess.CompletedProcess(arguments, max(map(status_of, ids), key=abs),
+                                           Path(log.name).read_text())
+
+def script(file, *arguments):
+    """`python FILE ARGUMENTS`, in this process."""
+    del sys.modules["opsdc"], sys.modules["eval"]
+    sys.argv = [str(HERE / file), *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 # ----------------------------------------------------------------------------------------------- small models
 
@@ -115,31 +243,11 @@ def make_model(directory, family, texts=tuple(opsdc.INSTRUCTIONS.values()), voca
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(temperature=0.6)))
     return Path(directory)
 
-@pytest.fixture(scope="session", params=["qwen3", "llama"])
-def family(request):
-    return request.param
-
 @pytest.fixture(scope="session")
-def random_model(family, tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("models") / family, family)
+def toy(all_beside):
+    return all_beside("toy").with_name("a-toy")
 
-@pytest.fixture(scope="session", autouse=True)
-def toy_in_the_making(request, tmp_path_factory):
-    """The toy takes minutes of one core: it is made beside the tests that do not need it."""
-    directory = tmp_path_factory.mktemp("toy")
-    if not any("toy" in item.fixturenames for item in request.session.items):
-        return (yield)
-    with (open(directory / "log", "w") as log,
-          subprocess.Popen([sys.executable, str(HERE / "test_opsdc.py"), "toy", str(directory)],
-                           env=ENVIRONMENT, stdout=log, stderr=log) as process):
-        yield directory, process
-        process.kill()
-
-@pytest.fixture(scope="session")
-def toy(toy_in_the_making):
-    directory, process = toy_in_the_making
-    assert process.wait() == 0, (directory / "log").read_text()
-    return directory
+BESIDE["toy"] = toy_of = lambda folder: shared(folder, "a-toy", make_toy)
 
 # ---------------------------------------------------------------------------------------------------- the toy
 # The toy: a tiny Qwen3, trained from scratch on the spot, that overthinks until told not to. A problem is a
@@ -178,7 +286,7 @@ def rate(event, kind, column):
 def toy_tokenizer():
     """A word is a token together with the space before it, so that decoding is joining."""
     split = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]|\s"), "isolated")
-    texts = [opsdc.WRAPPER_HEAD, opsdc.FORMAT, opsdc.WRAPPER_TAIL, *TOLD.values(),
+    texts = [opsdc.STUDENT_HEAD, opsdc.FORMAT, opsdc.TAIL, *TOLD.values(),
              "Add modulo 10: = +\nuser\nassistant\ncheck\nAnswer:"]
     texts += [f"{digit} {digit}" + "".join(f" {letter}{digit}" for letter in LETTERS) for digit in range(10)]
     special = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
@@ -208,10 +316,10 @@ def toy_rows(rng, n):
 
 def toy_prompt(tokenizer, row, kind):
     if kind == "bare":
-        return opsdc.chat_ids(tokenizer, row["problem"], True)
+        return opsdc.prompt_ids(tokenizer, row["problem"], wrapper="none")
     if kind in TOLD:
-        return opsdc.teacher_prompt(tokenizer, row["problem"], TOLD[kind])
-    return opsdc.student_prompt(tokenizer, row["problem"])
+        return opsdc.prompt_ids(tokenizer, row["problem"], TOLD[kind])
+    return opsdc.prompt_ids(tokenizer, row["problem"])
 
 def toy_response(rng, row, kind, verbose=0):
     """Lines of an answer, the first `verbose` of its thought in the base's habit; numbers of wrong lines."""
@@ -383,9 +491,9 @@ FORKS = {
     # arXiv 2605.06188: wrong rollouts only, which does damage there
     "incorrect": [('cfg.keep == "all" or r.correct', "not r.correct")],
     # arXiv 2605.13255: the more certain the teacher, the more a token weighs, with a floor
-    "egrsd": [(WEIGHT, "w = weights[at] * torch.exp(-entropies[1]).clamp(min=0.1)")],
+    "egrsd": [(WEIGHT, "w = weights[at] * torch.exp(-teacher_entropy).clamp(min=0.1)")],
     # arXiv 2604.14084: only tokens where the student is uncertain, or certain and far from the teacher
-    "tip": [(WEIGHT, "w = weights[at] * ((entropies[0] > 0.1) | (value > 0.1))")],
+    "tip": [(WEIGHT, "w = weights[at] * ((student_entropy > 0.1) | (divergence > 0.1))")],
     # arXiv 2603.11178: four rollouts a problem, weighted by p (1 - p) of its pass rate p
     "paced": [
         ("at = range(step * batch_size, (step + 1) * batch_size)",
@@ -397,7 +505,7 @@ FORKS = {
          "            for r in rollouts]")],
     # thetabar follows theta at every step; float32, since bfloat16 would round a hundredth away
     "ema": [
-        ("p.detach().to(dtype or compute_dtype(), copy=True)", "p.detach().clone()"),
+        ("p.detach().to(dtype, copy=True)", "p.detach().clone()"),
         ("    due = cfg.refresh_every and step % cfg.refresh_every == 0\n"
          "    return snapshot(model) if due else thetabar",
          "    theta = snapshot(model)\n"
@@ -407,11 +515,14 @@ FORKS = {
         ("    theta = snapshot(model, torch.float32)\n    copy_into(model, thetabar)\n",
          "    model = larger  # a module of its own, never swapped\n"),
         ("    copy_into(model, theta)\n", ""),
-        ("    model = load_model(cfg, device)\n",
-         "    model = load_model(cfg, device)\n"
-         "    globals()[\"larger\"] = load_model(Config(model=\"Qwen/Qwen3-14B\"), device)\n")],
+        ("    model = load_model(base, device, cfg)\n",
+         "    model = load_model(base, device, cfg)\n"
+         "    other = open_base(\"Qwen/Qwen3-14B\")\n"
+         "    make_empty(other)\n"
+         "    other.loaded = read_weights(other) if dist.get_rank() == 0 else None\n"
+         "    globals()[\"larger\"] = load_model(other, device, cfg)\n")],
     # arXiv 2606.00755: a teacher with a temperature of its own, above 1 against a collapse of the entropy
-    "temperature": [("t_v.log_softmax(-1)", "(t_v / 1.5).log_softmax(-1)")],
+    "temperature": [("t_block.log_softmax(-1)", "(t_block / 1.5).log_softmax(-1)")],
     # arXiv 2601.18734 (OPSD): no entry of the vocabulary gives more than 0.05 nats, nor then a gradient
     "clip": [
         ("    return value, p * (a - (p * a).sum(-1, keepdim=True))",
@@ -421,20 +532,20 @@ FORKS = {
     # rollouts from the head of the distribution, as models are used
     "topp": [("temperature=cfg.temperature)", "temperature=cfg.temperature, top_p=0.95, top_k=20)")],
     # the student learns to answer at once what the teacher is told to think about in brief
-    "thinking": [("student_prompt(tokenizer, text, cfg.thinking, cfg.wrapper)",
-                  "student_prompt(tokenizer, text, False, cfg.wrapper)")],
+    "thinking": [("ask(p[\"problem\"], tools=p[\"tools\"])",
+                  "ask(p[\"problem\"], tools=p[\"tools\"], thinking=False)")],
     # the metrics on wandb too: begun before the engine, as a missing login would end the run after a step
     "wandb": [
         ("import torch\n", "import torch\nimport wandb\n"),
-        ("    engine = RolloutEngine(cfg)\n",
+        ("    engine = RolloutEngine(base, cfg)\n",
          "    if dist.get_rank() == 0:\n"
          "        wandb.init(project=\"opsdc\", config=asdict(cfg))\n"
-         "    engine = RolloutEngine(cfg)\n"),
-        ("    say(\"  \".join(form", "    wandb.log(metrics, step=metrics[\"step\"])\n    say(\"  \".join(form"),
-        ("    sys.stdout.flush()\n    os._exit", "    wandb.finish(status)\n    sys.stdout.flush()\n    os._exit")],
+         "    engine = RolloutEngine(base, cfg)\n"),
+        ("    say(\"  \".join(", "    wandb.log(metrics, step=metrics[\"step\"])\n    say(\"  \".join("),
+        ("    os._exit(status)", "    wandb.finish(status)\n    os._exit(status)")],
     # the teacher is told the answer
-    "answer": [("text, instruction, cfg.thinking",
-                "text, f\"{instruction}\\n\\nThe answer is {answer}.\", cfg.thinking")],
+    "answer": [("ask(p[\"problem\"], instruction,",
+                "ask(p[\"problem\"], f\"{instruction}\\n\\nThe answer is {p['answer']}.\",")],
 }
 
 def fork(names, file):
@@ -505,7 +616,7 @@ def train_claim(toy, row, seed):
         more = ["--eval_every", 5, "--eval_data", toy / "eval.jsonl", "--eval_samples", 1]
     succeed(*script[1:], *TOY_RUN, *CLAIMS[row].split(), "--model", toy / "model", "--data",
             toy / "train.jsonl", "--out", out / "run", "--seed", seed, "--save_every", 1000, *more,
-            script=script[0], timeout=3600)
+            script=script[0])
 
 def claim(toy, row, seed):
     """Trains and evaluates a row, unless that is done -> its records on eval.jsonl."""
@@ -514,7 +625,7 @@ def claim(toy, row, seed):
     model = toy / "model" if trained == "base" else claim_folder(toy, trained, seed) / "run/model"
     if not (out / "summary.json").exists() or not ev.read_summary(out)["finished"]:
         succeed("--model", model, "--data", toy / "eval.jsonl", "--out", out, *TOY_EVAL, "--seed", seed,
-                *["--instruction", told] * bool(told), script="eval.py", timeout=3600)
+                *["--instruction", told] * bool(told), script="eval.py")
     return ev.read_run(out)[1]["eval"]
 
 def entropy_over_training(toy, row, seeds):
@@ -796,11 +907,9 @@ def test_never_holds_logits_of_all_tokens():
                            chunk=16)[0].backward()
     assert largest.numel == 2 * 16 * 301  # the logits of one chunk, student's and teacher's
 
-@pytest.mark.parametrize("kernels, needs", [("default", ""), ("avx2", "avx2"), ("avx512", "avx512f")])
-def test_the_objective_holds_with_every_kernel_of_this_processor(kernels, needs):
-    """torch picks its kernels by ATEN_CPU_CAPABILITY when it is imported: the tests above, once for each."""
-    if needs not in Path("/proc/cpuinfo").read_text():
-        pytest.skip(f"this processor has no {kernels}")
+@beside("default", *["avx2"] * (torch.backends.cpu.get_cpu_capability() == "AVX512"))
+def test_the_objective_holds_with_the_processors_slower_kernels(kernels, folder):
+    """torch picks its kernels by ATEN_CPU_CAPABILITY when it is imported: the tests above, once more."""
     names = [name for name in globals() if re.search(
         "^test_(reverse_kl|loss_and_gradients_equal|small_div|divergence_is|stats|forks_of_the_obj)", name)]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", *(f"{__file__}::{name}" for name in names)],
@@ -816,12 +925,12 @@ def test_prompts_are_the_papers(tmp_path):
     remember = 'Remember to put your answer on its own line after "Answer:".'
     chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     student = f"Solve the following math problem step by step. {form}\n\n1+1?\n\n{remember}"
-    assert tokenizer.decode(opsdc.student_prompt(tokenizer, "1+1?")) == chat.format(student)
+    assert tokenizer.decode(opsdc.prompt_ids(tokenizer, "1+1?")) == chat.format(student)
     v1 = ("Solve the following math problem concisely and correctly. Be direct: avoid unnecessary "
           "elaboration, redundant steps, or restating the problem. Focus only on the key reasoning steps "
           "needed to reach the answer.")
     teacher = f"{v1}\n\n{form}\n\n1+1?\n\n{remember}"
-    assert (tokenizer.decode(opsdc.teacher_prompt(tokenizer, "1+1?", opsdc.read_instruction("v1")))
+    assert (tokenizer.decode(opsdc.prompt_ids(tokenizer, "1+1?", opsdc.read_instruction("v1")))
             == chat.format(teacher))
     v2 = opsdc.read_instruction("v2")
     assert v2.startswith("Solve the following math problem concisely and correctly. Prioritize a correct "
@@ -833,15 +942,15 @@ def test_prompts_are_the_papers(tmp_path):
 
 def test_thinking_reaches_templates_that_know_it():
     qwen, r1 = make_tokenizer(["text"], QWEN_TEMPLATE), make_tokenizer(["text"], R1_TEMPLATE)
-    assert qwen.decode(opsdc.student_prompt(qwen, "1+1?", thinking=False)).endswith("<think>\n\n</think>\n\n")
-    assert qwen.decode(opsdc.student_prompt(qwen, "1+1?", thinking=True)).endswith("<|im_start|>assistant\n")
-    assert opsdc.student_prompt(r1, "1+1?", thinking=True) == opsdc.student_prompt(r1, "1+1?", thinking=False)
-    assert r1.decode(opsdc.student_prompt(r1, "1+1?")).endswith("<|Assistant|><think>\n")
+    assert qwen.decode(opsdc.prompt_ids(qwen, "1+1?", thinking=False)).endswith("<think>\n\n</think>\n\n")
+    assert qwen.decode(opsdc.prompt_ids(qwen, "1+1?", thinking=True)).endswith("<|im_start|>assistant\n")
+    assert opsdc.prompt_ids(r1, "1+1?", thinking=True) == opsdc.prompt_ids(r1, "1+1?", thinking=False)
+    assert r1.decode(opsdc.prompt_ids(r1, "1+1?")).endswith("<|Assistant|><think>\n")
 
 def turns(*roles):
     return [dict(role=role, content=f"text {i}") for i, role in enumerate(roles)]
 
-WRAPPED = opsdc.WRAPPER_HEAD + "1+1?" + opsdc.WRAPPER_TAIL
+WRAPPED = opsdc.STUDENT_HEAD + "1+1?" + opsdc.TAIL
 ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the error; with none if another
     (dict(problem="1+1?", answer="2", solution="1+1 makes 2"), ("1+1?", "2")),
     (dict(question="1+1?", answer=2), ("1+1?", "2")),
@@ -867,16 +976,16 @@ ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the er
     (dict(prompt=turns("system", "user")), (turns("system", "user"), None)),
     (dict(prompt=json.dumps(turns("system", "user"))), (turns("system", "user"), None)),
     (dict(prompt=turns("user", "assistant", "user")),
-     "field prompt: expected the user's turn last.*--wrapper none takes .* assistant, user",
+     "field prompt: expected the user's turn last, .* but for --wrapper none, .* assistant, user",
      (turns("user", "assistant", "user"), None)),
-    (dict(text="1+1?"), "here: expected a field problem, prompt or question, found text"),
+    (dict(text="1+1?"), "here: expected a field problem, prompt or question with text, found text"),
     (dict(problem="", question=None), "expected a field problem, .* found problem, question"),
     (dict(problem=" ", answer="3"), "expected a field problem"),
     (dict(prompt=[]), "expected a field problem"),
     (dict(prompt=[dict(role="user", content=" ")]), "expected a field problem"),
     (dict(problem=5), "field problem: expected a text, or messages .* found 5"),
     (dict(problem=dict(role="user", content="x")), "field problem: expected a text, or messages .* found {"),
-    (dict(prompt=[turn | dict(at=datetime.datetime.now()) for turn in turns("user")]), "field prompt: float.*"),
+    (dict(prompt=[turn | dict(at=datetime.date.today()) for turn in turns("user")]), "field prompt: .*date"),
     (dict(prompt=["text"]), "field prompt: expected a text, or messages with .*, found ..text'"),
     (dict(prompt=[dict(role="user", content=["text"])]), "expected a text, or messages with .* found .{"),
     (dict(prompt=[{"from": "human", "value": "x"}]), "expected a text, or messages with .* found .{'from'"),
@@ -902,7 +1011,7 @@ ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the er
 def test_a_row_is_read_or_refused_by_name(row, math_, none):
     for wrapper, expected in (("math", math_), ("none", none)):
         if isinstance(expected, tuple):
-            assert (opsdc.read_problem(row, "here", wrapper), ev.read_answer(row, "here")) == expected
+            assert (opsdc.read_problem(row, "here", wrapper)[1], ev.read_answer(row, "here")[2]) == expected
         else:
             with pytest.raises(ValueError, match=expected) as error:
                 opsdc.read_problem(row, "here", wrapper)
@@ -915,22 +1024,16 @@ def test_conversations_keep_their_turns_and_only_the_last_is_wrapped():
     chat = turns("system", "user", "assistant", "user")
     head = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat[:-1])
     tail = "<|im_end|>\n<|im_start|>assistant\n"
-    assert (decode(opsdc.student_prompt(tokenizer, chat, wrapper="none"))
+    assert (decode(opsdc.prompt_ids(tokenizer, chat, wrapper="none"))
             == head + "<|im_start|>user\ntext 3" + tail)
-    assert (decode(opsdc.teacher_prompt(tokenizer, chat, "Be brief.", wrapper="none"))
+    assert (decode(opsdc.prompt_ids(tokenizer, chat, "Be brief.", wrapper="none"))
             == head + "<|im_start|>user\nBe brief.\n\ntext 3" + tail)
-    assert (decode(opsdc.student_prompt(tokenizer, turns("system", "user")))
+    assert (decode(opsdc.prompt_ids(tokenizer, turns("system", "user")))
             == "<|im_start|>system\ntext 0<|im_end|>\n<|im_start|>user\n" + WRAPPED.replace("1+1?", "text 1")
             + tail)
-    assert opsdc.student_prompt(tokenizer, "x", wrapper="none") == opsdc.chat_ids(tokenizer, "x", True)
     tokenizer.chat_template = "{{ raise_exception('no system here') }}"
     with pytest.raises(ValueError, match="chat template fails on .*text 0.*: no system here"):
-        opsdc.student_prompt(tokenizer, chat)
-
-def test_a_template_with_a_date_keeps_the_day_it_is_given():
-    tokenizer = make_tokenizer(["text"], "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}")
-    opsdc.fix_date(tokenizer, "2024-07-26")
-    assert tokenizer.decode(opsdc.student_prompt(tokenizer, "x", wrapper="none")) == "26 Jul 2024x"
+        opsdc.prompt_ids(tokenizer, chat)
 
 def as_file(directory, name, content):
     path = directory / name
@@ -952,33 +1055,31 @@ def test_files_of_all_formats_read_alike(tmp_path):
     contents = {"jsonl": lines, "json": json.dumps(rows, indent=1), "csv": table, "parquet": as_parquet(rows)}
     for kind, content in contents.items():
         mark = "" if kind == "parquet" else "\ufeff"
-        for name in (f"x.{kind}", f"x.{kind}.gz", f"{kind}/train.{kind}"):
+        for name in (f"x.{kind}", f"{kind}/train.{kind}", *[f"x.{kind}.gz"] * (kind != "parquet")):
             file = as_file(tmp_path, name, mark + content if mark else content)
             source = str(tmp_path / kind) if "/" in name else file
             wheres, found = zip(*opsdc.read_rows(source))
-            assert list(found) == rows and wheres[0].startswith(f"{file}, "), (name, found)
-    assert wheres == (f"{file}, row 1", f"{file}, row 2")
-    assert [where for where, _ in opsdc.read_rows(str(tmp_path / "x.csv"))][1].endswith("x.csv, line 5")
-    assert [where for where, _ in opsdc.read_rows(str(tmp_path / "x.jsonl"))][1].endswith("x.jsonl, line 3")
-    assert list(opsdc.read_rows(as_file(tmp_path, "array.jsonl", json.dumps(rows))))[1][1] == rows[1]
+            if kind == "csv" and name != "x.csv":  # read by datasets: 55 and 0.1
+                found = [dict(row, answer=expected["answer"]) for row, expected in zip(found, rows)]
+            assert list(found) == rows and wheres == (f"{source}, row 1", f"{source}, row 2"), (name, found)
+    assert list(opsdc.read_rows(as_file(tmp_path, "array.json", json.dumps(rows))))[1][1] == rows[1]
     as_file(tmp_path, "jsonl/test.jsonl", '{"problem": "c"}')  # another split
     assert len(list(opsdc.read_rows(str(tmp_path / "jsonl")))) == 2
-    assert list(opsdc.read_rows(str(tmp_path / "jsonl") + "::test"))[0][1] == dict(problem="c")
-    number, = opsdc.read_rows(as_file(tmp_path, "n.jsonl", '{"problem": "x", "answer": 0.10}'))
-    assert ev.read_answer(number[1], "here") == "0.10"
+    assert list(opsdc.read_rows(str(tmp_path / "jsonl") + "::test"))[0][1]["problem"] == "c"
+    number, = opsdc.read_rows(as_file(tmp_path, "n.jsonl", '{"problem": "x", "answer": 0.5}'))
+    assert ev.read_answer(number[1], "here")[2] == "0.5"
 
 @pytest.mark.parametrize("name, content, message", [
     ("x.jsonl", '{"problem": "x"}\n{"problem"\n',
-     "x.jsonl: line 2, expected a JSON object, found '{\"problem\"'"),
-    ("x.jsonl", "5\n", "x.jsonl: line 1: expected a JSON object, .* found 5"),
-    ("x.json", '[{"problem": "x"}, 5]', "x.json: row 2: expected a JSON object"),
+     "x.jsonl, .*row 2, expected a JSON object, found '{\"problem\""),
+    ("x.jsonl", "5\n", "x.jsonl, .*row 1: expected a JSON object, .* found 5"),
+    ("x.json", '[{"problem": "x"}, 5]', "x.json: expected a file"),
     ("x.jsonl", "[" * 100000, "expected a JSON object"),
-    ("x.jsonl", '{"problem": "\u00e9"}'.encode("latin-1"), "x.jsonl: expected the encoding UTF-8"),
-    ("x.csv", "problem\n\u00e9\n".encode("utf-16"), "x.csv: expected the encoding UTF-8"),
-    ("x.csv", "problem,answer\nx,1,2\n", "x.csv: line 2: expected .* a cell for each column"),
-    ("x.parquet", "version https://git-lfs", "x.parquet: .*Parquet magic bytes not found"),
-    ("x.parquet", "", "x.parquet: .* 0 bytes"),
-    ("x.txt", "x", "x.txt: expected a file .jsonl, .json, .csv or .parquet"),
+    ("x.jsonl", '{"problem": "\u00e9"}'.encode("latin-1"), "x.jsonl, expected the encoding UTF-8"),
+    ("x.csv", "problem\n\u00e9\n".encode("utf-16"), "x.csv, expected the encoding UTF-8"),
+    ("x.csv", "problem,answer\nx,1,2\n", "x.csv, .*row 1: expected .* a cell for each column"),
+    ("x.parquet", "version https://git-lfs", "x.parquet: expected a file"),
+    ("x.parquet", "", "x.parquet: expected a file"),
 ])
 def test_files_that_cannot_be_read_are_named(name, content, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -999,7 +1100,7 @@ def test_batch_at_covers_each_epoch_once(n, batch_size):
 @pytest.mark.parametrize("budget", [1, 12, 10_000])
 def test_micro_batches_hold_every_sequence_once(world, budget):
     lengths = [9, 3, 8, 4, 4, 7, 1]
-    ranks = [opsdc.micro_batches(lengths, budget, rank, world) for rank in range(world)]
+    ranks = [opsdc.plan_micro_batches(lengths, budget, rank, world) for rank in range(world)]
     assert sorted(i for rank in ranks for group in rank for i in group) == list(range(7))
     # FSDP's collectives are entered by all ranks equally often
     assert len({len(rank) for rank in ranks}) == 1
@@ -1012,7 +1113,7 @@ def test_little_padding_and_even_ranks_on_a_long_tailed_batch():
     lengths = (torch.randn(20, 32) * 0.6 + 8.2).exp().clamp(max=8192).int().tolist()
     padded, real, per_rank = 0, 0, []
     for batch in lengths:
-        ranks = [opsdc.micro_batches(batch, 16384, rank, 8) for rank in range(8)]
+        ranks = [opsdc.plan_micro_batches(batch, 16384, rank, 8) for rank in range(8)]
         sizes = [sum(len(g) * max(batch[i] for i in g) for g in rank if g) for rank in ranks]
         padded, real = padded + sum(sizes), real + sum(batch)
         per_rank.append(max(sizes) / (sum(sizes) / 8))
@@ -1030,10 +1131,24 @@ def test_right_pad_marks_the_places_that_predict_the_response():
 # gradients as opsdc.py does, on as many ranks as torchrun gives it; the reference is the unsharded model in
 # float64, one unpadded sequence at a time.
 
+ANY_GAP = dict.fromkeys(opsdc.MAX_GAP, math.inf)
+
+def opened(path, module=opsdc):
+    """The Base of the model in `path`, on rank 0 with its weights."""
+    base = module.open_base(str(path))
+    module.make_empty(base)
+    base.loaded = module.read_weights(base) if torch.distributed.get_rank() == 0 else None
+    return base
+
+def loaded(path, module=opsdc, **settings):
+    """It in shards."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return module.load_model(opened(path, module), device, module.Config(**settings))
+
 def fixed_batch(tokenizer):
     texts = ["1+1?", "What is the sum of the first hundred positive integers?", "2+2?", "x", "Find all n."]
-    problems = [opsdc.Problem(x, None, opsdc.student_prompt(tokenizer, x),
-                              opsdc.teacher_prompt(tokenizer, x, opsdc.INSTRUCTIONS["v1"])) for x in texts]
+    problems = [opsdc.Problem(x, None, opsdc.prompt_ids(tokenizer, x),
+                              opsdc.prompt_ids(tokenizer, x, opsdc.INSTRUCTIONS["v1"])) for x in texts]
     torch.manual_seed(1)
     lengths = [7, 90, 1, 33, 20]
     ids = [torch.randint(5, len(tokenizer), (n,)).tolist() for n in lengths]
@@ -1047,12 +1162,12 @@ def gradients(model_path, file, *settings):
     """Worker: for each 'dtype,micro_batch_tokens,loss_chunk' of `settings`, loss and full gradients; and
     whether theta came back."""
     device = opsdc.start_processes()
-    opsdc.MAX_GAP = math.inf  # no engine here, hence no logprobs to agree with
+    opsdc.MAX_GAP = ANY_GAP  # no engine here, hence no logprobs to agree with
     problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(model_path))
     found = []
     for dtype, micro, chunk in (setting.split(",") for setting in settings):
         opsdc.compute_dtype = lambda: getattr(torch, dtype)
-        model = opsdc.load_model(opsdc.Config(model=model_path), device)
+        model = loaded(model_path)
         theta = {name: p.full_tensor().clone() for name, p in model.lm.named_parameters()}
         thetabar = other_weights(model.lm.named_parameters())
         cfg = opsdc.Config(model=model_path, micro_batch_tokens=int(micro), loss_chunk=int(chunk))
@@ -1107,14 +1222,17 @@ def check_gradients(results, exact, grads):
 # One sequence a micro-batch; some; all that fit: each with another chunk of the loss.
 CUTS = "float32,1,1000", "float32,700,7", "float32,100000,1000"
 
-@pytest.mark.parametrize("family, ranks", [("qwen3", 1), ("llama", 2)], indirect=["family"])
-def test_loss_and_gradients_of_the_sharded_model_equal_float64(random_model, ranks, tmp_path):
+RANKS = dict(qwen3=1, llama=2)  # tied; untied, and by tensor parallelism in one engine
+
+@beside(*RANKS)
+def test_loss_and_gradients_of_the_sharded_model_equal_float64(family, folder):
     """And, as it runs on GPUs: bfloat16 activations, float32 weights of the tokens, logits, gradients and
     masters."""
-    succeed("gradients", random_model, tmp_path / "found.pt", *CUTS, "bfloat16,100000,1000", ranks=ranks,
-            script="test_opsdc.py")
-    *results, rounded = torch.load(tmp_path / "found.pt", weights_only=False)
-    exact, grads = exact_gradients(random_model)
+    model = make_model(folder / "m", family)
+    done = in_fork(gradients, model, folder / "found.pt", *CUTS, "bfloat16,100000,1000", ranks=RANKS[family])
+    assert done.returncode == 0, done.stdout
+    *results, rounded = torch.load(folder / "found.pt", weights_only=False)
+    exact, grads = exact_gradients(model)
     check_gradients(results, exact, grads)
     assert len({r["micro_batches"] for r in results}) == 3
     assert rounded["theta_back"] and rounded["objective"]["loss"] == pytest.approx(exact, rel=1e-2)
@@ -1123,31 +1241,22 @@ def test_loss_and_gradients_of_the_sharded_model_equal_float64(random_model, ran
     print(f"bfloat16: {relative_error(whole(rounded['grads']), whole(grads)):.4f}")
     assert relative_error(whole(rounded["grads"]), whole(grads)) < 0.05
 
-def test_two_nodes_shard_within_and_replicate_across(tmp_path):
-    """2 x 2 ranks on this machine, each pair under a torchrun of its own, give the same gradients."""
-    model = make_model(tmp_path / "m", "qwen3")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2",
-              "--master_addr", "127.0.0.1", "--master_port", str(port), "--node_rank"]
-    worker = [str(HERE / "test_opsdc.py"), "gradients", str(model), str(tmp_path / "found.pt"),
-              CUTS[1]]
-    nodes = [subprocess.Popen([*launch, str(node), *worker], env=ENVIRONMENT, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for node in range(2)]
-    outputs = [node.communicate(timeout=200)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    result, = torch.load(tmp_path / "found.pt", weights_only=False)
+@beside()
+def test_two_nodes_shard_within_and_replicate_across(folder):
+    model = make_model(folder / "m", "qwen3")
+    done = in_fork(gradients, model, folder / "found.pt", CUTS[1], ranks=4, nodes=2)
+    assert done.returncode == 0, done.stdout
+    result, = torch.load(folder / "found.pt", weights_only=False)
     check_gradients([result], *exact_gradients(model))
     assert result["mesh"] == ("replicate", "shard")
 
 def test_recomputing_activations_or_not_gives_the_same_gradients(good, one_rank, monkeypatch):
-    monkeypatch.setattr(opsdc, "MAX_GAP", math.inf)
+    monkeypatch.setattr(opsdc, "MAX_GAP", ANY_GAP)
     problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(good["model"]))
     found = []
     for recompute in (True, False):
         cfg = opsdc.Config(**good, gradient_checkpointing=recompute)
-        model, forwards = opsdc.load_model(cfg, torch.device("cpu")), []
+        model, forwards = loaded(cfg.model, gradient_checkpointing=recompute), []
         batches = opsdc.make_micro_batches(rollouts, problems, "cpu", cfg)
         teacher = opsdc.teacher_pass(model, other_weights(model.lm.named_parameters()), batches)
         model.lm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
@@ -1193,7 +1302,8 @@ def sync(model_path, file, vllm_tp):
                        vllm_tp=int(vllm_tp))
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     problems, _ = fixed_batch(tokenizer)
-    engine, model = opsdc.RolloutEngine(cfg), opsdc.load_model(cfg, device)
+    base = opened(model_path)
+    engine, model = opsdc.RolloutEngine(base, cfg), opsdc.load_model(base, device, cfg)
     thetabar = opsdc.snapshot(model)
 
     def step(synced, cfg=cfg):
@@ -1214,7 +1324,7 @@ def sync(model_path, file, vllm_tp):
         found.append(f"not stopped: {step(synced=False)}")
     except RuntimeError as error:
         found.append(str(error))
-    opsdc.MAX_GAP, gather, gathered = math.inf, DTensor.full_tensor, []
+    opsdc.MAX_GAP, gather, gathered = ANY_GAP, DTensor.full_tensor, []
     found += [step(synced=False), step(synced=True)]
     DTensor.full_tensor = lambda self: gathered.append(self) or gather(self)
     engine.sync(model)
@@ -1224,16 +1334,17 @@ def sync(model_path, file, vllm_tp):
     if torch.distributed.get_rank() == 0:
         Path(file).write_text(json.dumps(found))
 
-def test_weight_sync_is_seen_in_the_logprob_gap(family, random_model, tmp_path):
-    """On one rank (Qwen3, tied), and on two that share an engine by tensor parallelism (Llama, untied), with
-    vLLM's reload as on a GPU; the other runs here have the CPU's."""
-    ranks = dict(qwen3=1, llama=2)[family]
-    succeed("sync", random_model, tmp_path / "found.json", ranks, ranks=ranks, script="test_opsdc.py")
-    found = json.loads((tmp_path / "found.json").read_text())
+@beside(*RANKS)
+def test_weight_sync_is_seen_in_the_logprob_gap(family, folder):
+    """With vLLM's reload as on a GPU; the other runs here have the CPU's."""
+    done = in_fork(sync, make_model(folder / "m", family), folder / "found.json", RANKS[family],
+                   ranks=RANKS[family])
+    assert done.returncode == 0, done.stdout
+    found = json.loads((folder / "found.json").read_text())
     (ids, warm, fresh), (_, cold, sharp), stopped, (*_, stale), (new_ids, _, again), counts = found
     assert fresh < 1e-4 and sharp < 1e-4 and again < 1e-4 and stale > 1e-2
     assert cold > warm + 1  # --temperature 0.05 draws what is likely; the logprobs stay the model's own
-    assert "No update was made. Look, likeliest first" in stopped
+    assert "no update" in stopped
     assert ids != new_ids  # the same seeds, other weights
     assert counts[0] == counts[1]  # gathered: each parameter once, a tied head too
 
@@ -1246,8 +1357,7 @@ def test_calls_of_the_engine_on_a_gpu(good, one_rank, monkeypatch):
         def __init__(self, *args, **settings):
             made.append(settings)
             self.llm_engine = self.engine_core = self._finalizer = self
-            self.model_config = types.SimpleNamespace(dtype=settings["dtype"], try_get_generation_config=dict)
-            self.get_tokenizer = lambda: AutoTokenizer.from_pretrained(args[0])
+            self.model_config = types.SimpleNamespace(dtype=settings["dtype"])
             self.apply_model = lambda asked: [True]  # it has a head
 
         def __getattr__(self, name):
@@ -1255,22 +1365,23 @@ def test_calls_of_the_engine_on_a_gpu(good, one_rank, monkeypatch):
                 synced = dict(kwargs.get("weights_iterator", ()))
                 assert all(w.dtype == torch.bfloat16 for w in synced.values())
                 calls.append((name, *args, *more.values(), len(synced)) if name in named else name)
+                return []
             return call
     named = "sleep", "wake_up", "collective_rpc"
-    model = opsdc.load_model(opsdc.Config(model=good["model"]), torch.device("cpu"))
+    model, base = loaded(good["model"]), opsdc.open_base(good["model"])
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Recorder, SamplingParams=dict))
-    monkeypatch.setitem(sys.modules, "vllm.model_executor.models.transformers.base",
-                        types.SimpleNamespace(Base=types.SimpleNamespace()))
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.models.transformers", types.SimpleNamespace(
+        base=types.SimpleNamespace(Base=types.SimpleNamespace())))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for load_format in ("dummy", "auto"):
-        engine = opsdc.RolloutEngine(opsdc.Config(**good, vllm_memory=0.7), load_format)
+        engine = opsdc.RolloutEngine(base, opsdc.Config(**good, vllm_memory=0.7), load_format)
         for _ in range(2 if load_format == "dummy" else 0):
             engine.sync(model)
             engine.generate([], [], max_tokens=1)
             engine.sleep()
     asleep = "sleep", 2, 0
     step = (("wake_up", ["weights"], 0), ("collective_rpc", "reload_weights", len(model.lm.state_dict())),
-            ("wake_up", ["kv_cache"], 0), "reset_prefix_cache", "enqueue", "has_unfinished_requests", asleep)
+            ("wake_up", ["kv_cache"], 0), "reset_prefix_cache", "generate", asleep)
     assert calls == ["detach", asleep, *step, *step, "detach"]
     common = dict(distributed_executor_backend="external_launcher", tensor_parallel_size=1, max_model_len=536,
                   dtype=torch.bfloat16, enforce_eager=False, enable_chunked_prefill=True,
@@ -1299,7 +1410,6 @@ VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_att
               patch_size=14)
 QWEN_VISION = dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64)
 ROPE = dict(rope_type="default", rope_theta=10000.0)
-SLIDING_ROPE = dict(rope_parameters=dict(sliding_attention=ROPE, full_attention=ROPE))
 FAMILIES = {  # name: model_type, what its config says beyond SHAPE
     "Qwen2": ("qwen2", {}), "Qwen3, tied": ("qwen3", TIED),
     "Qwen3, untied": ("qwen3", {}), "Qwen3, more vocabulary than tokens": ("qwen3", dict(vocab_size=512)),
@@ -1429,10 +1539,9 @@ def family_export(directory, name):
         stub_torchvision(directory)
     folder = str(directory / "out/model")
     opsdc.start_processes()
-    tokenizer, _ = opsdc.load_tokenizer(folder)
-    engine = opsdc.RolloutEngine(opsdc.Config(model=folder, max_prompt_tokens=512, max_response_tokens=40),
-                                 load_format="auto")
-    prompts = [opsdc.student_prompt(tokenizer, f"What is {i} + {i}?") for i in range(4)]
+    base, cfg = opsdc.open_base(folder), opsdc.Config(max_prompt_tokens=512, max_response_tokens=40)
+    engine = opsdc.RolloutEngine(base, cfg, load_format="auto")
+    prompts = [opsdc.prompt_ids(base.tokenizer, f"What is {i} + {i}?") for i in range(4)]
     samples = engine.generate(prompts, list(range(4)), max_tokens=40, temperature=1.0)
     capped = "attn_logit_softcapping" in FAMILIES[name][1]  # which transformers' sdpa leaves out
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
@@ -1443,25 +1552,6 @@ def family_export(directory, name):
             own = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
         gaps += (own.gather(-1, torch.tensor(ids)[:, None])[:, 0] - torch.tensor(logprobs)).abs().tolist()
     (directory / "export").write_text(str(statistics.fmean(gaps)))
-
-def forked(function, log, *arguments):
-    """function(*arguments) in a forked process whose output goes to `log`; returns its exit status."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    status = 1
-    try:
-        with open(log, "a") as file:
-            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-        function(*arguments)
-        status = 0
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
 
 def family_gap(directory):
     """The largest gap of a step of the run, or None before it ended."""
@@ -1476,81 +1566,79 @@ def family_row(directory, name):
     directory.mkdir(parents=True)
     log, start, remark = directory / "log", time.perf_counter(), REMARKS.get(name, "")
     make_family(directory / "model", name)
+    succeeds = lambda worker, *more: status_of(fork_process(worker, log, directory, name, *more)) == 0
     failed = lambda: [line for line in log.read_text().splitlines()
                       if "Error: " in line or "error: " in line][-1]
-    if forked(family_run, log, directory, name, False):
+    if not succeeds(family_run, False):
         stopped = re.search("differ by ([0-9.]+) nats", failed())
         remark = f"{remark}; {failed()[:100]}" if not stopped else f"stops at a gap of {stopped[1]}; {remark}"
         if stopped and name != "gpt-oss" and "experts" in str(FAMILIES[name]):
-            forked(family_run, log, directory, name, True)
+            succeeds(family_run, True)
             remark += ("; " * remark.endswith("engine") + "vLLM's CPU packs experts at the first load only; "
                        "gap and export are with that repaired")
     gap = family_gap(directory)
-    if gap is not None and forked(family_export, log, directory, name):
+    if gap is not None and not succeeds(family_export):
         remark = "export: " + failed()[:150]
     export = float((directory / "export").read_text()) if (directory / "export").exists() else None
     return dict(family=name, gap=gap, export=export, remark=remark,
                 seconds=round(time.perf_counter() - start))
 
-def families(*names, directory="out-families"):
+def families(*names):
     """The table of the README; in the order of FAMILIES, two at a time."""
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR",
-                      VLLM_CPU_KVCACHE_SPACE="1", TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1")
-    import vllm.entrypoints.llm  # noqa: F401  once, for all children
+    import_vllm()
     with ThreadPoolExecutor(2) as pool:
-        rows, found = [], []
-        for row in pool.map(lambda name: family_row(directory, name), names or FAMILIES):
-            found.append(row)
+        rows = []
+        for row in pool.map(lambda name: family_row("out-families", name), names or FAMILIES):
             rows.append([f"{x:.0e}" if isinstance(x, float) else "" if x is None else x
                          for x in row.values()])
             print(*rows[-1], sep=" | ", flush=True)
     print(ev.markdown(["family", "gap", "export", "remark", "s"], rows))
-    (Path(directory) / "table.json").write_text(json.dumps(found))
 
-def test_eight_families_that_differ_most_in_code(tmp_path):
+@beside("SmolLM3", "Gemma 3", "Falcon-H1", "Granite", "Gemma 2", "Gemma 4 text", "Mixtral", "Qwen3-Next")
+def test_families_that_differ_most_in_code(name, folder):
     """A transformers backend, a nested config, a hybrid, scaled logits, both soft caps, a buffer in the state
     dict, fused and renamed experts, a kernel for bfloat16 only."""
-    names = ["SmolLM3", "Gemma 3", "Falcon-H1", "Granite", "Gemma 2", "Gemma 4 text", "Mixtral", "Qwen3-Next"]
-    code = f"import test_opsdc; test_opsdc.families(*{names}, directory={str(tmp_path)!r})"
-    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, timeout=300)
-    for row in json.loads((tmp_path / "table.json").read_text()):
-        bound = 2e-2 if row["family"] == "Qwen3-Next" else 1e-4
-        assert row["gap"] and row["gap"] < bound and row["export"] is not None and row["export"] < bound, row
+    row, bound = family_row(folder, name), 2e-2 if name == "Qwen3-Next" else 1e-4
+    assert row["gap"] and row["gap"] < bound and row["export"] is not None and row["export"] < bound, row
 
-def test_logits_that_the_loss_does_not_compute_stop_with_one_line(one_rank, tmp_path, capsys):
-    """HyperCLOVA X multiplies by the logits_scaling by which Granite divides."""
-    make_family(tmp_path, "HyperCLOVA X")
-    with pytest.raises(SystemExit) as exit:
-        opsdc.load_model(opsdc.Config(model=str(tmp_path)), torch.device("cpu"))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
-    assert exit.value.code == 1 and len(lines) == 1
-    assert re.search("expected the loss to compute the model's own log-probabilities, found [0-9.]+ nats",
-                     lines[0])
+def spoil_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
-def test_weights_are_neither_made_up_nor_tied_against_their_files(one_rank, tmp_path, capsys):
-    def said():
-        with pytest.raises(SystemExit):
-            opsdc.load_model(opsdc.Config(model=str(tmp_path)), torch.device("cpu"))
-        return capsys.readouterr().out
-    make_family(tmp_path, "Qwen2")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | dict(tie_word_embeddings=True)))
-    assert re.search("error: --model .* expected embedding and head to be one, .* found two tensors", said())
-    weights = load_file(tmp_path / "model.safetensors")
-    save_file({name: w for name, w in weights.items() if "q_proj" not in name},
-              tmp_path / "model.safetensors", metadata=dict(format="pt"))
-    assert re.search("error: --model .* expected weights .*q_proj.* found none in its files", said())
+def spoil_weights(folder, change):
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata=dict(format="pt"))
+
+SPOILED = {  # family, what is done to it, the refusal; HyperCLOVA X multiplies by Granite's divisor
+    "logits": ("HyperCLOVA X", lambda folder: None,
+               "expected the model's own log-probabilities from the loss, found them [0-9.]+ nats apart"),
+    "tied": ("Qwen2", lambda folder: spoil_config(folder, tie_word_embeddings=True),
+             "expected embedding and head to be one, .* found two tensors"),
+    "missing": ("Qwen2", lambda folder: spoil_weights(folder, lambda weights: {
+        name: w for name, w in weights.items() if "q_proj" not in name}), "expected weights .*q_proj.* none"),
+    "NaN": ("Qwen2", lambda folder: spoil_weights(folder, lambda weights: weights | {
+        "model.norm.weight": weights["model.norm.weight"] * math.nan}), "expected finite weights, found NaN"),
+    "half": ("Qwen2", lambda folder: os.truncate(folder / "model.safetensors", 9999), "half a file"),
+}
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_weights_are_checked_before_the_engine_starts(case, good, one_rank, tmp_path, monkeypatch):
+    family, spoil, message = SPOILED[case]
+    make_family(tmp_path / "m", family)
+    spoil(tmp_path / "m")
+    monkeypatch.setattr(opsdc.RolloutEngine, "__init__", lambda *_: pytest.fail("an engine is started"))
+    cfg = opsdc.Config(**good | dict(model=str(tmp_path / "m"), out=str(tmp_path / "out")))
+    assert re.search(message, refusal(lambda: opsdc.prepare(cfg)))
 
 def test_dropout_in_the_config_changes_nothing(one_rank, tmp_path):
-    found, device = [], torch.device("cpu")
+    found = []
     for name in ("Qwen2", "dropout in the config"):
         make_family(tmp_path / name, name)
         cfg = opsdc.Config(model=str(tmp_path / name))
         problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(cfg.model))
-        model = opsdc.load_model(cfg, device)
-        batches = opsdc.make_micro_batches(rollouts, problems, device, cfg)
+        model = loaded(cfg.model)
+        batch, = batches = opsdc.make_micro_batches(rollouts, problems, "cpu", cfg)
         hidden, head = opsdc.teacher_pass(model, other_weights(model.lm.named_parameters()), batches)
-        batch, = batches
         loss, _ = model(*batch.student, hidden[0], head, batch.weights)
         loss.backward()
         layers = model.lm.get_decoder().layers
@@ -1578,85 +1666,84 @@ def same_metrics(a, b):
              if not key.startswith("seconds") and key not in ("tokens_per_second", "peak_memory_gib")]
     return {key: a[key] for key in names} == {key: b.get(key) for key in names}
 
-def start_and_signal(arguments, log, lines, number):
-    """Start opsdc.py on one rank, send it a signal once `log` has so many lines; returns the exit status."""
-    command = [sys.executable, HERE / "opsdc.py", *arguments]
-    with subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL) as process:
-        deadline = time.time() + 120
-        while not (log.exists() and len(log.read_text().splitlines()) >= lines) and time.time() < deadline:
-            time.sleep(0.01)
-        process.send_signal(number)
-    return process.returncode
+def run_and_signal(arguments, log, lines, number):
+    """opsdc.py, to which a signal is sent once `log` has so many lines; its exit status."""
+    process = fork_process(script, log.parent.with_name("output"), "opsdc.py", *map(str, arguments))
+    while not (log.exists() and len(log.read_text().splitlines()) >= lines):
+        assert os.waitpid(process, os.WNOHANG)[0] == 0, log.parent.with_name("output").read_text()
+        time.sleep(0.01)
+    os.kill(process, number)
+    return status_of(process)
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """Six steps on one rank, never interrupted, with a refresh after every second one."""
-    directory = tmp_path_factory.mktemp("runs")
-    model, data = make_model(directory / "m", "qwen3"), write_rows(directory / "rows.jsonl")
-    succeed(*small_run(model, data, directory / "whole"))
-    return model, data, directory / "whole"
+def small_files(folder):
+    return make_model(folder / "m", "qwen3"), write_rows(folder / "rows.jsonl")
 
-def test_killed_and_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path):
-    model, data, whole = whole_run
-    log = tmp_path / "out/metrics.jsonl"
-    start_and_signal(small_run(model, data, tmp_path / "out"), log, 3, signal.SIGKILL)
-    assert 3 <= len(metrics_of(tmp_path / "out")) < 6
+def whole_run(folder):
+    """Six steps on one rank, never interrupted, with a refresh after every second one: once for all tests."""
+    def make(folder):
+        folder.mkdir()
+        done = in_fork(script, "opsdc.py", *small_run(*small_files(folder), folder / "out"))
+        assert done.returncode == 0, done.stdout
+    folder = shared(folder, "a-run", make)
+    return folder / "m", folder / "rows.jsonl", folder / "out"
+
+@beside()
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(folder):
+    model, data, whole = whole_run(folder)
+    log = folder / "out/metrics.jsonl"
+    run_and_signal(small_run(model, data, folder / "out"), log, 3, signal.SIGKILL)
+    assert 3 <= len(metrics_of(folder / "out")) < 6
     with open(log, "a") as file:
         file.write('{"step": 4, "lo')  # what a kill in the middle of a line leaves
-    arguments = small_run(model, data, tmp_path / "out", resume=True)
-    done, seconds = seconds_to_leave("export", tmp_path, arguments)
-    assert done.returncode == 0 and seconds < 20, done.stdout[-5000:]  # nor does a normal end wait
-    assert all(same_metrics(a, b) for a, b in zip(metrics_of(whole), metrics_of(tmp_path / "out"),
+    arguments = small_run(model, data, folder / "out", resume=True)
+    done = in_fork(leave, "export", folder / "left", *arguments)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert (folder / "left").exists() and not (folder / "destroyed").exists()  # nor does a normal end wait
+    assert all(same_metrics(a, b) for a, b in zip(metrics_of(whole), metrics_of(folder / "out"),
                                                   strict=True))
     assert [line["teacher_age"] for line in metrics_of(whole)] == [0, 1, 0, 1, 0, 1]
-    assert sorted(p.name for p in (tmp_path / "out").glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
-    a, b = (AutoModelForCausalLM.from_pretrained(x / "model").state_dict() for x in (whole, tmp_path / "out"))
+    assert sorted(p.name for p in (folder / "out").glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
+    a, b = (AutoModelForCausalLM.from_pretrained(x / "model").state_dict() for x in (whole, folder / "out"))
     assert all(torch.equal(a[name], b[name]) and a[name].dtype == torch.bfloat16 for name in a)
 
-def test_sigterm_saves_and_exits_with_0_and_no_rollout_kept_means_no_update(whole_run, tmp_path):
+@beside()
+def test_sigterm_saves_and_exits_with_0_and_no_rollout_kept_means_no_update(folder):
     """--keep correct of a random model, which is never right: steps without an update, ended by SIGTERM."""
-    model, data, whole = whole_run
-    arguments = small_run(model, data, tmp_path / "out", steps=500, save_every=1000, keep="correct")
-    assert start_and_signal(arguments, tmp_path / "out/metrics.jsonl", 2, signal.SIGTERM) == 0
-    lines = metrics_of(tmp_path / "out")
-    assert 2 <= len(lines) < 500 and (tmp_path / f"out/checkpoint-{len(lines)}/state.json").exists()
+    model, data, whole = whole_run(folder)
+    arguments = small_run(model, data, folder / "out", steps=500, save_every=1000, keep="correct")
+    assert run_and_signal(arguments, folder / "out/metrics.jsonl", 2, signal.SIGTERM) == 0
+    lines = metrics_of(folder / "out")
+    assert 2 <= len(lines) < 500 and not list((folder / "out").glob("checkpoint*"))
     assert lines[0]["response_tokens"] == metrics_of(whole)[0]["response_tokens"]
     for line in lines:
         assert line["accuracy"] == line["skipped_updates"] == 0 and not {"loss", "grad_norm"} & set(line)
 
-def test_conversations_as_they_are_that_are_never_right_then_more_steps_than_asked_for(whole_run, tmp_path):
+@beside()
+def test_conversations_as_they_are_that_are_never_right_then_more_steps_than_asked_for(folder):
     """With --wrapper none; ten steps without a rollout to keep are enough. Then a run that went further."""
-    model, _, whole = whole_run
-    data = as_file(tmp_path, "chats.json.gz", json.dumps([
+    model, rows, whole = whole_run(folder)
+    data = as_file(folder, "chats.json.gz", json.dumps([
         dict(prompt=turns("system", "user", "assistant", "user"), answer=str(i)) | dict(question=str(i))
         for i in range(3)] + [
         dict(prompt=[dict(role="user", content=f"Say {i}.")], answer=i) for i in range(9)]))
-    done = run(*small_run(model, data, tmp_path / "out", steps=50, batch_size=2, keep="correct",
-                          wrapper="none"))
-    assert done.returncode == 1 and "no rollout was kept in ten steps" in done.stdout, done.stdout[-3000:]
-    assert "warning: no rollout was kept in three steps" in done.stdout
-    assert "a response ends with the id 1 <|im_end|>\n" in done.stdout
-    lines, samples = metrics_of(tmp_path / "out"), (tmp_path / "out/samples.jsonl").read_text()
+    done = in_fork(script, "opsdc.py", *small_run(model, data, folder / "out", steps=50, batch_size=2,
+                                                  keep="correct", wrapper="none"))
+    assert done.returncode == 1 and "10 steps kept no rollout" in done.stdout, done.stdout[-3000:]
+    lines, samples = metrics_of(folder / "out"), (folder / "out/samples.jsonl").read_text()
     assert len(lines) == 10 and not any("loss" in line for line in lines)
     assert '"problem": "Say ' in samples and '"problem": [{"role": "system", "content": "text 0"}' in samples
-    shutil.copytree(whole, tmp_path / "whole")
-    said = succeed(*small_run(model, whole_run[1], tmp_path / "whole", steps=4, resume=True))
-    assert "6 steps are done, from" in said and "; --steps 4 adds none, model/ is that of step 6" in said
-    assert "model is that of step 6; " in said and len(metrics_of(tmp_path / "whole")) == 6
+    shutil.copytree(whole, folder / "whole")
+    said = in_fork(script, "opsdc.py", *small_run(model, rows, folder / "whole", steps=4, resume=True)).stdout
+    assert "--resume: 6 steps are done" in said and "model is that of step 6" in said
+    assert len(metrics_of(folder / "whole")) == 6
 
-def test_weights_that_are_not_finite_stop_before_the_first_step(whole_run, tmp_path):
-    file = Path(shutil.copytree(whole_run[0], tmp_path / "m")) / "model.safetensors"
-    weights = load_file(file)
-    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
-    save_file(weights, file, metadata=dict(format="pt"))
-    done = run(*small_run(tmp_path / "m", whole_run[1], tmp_path / "out"))
-    assert (done.returncode == 1
-            and done.stdout.count("m: expected finite weights, found NaN or infinity") == 1)
-    assert not (tmp_path / "out/metrics.jsonl").exists()
+def destroy_slowly(mark):
+    """Process groups take a minute to destroy, as NCCL's do where a rank has failed; then `mark` is made."""
+    torch.distributed.destroy_process_group = lambda *_: (time.sleep(60), mark.touch())
 
 def die(moment, *arguments):
     """Worker: opsdc.py whose last rank is killed when it comes to `moment` of the third step."""
+    destroy_slowly(Path(arguments[arguments.index("--out") + 1]).with_name("destroyed"))
     owners = dict(sync=opsdc.RolloutEngine, fsync=os, grade_rollouts=ev)
     owner, name = owners.get(moment, opsdc), moment
     whole, sync, syncs = getattr(owner, name), opsdc.RolloutEngine.sync, []
@@ -1674,9 +1761,10 @@ def die(moment, *arguments):
     opsdc.run_and_exit(opsdc.main)
 
 def leave(when, file, *arguments):
-    """Worker: opsdc.py whose process groups take minutes to destroy, as NCCL's do where a rank has failed.
-    The time is written to `file` in function `when`, in which, but for the export, the last rank fails."""
-    whole, torch.distributed.destroy_process_group = getattr(opsdc, when), lambda *_: time.sleep(60)
+    """Worker: opsdc.py with slow groups. The time is written to `file` in function `when`, in which, but for
+    the export, the last rank fails."""
+    whole = getattr(opsdc, when)
+    destroy_slowly(Path(file).with_name("destroyed"))
 
     def wrapper(*args):
         Path(file).write_text(str(time.time()))
@@ -1687,19 +1775,18 @@ def leave(when, file, *arguments):
     sys.argv = ["opsdc.py", *arguments]
     opsdc.run_and_exit(opsdc.main)
 
-def seconds_to_leave(when, directory, arguments, ranks=0):
+def seconds_to_leave(when, directory, arguments, ranks):
     """(finished process, seconds from `when` to its end) of the worker above."""
     file = directory / "left"
-    done = run("leave", when, file, *arguments, ranks=ranks, script="test_opsdc.py", timeout=400)
+    done = run("leave", when, file, *arguments, ranks=ranks, script="test_opsdc.py")
     return done, time.time() - float(file.read_text()) if file.exists() else math.nan
 
-def test_a_failing_rank_ends_all_at_once(whole_run, tmp_path):
-    model, data, _ = whole_run
-    arguments = small_run(model, data, tmp_path / "out", steps=1)
-    done, seconds = seconds_to_leave("teacher_pass", tmp_path, arguments, ranks=2)
-    print(f"{seconds:.1f} s")
+@beside()
+def test_a_failing_rank_ends_all_at_once(folder):
+    arguments = small_run(*small_files(folder), folder / "out", steps=1)
+    done = in_fork(leave, "teacher_pass", folder / "left", *arguments, ranks=2)
     assert done.returncode != 0 and "RuntimeError: this rank fails" in done.stdout, done.stdout[-5000:]
-    assert seconds < 20
+    assert not (folder / "destroyed").exists()
 
 MOMENTS = ("sync", "sample_rollouts", "grade_rollouts", "teacher_pass", "student_pass", "update", "log_step",
            "fsync")  # fsync: its shard is written, the checkpoint is not whole yet
@@ -1736,7 +1823,7 @@ def killed_at(moment, arguments, ranks=2):
         while launcher.poll() is None and len(children()) == ranks:
             time.sleep(0.1)
         start = time.time()
-        assert launcher.wait(timeout=120) != 0
+        assert launcher.wait(timeout=HANG) != 0
     return log.read_text(), time.time() - start
 
 def same_losses(whole, out, steps=6):
@@ -1745,26 +1832,23 @@ def same_losses(whole, out, steps=6):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["response_tokens"] == b["response_tokens"]
 
-def test_rank_killed_while_saving_then_a_damaged_checkpoint_and_a_full_disk(whole_run, tmp_path):
+@beside()
+def test_rank_killed_while_saving_then_a_damaged_checkpoint_and_a_full_disk(folder):
     """Of two ranks one dies when its shard of checkpoint-3 is written, and checkpoint-2 loses a byte: one
     rank goes on from checkpoint-1, until the system refuses to write checkpoint-3 (64 KiB a file)."""
-    model, data, whole = whole_run
-    out = tmp_path / "out"
-    log, seconds = killed_at("fsync", small_run(model, data, out, save_every=1))
-    assert seconds < 60 and "Signal 9 (SIGKILL)" in log
+    model, data, whole = whole_run(folder)
+    out = folder / "out"
+    log, _ = killed_at("fsync", small_run(model, data, out, save_every=1))
+    assert "Signal 9 (SIGKILL)" in log and not (folder / "destroyed").exists()
     left = sorted(path.name for path in out.glob("*checkpoint-*"))
-    assert left == ["checkpoint-1", "checkpoint-2", "tmp-checkpoint-3"]
+    assert left == ["checkpoint-1", "checkpoint-2"] and (out / opsdc.UNFINISHED).exists()
     (out / "checkpoint-best").mkdir()  # a user's own: neither resumed from nor removed
     shard = next((out / "checkpoint-2").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    command = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash", sys.executable, HERE / "opsdc.py",
-               *small_run(model, data, out, save_every=3, resume=True)]
-    done = subprocess.run(list(map(str, command)), env=ENVIRONMENT, text=True, timeout=200,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert f"checkpoint-2, which is not whole: {shard.name}" in done.stdout
-    assert "1 steps are done, from" in done.stdout
-    assert done.returncode == 1 and re.search("error: .*checkpoint-3 could not be written, with .* GiB free "
-                                              "there; .*--resume goes on", done.stdout), done.stdout[-3000:]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+    done = in_fork(script, "opsdc.py", *small_run(model, data, out, save_every=3, resume=True))
+    assert "checkpoint-2, which is not whole: " in done.stdout and "1 steps are done" in done.stdout
+    assert done.returncode == 1 and "error: checkpoint-3 is not written; is the disk full?" in done.stdout
     left = sorted(path.name for path in out.glob("checkpoint-*"))
     assert left == ["checkpoint-1", "checkpoint-2", "checkpoint-best"]
     same_losses(whole, out, 3)
@@ -1780,22 +1864,22 @@ def nan(*arguments):
     opsdc.update, sys.argv = update, ["opsdc.py", *arguments]
     opsdc.run_and_exit(opsdc.main)
 
-def test_rollouts_of_one_token_and_three_bad_gradients_in_a_row(whole_run, tmp_path):
+@beside()
+def test_rollouts_of_one_token_and_three_bad_gradients_in_a_row(folder):
     """Responses that are nothing but the end of the turn are trained on; then the gradients go bad."""
-    model, data, _ = whole_run
-    shutil.copytree(model, tmp_path / "m")
-    GenerationConfig(eos_token_id=list(range(400))).save_pretrained(tmp_path / "m")  # every token ends it
-    done = run("nan", *small_run(tmp_path / "m", data, tmp_path / "out"), script="test_opsdc.py")
+    model, data = small_files(folder)
+    GenerationConfig(eos_token_id=list(range(400))).save_pretrained(model)  # every token ends it
+    done = in_fork(nan, *small_run(model, data, folder / "out"))
     assert done.returncode == 1
-    assert "RuntimeError: three gradients in a row were not finite" in done.stdout.splitlines()[-1]
-    lines = metrics_of(tmp_path / "out")
+    assert "RuntimeError: in a row, 3 gradients were not finite" in done.stdout.splitlines()[-1]
+    lines = metrics_of(folder / "out")
     assert all(line["response_tokens_max"] == 1 and line["truncated"] == 0 for line in lines)
     assert lines[0]["loss"] > 0 and lines[0]["grad_norm"] > 0 and lines[0]["logprob_gap_max"] < 1e-4
     assert [line["skipped_updates"] for line in lines] == [0, 1, 2, 3] and lines[1]["grad_norm"] is None
-    assert [p.name for p in (tmp_path / "out").glob("*checkpoint-*")] == ["checkpoint-2"]
+    assert [p.name for p in (folder / "out").glob("*checkpoint-*")] == ["checkpoint-2"]
 
 def test_update_clips_the_gradient_and_drops_one_that_is_not_finite(good, one_rank):
-    model = opsdc.load_model(opsdc.Config(model=good["model"]), torch.device("cpu"))
+    model = loaded(good["model"])
     before, sgd = opsdc.snapshot(model), torch.optim.SGD(model.parameters(), lr=1.0)
     moved = lambda: torch.cat([(p - before[name]).full_tensor().flatten()
                                for name, p in model.lm.named_parameters()]).norm().item()
@@ -1805,48 +1889,41 @@ def test_update_clips_the_gradient_and_drops_one_that_is_not_finite(good, one_ra
         assert opsdc.update(model, sgd, opsdc.Config(clip=0.5)) == pytest.approx(norm, rel=1e-4, nan_ok=True)
         assert moved() == pytest.approx(step, rel=1e-3) and next(model.parameters()).grad is None
 
-def test_a_checkpoint_before_the_first_update_does_not_count_as_one(good, one_rank):
-    model = opsdc.load_model(opsdc.Config(model=good["model"]), torch.device("cpu"))
-    adam = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0)
-    opsdc.training_state(model, adam, opsdc.snapshot(model))
-    before = opsdc.snapshot(model)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    opsdc.update(model, adam, opsdc.Config(clip=0.0))
-    for name, p in model.lm.named_parameters():  # Adam's first step is the learning rate
-        assert torch.allclose(before[name].full_tensor() - p.full_tensor(), torch.tensor(1.0), rtol=1e-4)
-
 def test_keep_correct_drops_wrong_rollouts():
     rollouts = [opsdc.Rollout(i, [5], [-1.0], True, correct) for i, correct in enumerate((True, False, None))]
     assert opsdc.keep_rollouts(rollouts, opsdc.Config(keep="correct")) == rollouts[:1]
     assert opsdc.keep_rollouts(rollouts, opsdc.Config()) == rollouts
 
 @pytest.mark.skipif(not MATH500.exists(), reason="needs MATH-500 as a file")
-def test_real_problems(tmp_path):
+@beside()
+def test_real_problems(folder):
     """The loop on MATH-500 with a random Qwen3 and a byte-level BPE tokenizer trained on the problems: LaTeX,
     long prompts, all rollouts cut. A decay of 1 / lr leaves nothing of the weights but Adam's last step."""
     texts = [json.loads(line)["problem"] for line in MATH500.read_text().splitlines()]
-    model = make_model(tmp_path / "m", "qwen3", texts, vocabulary=2000)
-    output = succeed(*small_run(model, MATH500, tmp_path / "out", steps=2, max_prompt_tokens=400,
-                                max_response_tokens=8, instruction="v2", divergence="jsd",
-                                weight_decay=1000))
-    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
+    model = make_model(folder / "m", "qwen3", texts, vocabulary=2000)
+    output = in_fork(script, "opsdc.py", *small_run(
+        model, MATH500, folder / "out", steps=2, max_prompt_tokens=400, max_response_tokens=8,
+        instruction="v2", divergence="jsd", weight_decay=1000)).stdout
+    trained = AutoModelForCausalLM.from_pretrained(folder / "out/model")
     assert all(w.abs().max() < 0.01 for w in trained.parameters())
-    dropped = int(re.search(r"(\d+) dropped \(a prompt longer than 400", output)[1])
-    assert 0 < dropped < 250 and "500 left" not in output
-    assert output.count("warning: all rollouts were cut at 8 tokens: do the model's turns end with "
-                        "1 <|im_end|>?") == 1
-    for line in metrics_of(tmp_path / "out"):
+    dropped = int(re.search(r"(\d+) have a prompt longer than 400 tokens", output)[1])
+    assert 0 < dropped < 250 and "500 problems are left" not in output
+    for line in metrics_of(folder / "out"):
         assert line["loss"] > 0 and line["logprob_gap_max"] < 1e-4 and line["accuracy"] == 0
         assert line["truncated"] == 1
 
 # -------------------------------------------------------------------------------------------------- bad input
 
 @pytest.fixture
-def one_rank():
-    opsdc.start_processes()
+def no_group():
+    """For a command in this process that joins a group."""
     yield
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+@pytest.fixture
+def one_rank(no_group):
+    opsdc.start_processes()
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
@@ -1875,49 +1952,37 @@ def bad_template(directory, good, template="{{ raise_exception('the system only'
     (directory / "m/chat_template.jinja").write_text(template)
     return dict(model=directory / "m")
 
-def others(directory, name, content):
+def folder_with(directory, *names):
     """--out, where somebody else's things are."""
-    (directory / "theirs/model").mkdir(parents=True)
-    (directory / "theirs" / name).write_text(content)
+    for name in names:
+        (directory / "theirs" / name).mkdir(parents=True)
     return dict(out=directory / "theirs")
 
-RANGES = {  # option of opsdc.py: values, and the words of the range
-    "steps": ("0 -1", "at least 1"), "batch_size": ("0 -32", "at least 1"),
-    "lr": ("-0.1 nan inf 2", "at least 0 and at most 1"),
-    "weight_decay": ("-0.1 nan inf", "at least 0"), "clip": ("-1 nan inf", "at least 0"),
-    "temperature": ("-1 nan 2.1 inf", "at least 0 and at most 2"), "max_prompt_tokens": ("0", "at least 1"),
-    "max_response_tokens": ("0 -5", "at least 1"), "refresh_every": ("-1", "at least 0"),
-    "micro_batch_tokens": ("0", "at least 1"), "loss_chunk": ("0 -1", "at least 1"),
-    "vllm_tp": ("0", "at least 1"),
-    "vllm_memory": ("0 1.1 -0.5 nan", "at least 0.01 and at most 1"), "eval_every": ("-1", "at least 0"),
-    "eval_samples": ("0", "at least 1"), "save_every": ("0 -1", "at least 1"),
-    "seed": ("-1 4294967296", "at least 0 and at most 4294967295"),
-}
+WRONG_NUMBERS = {"steps": "0 -1", "batch_size": "0 -32", "lr": "-0.1 nan inf", "weight_decay": "-0.1 nan",
+              "clip": "-1 inf", "temperature": "-1 nan", "max_prompt_tokens": "0", "refresh_every": "-1",
+              "vllm_tp": "0", "vllm_memory": "0 -0.5 nan", "save_every": "0", "seed": "-1"}
 BAD_INPUT = {
     "model": (lambda d, good: dict(model=d / "nowhere"),
-              "--model .*nowhere: expected a folder with a chat model, or the id .* found no such"),
+              "--model .*nowhere: expected a folder with a chat model, or the id .* found: "),
     "template": (no_template, "no chat template"),
-    "template that raises": (bad_template, "chat template fails on .*What is 0.*: the system only"),
-    "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl: .* No such file"),
-    "empty data": (lambda d, good: broken_data(d, ""), "expected problems, found 0,"),
-    "blank lines": (lambda d, good: broken_data(d, "\n \n"), "expected problems, found 0,"),
+    "template that raises": (bad_template, "chat template fails on What is 0.*: the system only"),
+    "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl.* No such file"),
+    "empty data": (lambda d, good: broken_data(d, ""), "rows.jsonl: found no problem"),
+    "blank lines": (lambda d, good: broken_data(d, "\n \n"), "rows.jsonl: found no problem"),
     "malformed line": (lambda d, good: broken_data(d, '{"problem": "x"}\n\n{"problem"\n'),
-                       "line 3, expected a JSON object, found"),
+                       "row 2, expected a JSON object, found"),
     "no problem field": (lambda d, good: broken_data(d, '{"text": "x"}\n'),
-                         "line 1: expected a field problem, prompt or question, found text"),
+                         "row 1: expected a field problem, prompt or question with text, found text"),
     "conversation": (lambda d, good: broken_data(d, json.dumps(dict(
                          prompt=turns("user", "assistant", "user")))),
-                     "line 1, field prompt: .*--wrapper none"),
-    "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "none with prompts of at most 5 tokens"),
-    "context": (lambda d, good: dict(max_response_tokens=4000),
-                "= 4512 is more than the model's context of 2048"),
-    "tp": (lambda d, good: dict(vllm_tp=2),
-           "--vllm_tp 2: expected a number of ranks that it divides, found 1"),
+                     "row 1, field prompt: .*--wrapper none"),
+    "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "no problem with a prompt of at most 5"),
+    "context": (lambda d, good: dict(max_response_tokens=4000), "= 4512 is more than the context of 2048"),
+    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a divisor of the number of ranks, 1"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
-                   "--keep correct: 1 of the 1 problems"),
+                   "for --keep correct, a known answer"),
     "blank answers": (lambda d, good: (broken_data(d, '{"problem": "x", "answer": " "}\n')
-                                       | dict(keep="correct")),
-                      "--keep correct: 1 of the 1 problems"),
+                                       | dict(keep="correct")), "for --keep correct, a known answer"),
     "instruction": (lambda d, good: dict(instruction="@nowhere.txt"),
                     "--instruction @nowhere.txt.* No such file"),
     "one word": (lambda d, good: dict(instruction="V3"),
@@ -1925,34 +1990,24 @@ BAD_INPUT = {
     "no text": (lambda d, good: text_file(d, b" \n"), "--instruction @.*c.txt: expected v1, .* found ''"),
     "latin-1": (lambda d, good: text_file(d, "sois pr\u00e9cis".encode("latin-1")),
                 "--instruction @.* encoding UTF-8"),
-    "another's model": (lambda d, good: others(d, "note", ""),
-                        "--out .*theirs holds a run .or a model. already"),
-    "out is a file": (lambda d, good: dict(out=good["data"]),
-                      "--out .*rows.jsonl, expected a folder to write to"),
-    "out below a file": (lambda d, good: dict(out=good["data"] + "/x"),
-                         "--out .*rows.jsonl/x, expected a folder"),
-    "no number": (lambda d, good: dict(steps="many"), "--steps: invalid int value: 'many'"),
-    "no choice": (lambda d, good: dict(divergence="KL"), "--divergence: invalid choice: 'KL'.*reverse_kl"),
-    "no option": (lambda d, good: dict(batch_sise=8), "expected options as in --help, found --batch_sise 8"),
-    "stray word": (lambda d, good: dict(seed="1 2".split()), "expected options as in --help, found 2"),
-} | {f"{name} {value}": (lambda d, good, change={name: value}: change,
-                         f"--{name} {value}.*: expected {words}")
-     for name, (values, words) in RANGES.items() for value in values.split()}
+    "another's things": (lambda d, good: folder_with(d, "model", "tmp-theirs"),
+                         "--out .*theirs: expected a new or empty folder .* found: model, tmp-theirs"),
+    "nothing to resume": (lambda d, good: folder_with(d, "checkpoint-1") | dict(resume=True),
+                          "--out .*theirs: expected a new or empty folder .* found: checkpoint-1"),
+    "the model's folder": (lambda d, good: dict(out=good["model"]), "--out .*: expected a new or empty"),
+    "no folder": (lambda d, good: dict(out=""), "--out .: expected a new or empty folder"),
+    "out is a file": (lambda d, good: dict(out=good["data"]), "--out .*rows.jsonl: expected a new or empty"),
+    "out below a file": (lambda d, good: dict(out=good["data"] + "/x"), "rows.jsonl/x: expected a new"),
+} | {f"{name} {value}": (lambda d, good, change={name: float(value) if "." in value or "n" in value
+                                                 else int(value)}: change,
+                         f"--{name} {value}.*: expected (more than 0|0 or more)")
+     for name, values in WRONG_NUMBERS.items() for value in values.split()}
 
-@pytest.fixture
-def no_group():
-    """For a command of ours in this process, which joins a group and then refuses."""
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-def refusal(command, capsys):
-    """The one line with which `command` ends, with status 1."""
-    with pytest.raises(SystemExit) as exit:
+def refusal(command):
+    """What `command` says when it refuses, in one line."""
+    with pytest.raises((ValueError, OSError)) as error:
         command()
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
-    assert exit.value.code == 1 and len(lines) == 1, lines
-    return lines[0]
+    return " ".join(str(error.value).split())
 
 def folder(make, **config):
     """Of the good model a copy with another config, then changed by `make`(directory)."""
@@ -1980,171 +2035,127 @@ def of_type(model_type, architecture, **config):
     return folder(as_is, model_type=model_type, architectures=[architecture], **config)
 
 REMOTE = dict(AutoConfig="code.OddConfig", AutoModelForCausalLM="code.OddForCausalLM")
-PHI3_ROPE = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * 16, long_factor=[2.0] * 16,
-                 original_max_position_embeddings=512)
-CAUSAL = "model: expected a causal language model in plain weights, found "
+CAUSAL = "model: expected a causal language model with plain weights and .layers, found: "
 FOLDERS = {
-    "encoder": (of_type("bert", "BertModel"), f"{CAUSAL}.*BertModel of type bert; take a ...ForCausalLM"),
-    "encoder with a head": (of_type("bert", "BertLMHeadModel"), f"{CAUSAL}.*BertLMHeadModel"),
+    "encoder": (of_type("bert", "BertModel"), f"{CAUSAL}BertModel of type bert"),
+    "encoder with a head": (of_type("bert", "BertLMHeadModel"), f"{CAUSAL}BertLMHeadModel"),
     "encoder-decoder": (of_type("t5", "T5ForConditionalGeneration", is_encoder_decoder=True),
-                        f"{CAUSAL}.*T5ForConditionalGeneration"),
+                        f"{CAUSAL}T5ForConditionalGeneration"),
     "reward": (folder(as_is, architectures=["Qwen3ForSequenceClassification"]),
-               f"{CAUSAL}.*Qwen3ForSequenceClassification"),
-    "base model": (folder(as_is, architectures=["Qwen3Model"]), f"{CAUSAL}.*Qwen3Model"),
-    "embedding": (folder(touch("modules.json")), f"{CAUSAL}.*an embedding model"),
-    **{name: (folder(as_is, quantization_config=dict(quant_method=name, bits=4, load_in_4bit=True)),
-              f"{CAUSAL}.*quantised weights; take") for name in ("fp8", "gptq", "awq", "bitsandbytes")},
+               f"{CAUSAL}Qwen3ForSequenceClassification"),
+    "base model": (folder(as_is, architectures=["Qwen3Model"]), f"{CAUSAL}Qwen3Model"),
+    "embedding": (folder(touch("modules.json")), f"{CAUSAL}an embedding model"),
+    "fp8": (folder(as_is, quantization_config=dict(quant_method="fp8")), f"{CAUSAL}quantised weights"),
     "quantised text of a multimodal model": (
         of_type("internvl", "InternVLForConditionalGeneration", text_config=dict(
             model_type="qwen2", quantization_config=dict(quant_method="compressed-tensors"))),
-        f"{CAUSAL}.*quantised weights; take"),
-    "prefix attention": (of_type("gemma", "GemmaForCausalLM", use_bidirectional_attention=True),
-                         f"{CAUSAL}.*two-way attention"),
-    "images that need timm": (of_type("gemma3n", "Gemma3nForConditionalGeneration"),
-                              "expected a class that transformers can make: .*timm"),
-    "adapter": (folder(as_adapter), "model: expected a folder .* found a LoRA adapter; merge"),
+        f"{CAUSAL}quantised weights"),
+    "adapter": (folder(as_adapter), "model: expected a folder .* found.* a LoRA adapter; merge"),
     "multimodal, no causal text": (of_type("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration",
                                            vision_config={}),
-                                   f"{CAUSAL}.*Qwen2_5_VLForConditionalGeneration of type qwen2_5_vl_text"),
-    "longrope": (of_type("phi3", "Phi3ForCausalLM", rope_parameters=PHI3_ROPE,
-                         original_max_position_embeddings=512),
-                 f"{CAUSAL}.*LongRoPE and 536 tokens.* at 512; lower"),
+                                   f"{CAUSAL}Qwen2_5_VLForConditionalGeneration of type qwen2_5_vl_text"),
     "no weights": (folder(lambda target: (target / "model.safetensors").unlink()),
-                   "model: expected a folder .* found no weights, .safetensors or .bin"),
-    "head bias": (of_type("phi", "PhiForCausalLM", partial_rotary_factor=0.5),
-                  "expected .layers and a head without a bias, found PhiForCausalLM"),
-    "other layers": (of_type("gpt2", "GPT2LMHeadModel"), f"{CAUSAL}.*GPT2LMHeadModel"),
+                   "model: expected a folder .* no weights, .safetensors or .bin"),
+    "other layers": (of_type("gpt2", "GPT2LMHeadModel"), f"{CAUSAL}GPT2LMHeadModel"),
     "remote code": (folder(touch("code.py"), model_type="odd", architectures=["OddForCausalLM"],
                            auto_map=REMOTE), "model: expected a folder .* contains custom code"),
     "unknown type": (of_type("odd", "OddForCausalLM"), "model: expected a folder .* model type `odd`"),
+    "pad id of no token": (folder(as_is, pad_token_id=400), "model: expected a folder .* pad_token_id 400"),
+    "pointer": (folder(lambda target: (target / "model.safetensors").write_text("version https://git-lfs")),
+                "model.safetensors: expected weights, found a pointer or half a file"),
 }
 
-@pytest.mark.parametrize("case", FOLDERS)
-def test_models_that_cannot_be_trained_are_refused_in_two_seconds(case, good, one_rank, tmp_path, capsys,
-                                                                 monkeypatch):
+@pytest.fixture
+def refused_early(no_group, monkeypatch):
+    """No weights are read, no engine is started, nothing is asked on the terminal."""
+    for model in (opsdc.AutoModelForCausalLM, opsdc.AutoModelForMultimodalLM):
+        monkeypatch.setattr(model, "from_pretrained", lambda *_, **__: pytest.fail("weights are read"))
+    monkeypatch.setattr(opsdc.RolloutEngine, "__init__", lambda *_: pytest.fail("an engine is started"))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on the terminal"))
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_models_that_cannot_be_trained_are_refused(case, good, one_rank, refused_early, tmp_path):
     change, message = FOLDERS[case]
     settings = dict(good) | dict(out=str(tmp_path / "out")) | change(tmp_path, good)
-    start = time.perf_counter()
-    with pytest.raises(SystemExit) as exit:
-        opsdc.prepare(opsdc.Config(**settings))
-    seconds = time.perf_counter() - start
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
-    assert exit.value.code == 1 and len(lines) == 1 and re.search(message, lines[0]), lines
-    assert seconds < 2 and not (tmp_path / "out").exists()
+    assert re.search(message, refusal(lambda: opsdc.prepare(opsdc.Config(**settings))))
+    assert not (tmp_path / "out").exists()
 
 def test_a_multimodal_model_says_that_text_alone_is_trained(good, one_rank, tmp_path, capsys):
     make_family(tmp_path / "model", "Gemma 3")
     opsdc.prepare(opsdc.Config(**dict(good) | dict(out=str(tmp_path / "out"), model=str(tmp_path / "model"))))
-    assert "is multimodal: its text model alone is trained, and exported as a Gemma3ForCausalLM" in (
-        capsys.readouterr().out)
+    assert "the text model alone is trained, and exported as Gemma3ForCausalLM" in capsys.readouterr().out
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_stops_with_a_clear_message(case, good, no_group, tmp_path, capsys, monkeypatch):
+def test_bad_input_stops_with_a_clear_message(case, good, one_rank, refused_early, tmp_path):
     change, message = BAD_INPUT[case]
     settings = dict(good) | dict(out=tmp_path / "out") | change(tmp_path, good)
-    words = [word for name, value in settings.items()
-             for word in (f"--{name}", *(value if isinstance(value, list) else [value]))]
-    monkeypatch.setattr(sys, "argv", ["opsdc.py", *map(str, words)])
-    assert re.search(message, refusal(opsdc.main, capsys))
-    assert not (tmp_path / "out").exists()
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    before = sorted(Path(settings["out"]).rglob("*"))
+    assert re.search(message, refusal(lambda: opsdc.prepare(opsdc.Config(**settings))))
+    assert settings["out"] == "" or sorted(Path(settings["out"]).rglob("*")) == before  # nothing was written
 
-def test_every_number_has_a_range():
-    parser = opsdc.HfArgumentParser(opsdc.Config)
-    numbers = [f.name for f in dataclasses.fields(opsdc.Config) if f.type in (int, float)]
-    assert sorted(numbers) == sorted(RANGES) and "0.01..1" in parser.format_help()
-
-def test_missing_vllm_is_named_with_what_to_install(good, one_rank, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
-    with pytest.raises(SystemExit):
-        opsdc.prepare(opsdc.Config(**good))
-    assert "error: vllm is not installed: on a machine with GPUs" in capsys.readouterr().out
-
-def test_too_small_a_disk_and_too_old_a_driver_are_named(good, one_rank, monkeypatch, capsys, tmp_path):
-    """16 bytes a parameter a checkpoint here (14 on a GPU), three of them while the third is written."""
-    config = opsdc.Config(**good, out=str(tmp_path / "some/out"))
-    weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(good["model"]).parameters())
-    free = lambda n: monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=n))
-    free(3 * 16 * weights - 1)
-    with pytest.raises(SystemExit):
-        opsdc.prepare(config)
-    said = capsys.readouterr().out
-    assert re.search("error: --out .*/some/out: expected .* GB free for checkpoints of .* GB, found", said)
-    opsdc.prepare(dataclasses.replace(config, steps=20))  # two checkpoints
-    (tmp_path / "some/out/checkpoint-10").mkdir()
-    opsdc.prepare(dataclasses.replace(config, resume=True))  # the third is there already
-    free(3 * 16 * weights)
-    opsdc.prepare(dataclasses.replace(config, out=str(tmp_path / "other")))
+def test_too_old_a_driver_is_named(good, one_rank, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(SystemExit):
-        opsdc.prepare(config)
-    said = capsys.readouterr().out
-    assert re.search("error: torch for CUDA 13.0 sees no GPU: expected .* R580 .*, found none; update", said)
+    assert "torch for CUDA 13.0 sees no GPU: it needs a driver R580" in refusal(
+        lambda: opsdc.prepare(opsdc.Config(**good)))
 
-DATED = "{{ strftime_now('%d %b %Y') }} " + QWEN_TEMPLATE
-
-def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, capsys, monkeypatch):
-    """What may be spelled or dated another way, and what may not."""
-    out, model = tmp_path / "out", Path(bad_template(tmp_path, good, DATED)["model"])
-    settings = dict(good) | dict(model=str(model), out=str(out))
+def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
+    """What may be spelled another way, and what may not."""
+    out, model = tmp_path / "out", Path(shutil.copytree(good["model"], tmp_path / "m"))
+    settings = dict(good) | dict(model=str(model), out=str(out), batch_size=8)
     prepare = lambda **change: opsdc.prepare(opsdc.Config(**settings | change))
-    refused = lambda **change: refusal(lambda: prepare(**change), capsys)
     prepare(batch_size=4)
-    (out / "metrics.jsonl").write_text('{"step": 1}\n')  # it died before its first checkpoint
-    _, problems, *_ = prepare(batch_size=8)
-    assert len(problems) == 40 and (out / "metrics.jsonl").read_text() == ""
+    second = refusal(lambda: prepare(resume=True))  # the first is at work: this process
+    assert "where no other process is at work; found" in second
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    prepare(batch_size=8, resume=True)  # it died before its first checkpoint
     (out / "checkpoint-1").mkdir()
-    settings |= dict(batch_size=8)
-    assert "holds a run (or a model) already; add --resume to its command" in refused()
+    assert "expected a new or empty folder or, with --resume, that of a run" in refusal(prepare)
     settings |= dict(resume=True)
-    kept = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(kept | dict(date="2024-07-26")))  # begun another day
-    tokenizer, again, *_ = prepare(steps=200)
-    assert "the run has steps 100, found 200; going on with the latter" in capsys.readouterr().out
-    assert tokenizer.decode(again[0].student).startswith("26 Jul 2024 ")
-    assert (json.loads((out / "config.json").read_text())
-            == kept | dict(date="2024-07-26", steps=200, resume=True))
-    assert again[0].student != problems[0].student
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(model)
-    for name in ("m", "./m/", "link", "../" + tmp_path.name + "/m"):
-        prepare(model=name)
-    prepare(instruction=" V1")
-    prepare(data=str(shutil.copy(good["data"], tmp_path / "copy.jsonl")), lr=1e-4, eval_samples=2)
-    capsys.readouterr()
+    shutil.copytree(model, tmp_path / "copy")
+    for change in (dict(model="m"), dict(model="./m/"), dict(model="link"), dict(model="copy"),
+                   dict(steps=200), dict(instruction=" V1"), dict(lr=1e-4, eval_samples=2),
+                   dict(data=str(shutil.copy(good["data"], tmp_path / "copy.jsonl")))):
+        prepare(**change)
+        kept = json.loads((out / "config.json").read_text())
+        assert kept == kept | change | dict(instruction=opsdc.INSTRUCTIONS["v1"])
+    spoil_weights(tmp_path / "copy", lambda weights: weights | {
+        "model.norm.weight": weights["model.norm.weight"] * 1.01})
     for change, name in ((broken_data(tmp_path, '{"problem": "x"}\n'), "problems"), (dict(seed=5), "seed"),
-                         (dict(model=good["model"]), "model"), (dict(instruction="v2"), "instruction"),
+                         (dict(model="copy"), "weights"), (dict(instruction="v2"), "instruction"),
                          (dict(wrapper="none"), "wrapper"), (dict(batch_size=4), "batch_size"),
                          (dict(thinking=False), "thinking"), (dict(refresh_every=3), "refresh_every")):
-        assert f"--resume: the run has {name} " in refused(**change)
-    (model / "chat_template.jinja").write_text(DATED + " ")
-    assert "--resume: the run has template " in refused()
+        assert f"{out}/config.json: {name} is " in refusal(lambda: prepare(**change))
+    (model / "chat_template.jinja").write_text(QWEN_TEMPLATE + " ")
+    assert "config.json: template is " in refusal(prepare)
     for text in ("", "[1"):
         (out / "config.json").write_text(text)
-        assert f"{out}/config.json, expected the settings of the run" in refused()
+        assert f"--resume: the settings of the run in {out}/config.json" in refusal(prepare)
 
 def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, capsys):
-    rows = [dict(problem="one"), dict(problem="one", answer=1), dict(problem="one", answer="1"),
+    rows = [dict(problem="one", note=5), dict(problem="one", answer=1), dict(problem="one", answer="1"),
             dict(problem="one", answer=2), dict(problem="two", answer=2),
-            dict(problem="long " * 500, answer=3), dict(problem="three", answer=" ")]
+            dict(problem="long " * 500, answer=3), dict(problem="three", answer=" "),
+            dict(problem="four", answer="See proof.")]
     data = broken_data(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
-    no_switch = bad_template(tmp_path, good, R1_TEMPLATE)
-    cfg = opsdc.Config(**good | data | no_switch | dict(out=str(tmp_path / "out"), thinking=False,
-                                                        instruction="20%"))
+    cfg = opsdc.Config(**good | data | dict(out=str(tmp_path / "out"), instruction="20%"))
     _, problems, *_ = opsdc.prepare(cfg)
-    assert [(p.text, p.answer) for p in problems] == [("one", "1"), ("two", "2"), ("three", None)]
+    assert [p.text for p in problems] == ["one", "two", "three", "four"]
+    assert [p.answer for p in problems] == ["1", "2", None, None]
     said = capsys.readouterr().out
-    for text in ("reading ", "c: Solve the following math problem correctly using 20% fewer tokens",
-                 "7 rows, 3 duplicates (1 with another answer", "1 dropped (a prompt longer than 512 tokens)",
-                 "3 left, 1 of them without an answer", "the first student's prompt: '<",
-                 "the first teacher's prompt: '<", "<|Assistant|><think>\\n'",
-                 "--no_thinking changes nothing"):
+    for text in ("reading ", "8 rows, 5 problems, 2 without a known answer, 1 repeated with another answer",
+                 "read: {'problem': 'problem'", "not read: ['note']",
+                 "4 problems are left, 1 have a prompt longer than 512", "the first teacher's prompt:\n<",
+                 "Solve the following math problem correctly using 20% fewer tokens", "a checkpoint takes "):
         assert text in said, text
 
-def test_bad_input_under_torchrun_exits_once_and_not_0(good, tmp_path):
-    done = run(*small_run(good["model"], good["data"], tmp_path / "out", batch_size=3), ranks=2)
+@beside()
+def test_bad_input_under_torchrun_exits_once_and_not_0(folder):
+    done = run(*small_run(*small_files(folder), folder / "out", batch_size=3), ranks=2)
     assert done.returncode != 0
-    assert done.stdout.count("error: --batch_size 3 is not divisible by the 2 engines") == 1
+    assert done.stdout.count("error: --batch_size 3 is no multiple of 2 engines") == 1
 
 def test_readme_names_every_option_and_the_lines_of_the_sections():
     readme, lines = (HERE / "README.md").read_text(), (HERE / "opsdc.py").read_text().splitlines()
@@ -2160,29 +2171,26 @@ def test_command_line_takes_dashes_and_underscores():
     assert (parse(["--micro_batch_tokens", "5", "--no_thinking"])[0]
             == opsdc.Config(micro_batch_tokens=5, thinking=False))
 
-def test_opsdc_alone_in_a_folder_trains_without_accuracy(good, tmp_path):
-    shutil.copy(HERE / "opsdc.py", tmp_path)
-    alone = lambda *more: subprocess.run(
-        [sys.executable, "opsdc.py", *map(str, small_run(good["model"], good["data"], "out", steps=1)),
-         *more],
-        cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": ""}, text=True, timeout=200, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT)
-    for more in (["--keep", "correct"], ["--eval_every", "1"]):
-        done = alone(*more)
-        assert done.returncode == 1 and "error: --keep correct and --eval_every need eval.py" in done.stdout
-    done = alone()
-    assert done.returncode == 0 and done.stdout.count("no eval.py beside") == 1, done.stdout[-3000:]
-    line, = metrics_of(tmp_path / "out")
-    assert line["loss"] > 0 and "accuracy" not in line and (tmp_path / "out/model/config.json").exists()
-    kept = [json.loads((Path(folder) / "generation_config.json").read_text())["temperature"]
-            for folder in (good["model"], tmp_path / "out/model")]
+@beside()
+def test_opsdc_alone_in_a_folder_trains_without_accuracy(folder):
+    shutil.copy(HERE / "opsdc.py", folder)
+    done = run(*small_run(*small_files(folder), folder / "out", steps=1), script=folder / "opsdc.py",
+               env=ENVIRONMENT | {"PYTHONPATH": ""})
+    assert done.returncode == 0, done.stdout[-3000:]
+    line, = metrics_of(folder / "out")
+    assert line["loss"] > 0 and "accuracy" not in line
+    kept = [json.loads((folder / model / "generation_config.json").read_text())["temperature"]
+            for model in ("m", "out/model")]
     assert kept == [0.6, 0.6]
 
+@pytest.mark.parametrize("change", [dict(keep="correct"), dict(eval_every=1)])
+def test_what_needs_eval_py_says_so(change, good, one_rank, refused_early, monkeypatch):
+    monkeypatch.setattr(opsdc, "evaluator", None)
+    assert "--keep correct and --eval_every need this project's eval.py" in refusal(
+        lambda: opsdc.prepare(opsdc.Config(**good, **change)))
+
 def test_imports_without_vllm_or_gpu_and_without_side_effects():
-    code = ("import sys, os; before = dict(os.environ); import opsdc, eval; "
-            "assert dict(os.environ) == before; "
-            "assert 'vllm' not in sys.modules and not opsdc.dist.is_initialized()")
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
+    assert SIDE_EFFECTS == (False, False, False)
 
 # ------------------------------------------------------------------------------------------------------ forks
 
@@ -2256,7 +2264,7 @@ def test_fork_incorrect_keeps_what_is_wrong(tmp_path):
 def test_fork_ema_moves_thetabar_a_hundredth_of_the_way(good, one_rank, tmp_path):
     forked = load_fork("ema", tmp_path)
     forked.compute_dtype = lambda: torch.bfloat16  # as on a GPU, where thetabar would be rounded
-    model = forked.load_model(forked.Config(model=good["model"]), torch.device("cpu"))
+    model = loaded(good["model"], forked)
     thetabar = forked.snapshot(model)
     before = {name: q.full_tensor().clone() for name, q in thetabar.items()}
     with torch.no_grad():
@@ -2269,38 +2277,38 @@ def test_fork_larger_teacher(good, one_rank, tmp_path):
     """Another width and depth, the same tokenizer: the loss is the exact divergence from that model."""
     forked, path = load_fork("larger", tmp_path), make_model(tmp_path / "m", "qwen3", hidden_size=96,
                                                              num_hidden_layers=3, seed=1)
-    cfg, device, forked.MAX_GAP = forked.Config(model=good["model"]), torch.device("cpu"), math.inf
-    forked.larger = forked.load_model(forked.Config(model=str(path)), device)
+    cfg, forked.MAX_GAP = forked.Config(model=good["model"]), ANY_GAP
+    forked.larger = loaded(path, forked)
     student, teacher = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
                         for model in (cfg.model, path))
     problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(path))
-    model = forked.load_model(cfg, device)
-    batches = forked.make_micro_batches(rollouts, problems, device, cfg)
+    model = loaded(cfg.model, forked)
+    batches = forked.make_micro_batches(rollouts, problems, "cpu", cfg)
     objective = forked.student_pass(model, batches, *forked.teacher_pass(model, None, batches), cfg)
     assert objective["loss"] == pytest.approx(exact_objective(student, teacher, problems, rollouts).item(),
                                               rel=1e-5)
 
-def test_fork_answer_tells_the_teacher_only(good, one_rank, tmp_path):
-    forked, tokenizer = load_fork("answer", tmp_path), AutoTokenizer.from_pretrained(good["model"])
-    problem = forked.load_problems(forked.Config(**good), tokenizer, "Be brief.")[2]
-    assert problem.text == "What is 2 + 2?" and "The answer is 4." in tokenizer.decode(problem.teacher)
-    assert problem.student == opsdc.student_prompt(tokenizer, problem.text)
+def test_forks_of_the_prompts(good, one_rank, tmp_path):
+    """The teacher alone is told the answer; the student answers without thinking, the teacher thinks."""
+    base = opsdc.open_base(good["model"])
+    for name, student_ends, teacher_has in (("answer", "assistant\n", "brief.\n\nThe answer is 4.\n\nThe last"),
+                                            ("thinking", "<think>\n\n</think>\n\n", "brief.\n\nThe last")):
+        forked = load_fork(name, tmp_path)
+        problem = forked.load_problems(forked.Config(**good), base, "Be brief.")[2]
+        student, teacher = map(base.tokenizer.decode, (problem.student, problem.teacher))
+        assert student.endswith(student_ends) and "The answer is 4" not in student
+        assert teacher_has in teacher and teacher.endswith("assistant\n")
 
-def test_fork_thinking_lets_the_teacher_think_and_not_the_student(good, one_rank, tmp_path):
-    forked, tokenizer = load_fork("thinking", tmp_path), AutoTokenizer.from_pretrained(good["model"])
-    problem = forked.load_problems(forked.Config(**good), tokenizer, "Be brief.")[0]
-    student, teacher = (tokenizer.decode(ids)[-40:] for ids in (problem.student, problem.teacher))
-    assert student.endswith("<think>\n\n</think>\n\n") and "</think>" not in teacher
-
-def test_forks_together_in_a_real_run(good, tmp_path):
-    fork("paced+ema+answer+temperature+egrsd+topp", tmp_path / "fork.py")
-    data = write_rows(tmp_path / "rows.jsonl")
-    succeed(*small_run(good["model"], data, tmp_path / "out", steps=2, batch_size=8),
-            script=tmp_path / "fork.py")
-    samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+@beside()
+def test_forks_together_in_a_real_run(folder):
+    fork("paced+ema+answer+temperature+egrsd+topp", folder / "fork.py")
+    done = in_fork(script, folder / "fork.py", *small_run(*small_files(folder), folder / "out", steps=2,
+                                                          batch_size=8))
+    assert done.returncode == 0, done.stdout[-5000:]
+    samples = [json.loads(line) for line in (folder / "out/samples.jsonl").read_text().splitlines()]
     assert len({row["problem"] for row in samples[:4]}) == 1  # the first four rollouts of a step
     assert len({row["response"] for row in samples[:4]}) == 4
-    assert len(metrics_of(tmp_path / "out")) == 2
+    assert len(metrics_of(folder / "out")) == 2
 
 # ---------------------------------------------------------------------------------------------------- grading
 
@@ -2580,7 +2588,7 @@ def test_benchmarks_load_with_the_fields_of_the_hub(tmp_path):
     math_row = {"problem": "What is $1+1$?", "solution": "\\boxed{2}", "answer": "2", "subject": "Algebra",
                 "level": 3, "unique_id": "a/1.json"}
     got = ev.load_problems(f"math500={hub_copy(tmp_path / 'm', [math_row], 'test')}")
-    assert got == [{"id": "a/1.json", "problem": "What is $1+1$?", "answer": "2", "level": 3}]
+    assert got == [{"id": "a/1.json", "problem": "What is $1+1$?", "tools": None, "answer": "2", "level": 3}]
     rows = [{"id": i, "problem": f"p{i}", "solution": "s", "answer": f"0{i}", "url": "u", "year": "2024"}
             for i in (60, 61)]
     assert ([p["answer"] for p in ev.load_problems(f"aime24={hub_copy(tmp_path / 'a', rows, 'train')}")]
@@ -2613,31 +2621,34 @@ def test_problem_files_and_their_faults(tmp_path, capsys):
     assert ([(p["problem"], p["answer"]) for p in ev.load_problems(str(file))]
             == [("a", "3"), ("b", "4")])
     row, choices = '{"problem": "a", "answer": 3}\n', '{"question": "a", "choices": %s, "answer": %s}\n'
-    for text, message in ((row + '{"problem"\n', "line 2"), ('{"task": "a"}\n', "found task"),
-                          ("5\n", "line 1: expected a JSON object"), ("", "found 0 rows"),
-                          ('{"problem": "a"}\n', "line 1: expected a field answer"),
-                          ('{"problem": "a", "answer": " "}\n', "line 1: expected a field answer"),
-                          (row.replace("}", ', "id": 1}') + '{"problem": "b", "answer": 3, "id": 1}\n',
-                           "found 2 rows and {.1.: 2}"),
+    unknown = "expected a field answer, final_answer or solution to grade by, found none that is known"
+    for text, message in ((row + '{"problem"\n', "row 2"), ('{"task": "a"}\n', "found task"),
+                          ("5\n", "row 1: expected a JSON object"), ("", unknown),
+                          ('{"problem": "a"}\n', unknown), ('{"problem": "a", "answer": " "}\n', unknown),
                           (row.replace("}", ', "id": ["1"]}'),
-                           "line 1, unique_id, id or level: expected a text"),
+                           "row 1, unique_id, id or level: expected a text"),
                           (row.replace("}", ', "level": {}}'),
-                           "line 1, unique_id, id or level: expected a text"),
+                           "row 1, unique_id, id or level: expected a text"),
                           (choices % ("null", 1) + "\n" + choices % ('["x", null]', 1),
-                           "line 3, a question with choices: expected"),
-                          (choices % ('["x", "y"]', 2),
-                           "line 1, a question with choices: expected a question, up to ten texts"),
-                          (choices % ('["x", "y"]', '"B"'), "line 1, a question with choices: .*'B'"),
-                          (choices % ('"xy"', 1), "line 1, a question with choices: expected")):
+                           "row 2, a question with choices: expected"),
+                          (choices % ('["x", "y"]', 2), "row 1, a question with choices: .* found 2"),
+                          (choices % ('["x", "y"]', '"C"'), "row 1, a question with choices: .*'C'"),
+                          (choices % ('"xy"', 1), "row 1, a question with choices: expected")):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             ev.load_problems(str(file))
+    capsys.readouterr()
     leveled = row.replace("}", ', "level": 1.50}')  # once more: how verl's aime-2024.parquet repeats problems
-    file.write_text(leveled * 32 + '{"problem": "a", "answer": 4}\n'
-                    + choices % ('"[\\"x\\", \\"y\\"]"', '"1"'))
+    file.write_text(leveled * 32 + '{"problem": "a", "answer": 4}\n' + '{"problem": "b"}\n'
+                    + choices % ('"[\\"x\\", \\"y\\"]"', '"B"'))
     one, other = ev.load_problems(str(file))
-    assert one == {"id": "0", "problem": "a", "answer": "3", "level": "1.50"} and "y" in other["problem"]
-    assert "34 rows are 2 problems; 1 rows have another answer" in capsys.readouterr().out
+    assert (one == {"id": "0", "problem": "a", "tools": None, "answer": "3", "level": "1.5"}
+            and "y" in other["problem"])
+    assert "35 rows, 3 problems, 1 without a known answer, 1 repeated with" in capsys.readouterr().out
+    same = row.replace("}", ', "id": 1}')
+    file.write_text(same + same.replace('"a"', '"b"'))
+    assert [p["id"] for p in ev.load_problems(str(file))] == ["1, row 1", "1, row 2"]
+    file.write_text(leveled)
     assert ev.load_problems(str(file), "none")[0] == one
     with pytest.raises(ValueError, match="math500.*mmlu"):
         ev.load_problems("math501")
@@ -2897,8 +2908,7 @@ def test_metrics_of_the_toy_run(trained):
     assert lines[40]["loss"] > 2 * lines[39]["loss"]  # the refresh: the teacher is brief from a briefer model
     known = {"loss", "grad_norm", "lr", "response_tokens", "response_tokens_min", "response_tokens_max",
              "truncated", "accuracy", "student_entropy", "teacher_entropy", "logprob_gap", "seconds_sync",
-             "seconds_generate", "seconds_teacher", "seconds_student", "seconds_step", "tokens_per_second",
-             "peak_memory_gib"}
+             "seconds_generate", "seconds_teacher", "seconds_student", "seconds_step", "tokens_per_second"}
     assert all(line[name] is not None for line in lines for name in known)
     assert [line["step"] for line in lines if "eval_tokens" in line] == [1, 44]
     assert lines[43]["eval_tokens"] < 0.65 * lines[0]["eval_tokens"] and lines[43]["eval_accuracy"] > 0.8
@@ -2909,19 +2919,19 @@ def test_exported_model_is_a_plain_hugging_face_model(toy, trained):
     model, tokenizer = (kind.from_pretrained(trained / "model")
                         for kind in (AutoModelForCausalLM, AutoTokenizer))
     row = json.loads((toy / "eval.jsonl").read_text().splitlines()[0])
-    prompt = torch.tensor([opsdc.student_prompt(tokenizer, row["problem"])])
+    prompt = torch.tensor([opsdc.prompt_ids(tokenizer, row["problem"])])
     text = tokenizer.decode(model.generate(prompt, max_new_tokens=160, do_sample=False)[0, prompt.shape[1]:])
     assert model.dtype == torch.bfloat16 and text.rstrip().endswith(f"Answer: {row['answer']}<|im_end|>")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id and tokenizer.chat_template
 
 FEW = 300  # problems: more samples a rank than the engine takes at a time, so that they end bit by bit
 
-def command(toy, out, *more):
+def evaluate_few(toy, out, *more):
+    """Arguments of eval.py."""
     data = out.parent / "few.jsonl"
     data.write_text("".join((toy / "eval.jsonl").read_text().splitlines(keepends=True)[:FEW]))
-    return [sys.executable, str(HERE / "eval.py"), "--model", str(toy / "model"), "--data", str(data),
-            "--out", str(out), "--samples", "2", "--max-tokens", "60", "--temperature", "1", "--block", "8",
-            *more]
+    return list(map(str, ["--model", toy / "model", "--data", data, "--out", out, "--samples", 2,
+                          "--max-tokens", 60, "--temperature", 1, "--block", 8, *more]))
 
 def kill_rank(launcher, rank):
     """SIGKILL for the process of this rank under a torchrun."""
@@ -2930,31 +2940,29 @@ def kill_rank(launcher, rank):
         if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             os.kill(int(pid), signal.SIGKILL)
 
-def test_eval_end_to_end_killed_resumed_compared(toy, tmp_path, capsys):
+@beside()
+def test_eval_end_to_end_killed_resumed_compared(folder):
     """Of two ranks one is killed; one rank goes on to the records of a run that was always on one."""
-    base, whole, concise = (tmp_path / name for name in ("base", "whole", "concise"))
+    toy = toy_of(folder)
+    base, whole, concise = (folder / name for name in ("base", "whole", "concise"))
     problems = [json.loads(line) for line in (toy / "eval.jsonl").read_text().splitlines()[:FEW]]
     parts = [base / f"few.rank-{rank}.jsonl" for rank in (0, 1)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    killed = subprocess.Popen(launch + command(toy, base)[1:], stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL, env=ENVIRONMENT)
-    deadline = time.time() + 120
-    while not parts[1].is_file() and killed.poll() is None and time.time() < deadline:
+    killed = subprocess.Popen([*launch, str(HERE / "eval.py"), *evaluate_few(toy, base)], env=ENVIRONMENT)
+    while not parts[1].is_file() and killed.poll() is None:
         time.sleep(0.01)
     kill_rank(killed, 1)
-    assert killed.wait(timeout=60) != 0
+    assert killed.wait(timeout=HANG) != 0
     before = [line for part in parts if part.is_file() for line in part.read_text().split("\n")[:-1]]
     assert 8 <= len(before) < 2 * len(problems), "the kill came too late to test anything"
     assert not json.loads((base / "summary.json").read_text())["finished"]
     with open(parts[1], "a") as file:
         file.write('{"id": "half a li')
-    evaluate = lambda words: subprocess.run(words, capture_output=True, text=True, timeout=180,
-                                            env=ENVIRONMENT)
-    with ThreadPoolExecutor(2) as pool:
-        for done in pool.map(evaluate, (command(toy, base), command(toy, whole, "--block", "1000"),
-                                        command(toy, concise, "--instruction", "v1"))):
-            assert done.returncode == 0 and "| few" in done.stdout, done.stderr[-2000:]
-            assert "\r" not in done.stdout + done.stderr  # bars are for those who watch
+    for words in (evaluate_few(toy, base), evaluate_few(toy, whole, "--block", "1000"),
+                  evaluate_few(toy, concise, "--instruction", "v1")):
+        done = in_fork(script, "eval.py", *words)
+        assert done.returncode == 0 and "| few" in done.stdout, done.stdout[-2000:]
+        assert "\r" not in done.stdout  # bars are for those who watch
     file = base / "few.jsonl"
     assert file.read_bytes() == (whole / "few.jsonl").read_bytes() and not any(map(Path.exists, parts))
     assert json.loads((base / "summary.json").read_text()) == json.loads((whole / "summary.json").read_text())
@@ -2975,40 +2983,27 @@ def test_eval_end_to_end_killed_resumed_compared(toy, tmp_path, capsys):
     other = [json.loads(line) for line in (concise / "few.jsonl").read_text().splitlines()]
     assert all(a["prompt_hash"] != b["prompt_hash"] and a["problem_hash"] == b["problem_hash"]
                for a, b in zip(records, other))
-    ev.main(["compare", str(base), str(concise), "--plot", str(tmp_path / "x.png")])
-    assert f"| {concise}" in capsys.readouterr().out and is_picture(tmp_path / "x.png")
+    done = in_fork(script, "eval.py", "compare", base, concise, "--plot", folder / "x.png")
+    assert f"| {concise}" in done.stdout and is_picture(folder / "x.png"), done.stdout
     untouched = file.read_bytes(), (base / "summary.json").read_bytes()
     for more, message in ((["--temperature", "0.9"], "temperature: there 1.0, here 0.9"),
                           (["--instruction", "v2"], "instruction")):
-        assert message in refusal(lambda: ev.main(command(toy, base, *more)[2:]), capsys)
-        torch.distributed.destroy_process_group()
+        done = in_fork(script, "eval.py", *evaluate_few(toy, base, *more))
+        assert done.returncode == 1 and message in done.stdout, done.stdout
     assert untouched == (file.read_bytes(), (base / "summary.json").read_bytes())
 
-def test_results_of_older_weights_are_not_taken_for_those_of_newer_ones(toy, tmp_path):
-    """Train on, evaluate again into the same folder: the old records must not pass for the new model's."""
-    shutil.copytree(toy / "model", tmp_path / "model")
-    tokenizer, problems = AutoTokenizer.from_pretrained(toy / "model"), ev.load_problems(str(toy / "eval.jsonl"))
-    jobs = {"eval": ev.make_jobs(tokenizer, problems, 2, 0)}
-    settings = {"version": ev.VERSION, "weights": ev.fingerprint(tmp_path / "model"), "samples": 2}
-    ev.replace_file(tmp_path / "out/summary.json", json.dumps({"settings": settings}))
-    assert ev.done_before(tmp_path / "out", settings, jobs) == {"eval": []}
-    (tmp_path / "model/model.safetensors").touch()
-    settings = settings | {"weights": ev.fingerprint(tmp_path / "model")}
-    with pytest.raises(ValueError, match="holds another run .weights: there"):
-        ev.done_before(tmp_path / "out", settings, jobs)
-
-EVAL_RANGES = {"samples": "0 -1", "max-tokens": "0", "temperature": "-1 nan 2.5", "top-p": "0 1.5 -1",
-               "top-k": "-5", "seed": "-1 4294967296", "vllm-tp": "0", "block": "0", "k": "0 3 -1"}
+EVAL_RANGES = {"samples": "0 -1", "max-tokens": "0", "temperature": "-1 nan", "top-p": "0 -1",
+               "top-k": "-5", "seed": "-1", "vllm-tp": "0", "block": "0", "k": "0 3 -1"}
 BAD_EVALUATION = {
     "benchmark": (lambda d, good: dict(data="", benchmarks="math501"), "math501: expected math500, .*aime25"),
     "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl: .* No such file"),
-    "empty": (lambda d, good: broken_data(d, ""), "rows.jsonl: expected each id once, found 0 rows"),
-    "no answer": (lambda d, good: broken_data(d, '{"problem": "x"}\n'), "line 1: expected a field answer"),
+    "empty": (lambda d, good: broken_data(d, ""), "rows.jsonl: expected a field answer"),
+    "no answer": (lambda d, good: broken_data(d, '{"problem": "x"}\n'), "rows.jsonl: .*none that is known"),
     "list": (lambda d, good: broken_data(d, '{"problem": "x", "answer": ["2", "3"]}\n'),
-             "line 1, field answer: exp"),
+             "row 1, field answer: exp"),
     "conversation": (lambda d, good: broken_data(d, json.dumps(dict(
                          prompt=turns("user", "assistant"), answer=1))),
-                     "line 1, field prompt: expected the user's turn last"),
+                     "row 1, field prompt: expected the user's turn last"),
     "model": (lambda d, good: dict(model=d / "no"), "--model .*no: expected a folder with a chat model"),
     "template that raises": (bad_template, "chat template fails on .*: the system only"),
     "long responses": (lambda d, good: {"max-tokens": 100000},
@@ -3019,9 +3014,9 @@ BAD_EVALUATION = {
     "instruction": (lambda d, good: dict(instruction="@nofile"), "--instruction @nofile.* No such file"),
     "one word": (lambda d, good: dict(instruction="short"), "--instruction short: expected v1"),
     "no text": (lambda d, good: dict(instruction=""), "--instruction : expected v1"),
-    "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp 2: expected a number of ranks that it divides"),
+    "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp 2: expected a divisor of the number of ranks"),
 } | {f"{name} {value}": (lambda d, good, change={name: value}: change,
-                         f"--{name} {value}.*: expected at least ")
+                         f"--{name.replace('-', '_')} {value}.*: expected ")
      for name, values in EVAL_RANGES.items() for value in values.split()}
 
 def evaluation(good, out, **change):
@@ -3030,28 +3025,29 @@ def evaluation(good, out, **change):
             for pair in settings.items() for at, word in enumerate(pair)]
 
 @pytest.mark.parametrize("case", BAD_EVALUATION)
-def test_bad_evaluation_is_refused_before_the_engine_starts(case, good, no_group, tmp_path, capsys):
+def test_bad_evaluation_is_refused_before_the_engine_starts(case, good, refused_early, tmp_path):
     change, message = BAD_EVALUATION[case]
     words = evaluation(good, tmp_path / "out", **change(tmp_path, good))
-    assert re.search(message, refusal(lambda: ev.main(words), capsys))
+    assert re.search(message, refusal(lambda: ev.evaluate(ev.parse_args(words)[0])))
     assert not (tmp_path / "out").exists()
 
-def test_an_evaluation_keeps_its_folder_and_its_date(good, one_rank, tmp_path, capsys):
-    out, model = tmp_path / "out", bad_template(tmp_path, good, DATED)["model"]
-    prepare = lambda **change: ev.prepare(ev.parse_args(
-        evaluation(good, out, **dict(model=model) | change))[0])
+def test_an_evaluation_keeps_its_folder(good, one_rank, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    prepare = lambda out=out, **change: ev.prepare(ev.parse_args(evaluation(good, out, **change))[0])
     settings = prepare()[2]
-    ev.write_summary(out, settings | dict(date="2024-07-26"), {}, finished=False)
-    tokenizer, jobs, again, *_ = prepare(model=f"{model}/")
-    assert again == settings | dict(date="2024-07-26")
-    assert "26 Jul 2024" in tokenizer.decode(jobs["rows"][0]["prompt"])
-    for change in (dict(temperature=0.9), dict(instruction="v2"), dict(wrapper="none")):
-        with pytest.raises(ValueError, match=f"holds another run .{min(change)}: there"):
-            prepare(**change)
-    (out / "summary.json").unlink()
-    (out / "rows.jsonl").write_text("mine\n")
-    with pytest.raises(ValueError, match="no summary.json"):
-        prepare()
+    assert "where no other process is at work; found" in refusal(prepare)  # the first is: this process
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    ev.write_summary(out, settings, {}, finished=False)
+    shutil.copytree(good["model"], tmp_path / "copy")
+    assert prepare(model=tmp_path / "copy")[2] == settings | dict(model=str(tmp_path / "copy"))
+    spoil_weights(tmp_path / "copy", lambda weights: weights | {
+        "model.norm.weight": weights["model.norm.weight"] * 1.01})  # trained further: another model
+    for change, name in ((dict(temperature=0.9), "temperature"), (dict(instruction="v2"), "instruction"),
+                         (dict(wrapper="none"), "wrapper"), (dict(model=tmp_path / "copy"), "weights")):
+        assert f"holds another run ({name}: there" in refusal(lambda: prepare(**change))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/rows.jsonl").write_text("mine\n")
+    assert "expected a new or empty folder" in refusal(lambda: prepare(out=tmp_path / "theirs"))
     for words, message in (("--samples many", "invalid int value"), ("--sampels 2", "--sampels"),
                            ("stray", "stray")):
         with pytest.raises(SystemExit, match=f"eval.py: .*{message}"):
@@ -3150,8 +3146,7 @@ def bench():
           f"gradient: {VOCABULARY * HIDDEN * 4 / 2**20:.0f} in float32)\n\n"
           "| | N | CPU s | x four matmuls | peak MiB | loss error | head gradient error |\n"
           "|---|---|---|---|---|---|---|")
-    row = lambda *words: json.loads(succeed("bench_row", *words, script="test_opsdc.py",
-                                            timeout=1800).splitlines()[-1])
+    row = lambda *words: json.loads(succeed("bench_row", *words, script="test_opsdc.py").splitlines()[-1])
     for N in (1024, 2048):
         floor = row("four_matmuls", N, "float32")["seconds"]
         print(f"| four bare matmuls | {N} | {floor:.1f} | 1 | | | |")
@@ -3200,19 +3195,20 @@ def objective_rows(N, V, d):
 def training_side(model_path, tokens, checkpointing):
     """Worker: seconds and memory of the trainer alone, in three steps on four random responses a rank of so
     many tokens; the first step is not counted."""
-    device, opsdc.MAX_GAP = opsdc.start_processes(), math.inf  # no engine to agree with
+    device, opsdc.MAX_GAP = opsdc.start_processes(), ANY_GAP  # no engine to agree with
     cfg = opsdc.Config(model=model_path, gradient_checkpointing=checkpointing == "on")
     tokenizer, world = AutoTokenizer.from_pretrained(model_path), torch.distributed.get_world_size()
     problems, _ = fixed_batch(tokenizer)
     ids = torch.randint(5, len(tokenizer), (4 * world, int(tokens))).tolist()
     rollouts = [opsdc.Rollout(0, y, [-1.0] * len(y), True) for y in ids]
-    model = opsdc.load_model(cfg, device)
+    model = loaded(model_path, gradient_checkpointing=cfg.gradient_checkpointing)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     thetabar, steps = opsdc.snapshot(model), []
     for _ in range(3):
         steps.append({})
         opsdc.train_step(model, thetabar, optimizer, rollouts, problems, device, steps[-1], cfg)
-    peak = opsdc.peak_memory(types.SimpleNamespace(asleep=0))
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = opsdc.max_over_ranks(torch.cuda.max_memory_allocated() or rss) / 2**30
     if torch.distributed.get_rank() == 0:
         teacher, student = (statistics.fmean(step[f"seconds_{x}"] for step in steps[1:])
                             for x in ("teacher", "student"))
@@ -3239,7 +3235,7 @@ def run_rows(model, data, out, ranks, **settings):
         rows[f"step {m['step']}"] = (
             ", ".join(f"{name} {x:.2f} s" for name, x in seconds_of.items())
             + f", {m['tokens_per_second']:.0f} tokens/s, gap {m['logprob_gap']:.1e} (largest "
-            f"{m['logprob_gap_max']:.1e}), peak {m['peak_memory_gib']:.1f} GiB")
+            f"{m['logprob_gap_max']:.1e})")
     rows["normal end"] = f"{seconds:.1f} s after the export began"
     if ranks > 1:
         arguments[arguments.index(out)] = out.with_name("failing")
@@ -3252,7 +3248,7 @@ def gpu_table(directory, ranks, shape, tokens, **settings):
     """Prints the table; returns the parts that failed. shape: (N, V, d) of the objective."""
     model, data, failed = directory / "model", directory / "rows.jsonl", []
     worker = lambda *words, ranks=0: json.loads(
-        succeed(*words, ranks=ranks, script="test_opsdc.py", timeout=200).splitlines()[-1])
+        succeed(*words, ranks=ranks, script="test_opsdc.py").splitlines()[-1])
     parts = {"objective": lambda: worker("objective_rows", *shape)}
     for switch in ("on", "off"):
         parts[f"trainer alone, {switch}"] = lambda switch=switch: worker(
@@ -3282,26 +3278,19 @@ def gpu(directory="out-gpu"):
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
-def recomputation(directory="out-recomputation"):
-    """--gradient_checkpointing on and off: the trainer alone, a random Llama of SmolLM-135M's shape."""
-    model = make_model(Path(directory) / "model", "llama", vocab_size=49152, hidden_size=576,
-                       intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                       num_key_value_heads=3, head_dim=64, initializer_range=0.02)
-    for switch in ("on", "off", "on", "off"):
-        done = succeed("training_side", model, 256, switch, script="test_opsdc.py", timeout=3000)
-        print(done.splitlines()[-1], flush=True)
-
-def test_parts_of_the_gpu_command(whole_run, tmp_path, capsys):
+@beside()
+def test_parts_of_the_gpu_command(folder):
     """On a CPU all but the engine's, whose workers other tests here run; on a GPU the command."""
     if torch.cuda.is_available():
-        return gpu(tmp_path)
+        return gpu(folder)
     with pytest.raises(SystemExit, match="sees no GPU"):
-        gpu(tmp_path)
-    shutil.copytree(whole_run[0], tmp_path / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.util, "find_spec", lambda name: None)
-        assert gpu_table(tmp_path, 1, (64, 400, 32), 16) == []
-    table = capsys.readouterr().out
+        gpu(folder)
+    make_model(folder / "model", "qwen3")
+    importlib.util.find_spec = lambda name: None
+    globals()["run"] = lambda worker, *words, **options: in_fork(globals()[worker], *words)
+    with contextlib.redirect_stdout(io.StringIO()) as table:
+        assert gpu_table(folder, 1, (64, 400, 32), 16) == [], table.getvalue()
+    table = table.getvalue()
     assert len(table.splitlines()) == 2 + 3 + 2 and table.count("head's gradient by 0.1") == 1
 
 # ---------------------------------------------------------------------------------------------------- profile
@@ -3314,37 +3303,15 @@ def large(directory="out-large"):
     write_rows(Path(directory) / "rows.jsonl")
 
 def profile(*arguments):
-    """opsdc.py with `arguments`, then where its seconds went; teacher_pass holds copy_into."""
-    calls = {}
-
-    def timed(owner, name):
-        function = getattr(owner, name)
-
-        def timer(*args, **kwargs):
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                calls.setdefault(name, []).append(time.perf_counter() - start)
-        setattr(owner, name, timer)
-    names = ("sample_rollouts", "make_micro_batches", "teacher_pass", "copy_into",
-             "student_pass", "update", "refresh", "log_step", "peak_memory", "save_checkpoint", "export",
-             "load_model", "prepare")
-    for owner, name in ((opsdc.RolloutEngine, "__init__"), (opsdc.RolloutEngine, "sync"),
-                        (ev, "grade_rollouts"), *((opsdc, name) for name in names)):
-        timed(owner, name)
-    sys.argv, start = ["opsdc.py", *arguments], time.perf_counter()
-    opsdc.main()
-    print(f"in all {time.perf_counter() - start:.1f} s\n\n| | calls | seconds | of the first | of a later |\n"
-          "|---|---|---|---|---|")
-    for name, seconds in sorted(calls.items(), key=lambda item: -sum(item[1])):
-        print(f"| {name} | {len(seconds)} | {sum(seconds):.2f} | {seconds[0]:.3f} | "
-              + (f"{statistics.fmean(seconds[1:]):.3f} |" if seconds[1:] else "|"))
+    """opsdc.py with `arguments`, then where its seconds went."""
+    profiler, sys.argv = cProfile.Profile(), ["opsdc.py", *arguments]
+    profiler.runcall(opsdc.main)
+    pstats.Stats(profiler).sort_stats("cumulative").print_stats(r"(opsdc|eval)\.py")
 
 if __name__ == "__main__":
     commands = dict(toy=make_toy) | {command.__name__: command for command in (
         quickstart, claims, traced, picture, families, fork, drill, large, profile, bench, bench_row,
-        gradients, sync, nan, die, leave, recomputation, gpu, objective_rows, training_side)}
+        die, gradients, leave, gpu, objective_rows, run_beside, sync, training_side)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])
