@@ -20,6 +20,7 @@ import dataclasses
 import datetime
 import difflib
 import gzip
+import html.parser
 import importlib.util
 import io
 import itertools
@@ -2707,10 +2708,9 @@ def test_statistics_refuse_what_has_no_meaning():
                               ([], None, "0 records with no samples")):
         with pytest.raises(ValueError, match=found):
             ev.summarise(records, k)
-    with pytest.raises(ValueError, match="found 1 and 1, of which 0"):
-        ev.paired(a, b)
-    with pytest.raises(ValueError, match="found 0 and 0"):
-        ev.paired([], [])
+    for base, ours in ((a, b), ([], [])):
+        with pytest.raises(ValueError, match="on the same problems"):
+            ev.paired(base, ours)
     with pytest.raises(ValueError, match="no tokens at all"):
         ev.paired([record("a", 0, True, 0)], [record("a", 0, True, 5)])
 
@@ -2770,7 +2770,7 @@ def test_compare_prints_table_published_rows_and_picture(tmp_path, capsys):
     reductions = [float(line[6].split()[0]) for line in lines[3:6]]
     assert reductions[0] > reductions[1] > reductions[2] > 15  # easy problems were shortened more
     assert ["paper: trained v2", "all", "", "95.7 -> 95.7", "+0.0", "4884 -> 3339", "31.6"] in lines
-    assert "accuracy up on 0 problems, down on 0, as before on 30" in text and is_picture(tmp_path / "x.png")
+    assert "accuracy up on 0 problems, down on 0 of 30" in text and is_picture(tmp_path / "x.png")
 
 def test_compare_shows_what_was_won_and_lost(tmp_path):
     base = [record("a", 0, True, 10), record("b", 0, False, 20), record("c", 0, True, 30),
@@ -2778,7 +2778,7 @@ def test_compare_shows_what_was_won_and_lost(tmp_path):
     ours = [record("a", 0, False, 5), record("b", 0, True, 6), record("c", 0, True, 7),
             record("d", 0, False, 8)]
     assert ev.won_and_lost(base, ours, 1).splitlines() == [
-        "accuracy up on 1 problems, down on 1, as before on 2", "  +100.0 points, 20 -> 6 tokens: b (gold 5)",
+        "accuracy up on 1 problems, down on 1 of 4", "  +100.0 points, 20 -> 6 tokens: b (gold 5)",
         "  -100.0 points, 10 -> 5 tokens: a (gold 5)"]
 
 @pytest.mark.parametrize("change, message", [
@@ -2801,7 +2801,7 @@ def test_damaged_records_are_named_by_line(tmp_path):
     file = tmp_path / "ours/math500.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:-1]))
-    with pytest.raises(SystemExit, match="59 lines, summary.json says 30 problems of 2"):
+    with pytest.raises(SystemExit, match="59 records with 1 or 2 samples"):
         ev.main(["compare", base, ours])
     file.write_text("".join(lines[:3] + ["{oops\n"] + lines[4:]))
     with pytest.raises(SystemExit, match="math500.jsonl, line 4"):
@@ -2820,19 +2820,105 @@ def test_curves_of_two_training_runs(tmp_path, monkeypatch):
                 file.write(json.dumps(row) + "\n")
             file.write('{"step": 60, "lo')  # a run that is still writing
     runs = [str(tmp_path / name) for name in ("one", "two")]
-    ax = ev.pyplot().figure().add_subplot()
-    ev.draw_run(ax, ev.read_lines(tmp_path / "one" / "metrics.jsonl"), ("loss", "eval_accuracy"), "C0", "one")
-    # refreshes after steps 19 and 39
-    assert [list(line.get_xdata()) for line in ax.lines[2:]] == [[19.5, 19.5], [39.5, 39.5]]
-    assert [len(line.get_xdata()) for line in ax.lines[:2]] == [60, 6]
     ev.main(["curves", *runs, "--plot", str(tmp_path / "c.png")])
     assert is_picture(tmp_path / "c.png")
+    # tokens, evaluated ones, and refreshes after steps 19 and 39, of each run
+    assert [[len(line.get_xdata()), line.get_xdata()[0]] for line in ev.pyplot().gcf().axes[0].lines] == [
+        [60, 0], [6, 0], [2, 19.5], [2, 39.5]] * 2
     with pytest.raises(SystemExit, match="metrics.jsonl"):
         ev.main(["curves", str(tmp_path), "--plot", str(tmp_path / "d.png")])
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         ev.main(["curves", *runs, "--plot", str(tmp_path / "d.png")])
     assert not (tmp_path / "d.png").exists()
+
+# ----------------------------------------------------------------------------------------------------- tokens
+
+class Page(html.parser.HTMLParser):
+    """A page of `eval.py tokens`. tokens: of each <pre> its spans' attributes and text; rows: of the table."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tag, self.tokens, self.rows = "", [], []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.tag = tag
+        {"pre": self.tokens, "tr": self.rows}.get(tag, []).append([])
+        if tag == "span" and self.tokens:  # those before show the shades
+            self.tokens[-1].append(dict(attributes, text=""))
+
+    def handle_endtag(self, tag):
+        self.tag = ""
+
+    def handle_data(self, text):
+        if self.tag == "span" and self.tokens:
+            self.tokens[-1][-1]["text"] += text
+        elif self.tag in ("td", "th"):
+            self.rows[-1].append(text.rstrip("\n"))
+
+    def numbers(self, name):
+        return [[float(token[name]) for token in tokens] for tokens in self.tokens]
+
+    def texts(self):
+        return ["".join(token["text"] for token in tokens) for tokens in self.tokens]
+
+def test_page_of_tokens_sums_to_the_loss_that_the_trainer_logged(whole_run, tmp_path):
+    model, data, out = whole_run
+    succeed("tokens", "--model", model, "--data", data, "--samples", 6, "--max_prompt_tokens", 512,
+            "--max_response_tokens", 24, "--out", tmp_path / "page.html", script="eval.py")
+    page, loss = Page(tmp_path / "page.html"), metrics_of(out)[0]["loss"]
+    assert statistics.fmean(map(statistics.fmean, page.numbers("data-d"))) == pytest.approx(loss, abs=1e-6)
+    assert page.texts()[:4] == [row["response"] for row in ev.read_lines(out / "samples.jsonl")[:4]]
+
+def test_page_of_given_responses_with_another_teacher(tmp_path, no_group, capsys):
+    """A line of a run and a record of an evaluation: what looks like HTML stays text, a character of several
+    tokens whole, and the numbers are those of float64."""
+    def write(*rows):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def show(teacher):
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        ev.show_tokens(ev.token_options([*map(str, command), str(teacher)]))
+
+    words = *opsdc.INSTRUCTIONS.values(), "<think>\n" * 99  # a token of its own, or the template's goes unseen
+    paths = [make_model(tmp_path / str(seed), "llama", words, seed=seed) for seed in range(2)]
+    tokenizer, file = AutoTokenizer.from_pretrained(paths[0]), tmp_path / "rows.jsonl"
+    command = ["--data", file, "--given", "--model", paths[0], "--max_prompt_tokens", 512,
+               "--max_response_tokens", 99, "--loss_chunk", 7, "--out", tmp_path / "page.html", "--teacher"]
+    texts = ["</span></pre><script>alert('&amp;')</script>\r\n \"é😀\"<|im_end|>", "Answer: 4<|im_end|>"]
+    first = dict(problem="1 < 2 & 3?", response=texts[0], finished=True, correct=None)
+    write(first, dict(problem="2+2?", answer="4"))
+    problems = opsdc.load_problems(opsdc.Config(data=str(file)), tokenizer, opsdc.INSTRUCTIONS["v1"])
+    assert "line 2: expected a line of samples.jsonl" in refusal(lambda: show(paths[1]), capsys)
+    job = dict(problem="2+2?", prompt=problems[1].student, gold="4")
+    write(first, *ev.make_records(tokenizer, [job], [(tokenizer.encode(texts[1]), None, True)]))
+    assert "<think>" in file.read_text()
+    other = make_model(tmp_path / "other", "llama", vocabulary=300)
+    assert "expected the tokens of" in refusal(lambda: show(other), capsys)
+
+    show(paths[1])
+    page, parts = Page(tmp_path / "page.html"), {}
+    quoted = lambda y: json.dumps(tokenizer.decode([y]), ensure_ascii=False)
+    assert page.texts() == texts
+    for problem, text, tokens in zip(problems, texts, page.tokens):
+        ids = tokenizer.encode(text)
+        p, q = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)(
+            torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].softmax(-1)
+            for path, prompt in zip(paths, (problem.student, problem.teacher)))
+        exact = exact_divergence(p.log(), q.log(), "reverse_kl").tolist()
+        for y, nats, p_v, q_v, token in zip(ids, exact, p, q, tokens, strict=True):
+            best = re.findall(r'("(?:\\.|[^"\\])*") ([^,]+)', token["data-best"])
+            assert [name for name, _ in best] == [quoted(v) for v in q_v.topk(3).indices.tolist()]
+            numbers = [float(token[f"data-{x}"]) for x in "dpq"] + [float(chance) for _, chance in best]
+            assert numbers[0] == pytest.approx(nats, rel=1e-4)
+            assert numbers[1:] == pytest.approx([x.item() for x in (p_v[y], q_v[y], *q_v.topk(3).values)], rel=0.006)
+            parts.setdefault(quoted(y), []).append(nats / len(ids))
+    assert page.rows[0][0] == "token" and len(page.rows) == 21
+    for name, times, _, share, _ in page.rows[1:]:
+        assert int(times) == len(parts[name])
+        assert float(share) == pytest.approx(100 * sum(parts[name]) / sum(map(sum, parts.values())), abs=0.06)
 
 # ------------------------------------------------------------------------------------ the toy, both commands
 # Last, since the toy is made in the background of all the tests above.
