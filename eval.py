@@ -674,15 +674,18 @@ def curves(args):
 PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <meta name=color-scheme content="light dark"><title>What the loss sees</title><style>
 body { max-width: 60rem; margin: auto; padding: 1rem 1rem 4rem; font: 15px/1.5 system-ui, sans-serif }
-h2, pre, td, span:hover::after { white-space: pre-wrap; overflow-wrap: anywhere }
-h2 { font-size: 1rem; margin: 2rem 0 0 }
-pre, td, span:hover::after { font: 13px/1.6 ui-monospace, monospace }
+h2 { font-size: 1rem; margin: 1.5rem 0 .3rem }
+h2, pre, td, #bar { white-space: pre-wrap; overflow-wrap: anywhere }
+pre, td, #bar { font: 13px/1.6 ui-monospace, monospace }
 pre { border: 1px solid #8886; border-radius: 6px; padding: .5rem .7rem }
 td, th { text-align: left; padding-right: 2rem; border-bottom: 1px solid #8886 }
 span { background: rgb(240 100 0 / calc(80% * var(--shade))) }
-span:hover::after { position: fixed; inset: auto 0 0; padding: .5rem 1rem; background: Canvas;
-  content: attr(data-d) " nats   p " attr(data-p) "   q " attr(data-q) "   teacher: " attr(data-best) }
-</style><h1>What the loss sees</h1><p>Shaded: where student (p) and teacher (q) differ, by
+span:hover, #bar { outline: 2px solid }
+#bar { position: fixed; inset: auto 0 0; padding: .5rem 1rem; background: Canvas }
+</style><script>
+onmouseover = ({target: {dataset: {d, p, q, best}}}) => document.getElementById("bar").textContent =
+  d ? `${d} nats   student p ${p}   teacher q ${q}   its likeliest: ${best}` : "Point at a token."
+</script><h1>What the loss sees</h1><div id=bar></div><p>Shaded: where student (p) and teacher (q) differ, by
 <span style=--shade:.1>0.02</span> <span style=--shade:.5>0.5</span> <span style=--shade:1>2 nats</span>.
 """
 
@@ -763,7 +766,7 @@ def page(tokenizer, problems, rollouts, scores, about):
     found = [PAGE, f"<p>{escape(about)}<p>Loss: {loss:.6g} nats, its mean over tokens and responses.\n"]
     for rollout, tokens in zip(rollouts, scores):
         verdict = {None: "not graded", True: "right", False: "wrong"}[rollout.correct]
-        found.append(f"<h2>{escape(problems[rollout.index].text)}</h2><p>{len(tokens)} tokens, "
+        found.append(f"<h2>{escape(problems[rollout.index].text)}</h2>{len(tokens)} tokens, "
                      f"{statistics.fmean(nats for _, nats, *_ in tokens):.4g} nats/token, {verdict}\n<pre>")
         for text, (_, nats, p, q, best) in zip(pieces(tokenizer, rollout.ids), tokens):
             best = ", ".join(f"{token} {chance:.3g}" for token, chance in best)

@@ -2772,11 +2772,10 @@ def test_compare_prints_table_published_rows_and_picture(tmp_path, capsys):
     assert ["paper: trained v2", "all", "", "95.7 -> 95.7", "+0.0", "4884 -> 3339", "31.6"] in lines
     assert "accuracy up on 0 problems, down on 0 of 30" in text and is_picture(tmp_path / "x.png")
 
-def test_compare_shows_what_was_won_and_lost(tmp_path):
-    base = [record("a", 0, True, 10), record("b", 0, False, 20), record("c", 0, True, 30),
-            record("d", 0, False, 40)]
-    ours = [record("a", 0, False, 5), record("b", 0, True, 6), record("c", 0, True, 7),
-            record("d", 0, False, 8)]
+def test_compare_shows_what_was_won_and_lost():
+    base, ours = ([record(problem, 0, right, tokens) for problem, right, tokens in zip("abcd", *run)]
+                  for run in (((True, False, True, False), (10, 20, 30, 40)),
+                              ((False, True, True, False), (5, 6, 7, 8))))
     assert ev.won_and_lost(base, ours, 1).splitlines() == [
         "accuracy up on 1 problems, down on 1 of 4", "  +100.0 points, 20 -> 6 tokens: b (gold 5)",
         "  -100.0 points, 10 -> 5 tokens: a (gold 5)"]
@@ -2799,124 +2798,104 @@ def test_compare_refuses(tmp_path, change, message):
 def test_damaged_records_are_named_by_line(tmp_path):
     base, ours = fake_run(tmp_path / "base"), fake_run(tmp_path / "ours")
     file = tmp_path / "ours/math500.jsonl"
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(lines[:-1]))
-    with pytest.raises(SystemExit, match="59 records with 1 or 2 samples"):
-        ev.main(["compare", base, ours])
-    file.write_text("".join(lines[:3] + ["{oops\n"] + lines[4:]))
-    with pytest.raises(SystemExit, match="math500.jsonl, line 4"):
-        ev.main(["compare", base, ours])
+    *lines, last = file.read_text().splitlines(keepends=True)
+    for content, message in ((lines, "59 records with 1 or 2 samples"),
+                             ([*lines[:3], "{oops\n", *lines[4:], last], "math500.jsonl, line 4")):
+        file.write_text("".join(content))
+        with pytest.raises(SystemExit, match=message):
+            ev.main(["compare", base, ours])
 
-def test_curves_of_two_training_runs(tmp_path, monkeypatch):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        with open(tmp_path / name / "metrics.jsonl", "w") as file:
-            for step in range(60):
-                row = {"step": step, "loss": 0.3 * 0.97 ** step, "grad_norm": 1 / (1 + step),
-                       "response_tokens": 70 - step / 2, "truncated": 0.0, "student_entropy": 0.3,
-                       "teacher_entropy": 0.31, "accuracy": None if name == "two" else 0.9,
-                       "teacher_age": step % 20,
-                       **({"eval_accuracy": 0.9, "eval_tokens": 60} if step % 10 == 0 else {})}
-                file.write(json.dumps(row) + "\n")
-            file.write('{"step": 60, "lo')  # a run that is still writing
-    runs = [str(tmp_path / name) for name in ("one", "two")]
-    ev.main(["curves", *runs, "--plot", str(tmp_path / "c.png")])
-    assert is_picture(tmp_path / "c.png")
-    # tokens, evaluated ones, and refreshes after steps 19 and 39, of each run
-    assert [[len(line.get_xdata()), line.get_xdata()[0]] for line in ev.pyplot().gcf().axes[0].lines] == [
-        [60, 0], [6, 0], [2, 19.5], [2, 39.5]] * 2
-    with pytest.raises(SystemExit, match="metrics.jsonl"):
-        ev.main(["curves", str(tmp_path), "--plot", str(tmp_path / "d.png")])
+def test_curves_of_two_training_runs(whole_run, tmp_path, monkeypatch):
+    rows = metrics_of(whole_run[2])  # six steps, thetabar refreshed after every second one
+    rows[0] |= dict(eval_tokens=20, accuracy=None)
+    lines = [json.dumps(row) + "\n" for row in rows] + ['{"step": 7, "lo']  # still writing
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    command = ["curves", str(tmp_path), str(whole_run[2]), "--plot", str(tmp_path / "c.png")]
+    ev.main(command)
+    lines = [line.get_xdata() for line in ev.pyplot().gcf().axes[0].lines]
+    assert is_picture(tmp_path / "c.png") and [(len(x), x[0]) for x in lines] == [
+        (6, 1), (1, 1), (2, 2.5), (2, 4.5), (6, 1), (2, 2.5), (2, 4.5)]
+    with pytest.raises(SystemExit, match="absent/metrics.jsonl"):
+        ev.main(["curves", "absent", *command[3:]])
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
     with pytest.raises(SystemExit, match="pip install matplotlib"):
-        ev.main(["curves", *runs, "--plot", str(tmp_path / "d.png")])
-    assert not (tmp_path / "d.png").exists()
+        ev.main(command)
 
 # ----------------------------------------------------------------------------------------------------- tokens
 
-class Page(html.parser.HTMLParser):
-    """A page of `eval.py tokens`. tokens: of each <pre> its spans' attributes and text; rows: of the table."""
+def read_page(path):
+    """A page of `eval.py tokens`: of each <pre> its spans' attributes and text, and the rows of the table."""
+    tokens, rows, tags, page = [], [], [""], html.parser.HTMLParser()
 
-    def __init__(self, path):
-        super().__init__()
-        self.tag, self.tokens, self.rows = "", [], []
-        self.feed(path.read_text())
+    def start(tag, attributes):
+        tags.append(tag)
+        {"pre": tokens, "tr": rows}.get(tag, []).append([])
+        if tag == "span" and tokens:  # those before show the shades
+            tokens[-1].append(dict(attributes, text=""))
 
-    def handle_starttag(self, tag, attributes):
-        self.tag = tag
-        {"pre": self.tokens, "tr": self.rows}.get(tag, []).append([])
-        if tag == "span" and self.tokens:  # those before show the shades
-            self.tokens[-1].append(dict(attributes, text=""))
+    def data(text):
+        if tags[-1] == "span" and tokens:
+            tokens[-1][-1]["text"] += text
+        elif tags[-1] in ("td", "th"):
+            rows[-1].append(text.rstrip("\n"))
 
-    def handle_endtag(self, tag):
-        self.tag = ""
-
-    def handle_data(self, text):
-        if self.tag == "span" and self.tokens:
-            self.tokens[-1][-1]["text"] += text
-        elif self.tag in ("td", "th"):
-            self.rows[-1].append(text.rstrip("\n"))
-
-    def numbers(self, name):
-        return [[float(token[name]) for token in tokens] for tokens in self.tokens]
-
-    def texts(self):
-        return ["".join(token["text"] for token in tokens) for tokens in self.tokens]
+    page.handle_starttag, page.handle_data, page.handle_endtag = start, data, lambda tag: tags.append("")
+    page.feed(path.read_text())
+    return tokens, rows
 
 def test_page_of_tokens_sums_to_the_loss_that_the_trainer_logged(whole_run, tmp_path):
     model, data, out = whole_run
     succeed("tokens", "--model", model, "--data", data, "--samples", 6, "--max_prompt_tokens", 512,
             "--max_response_tokens", 24, "--out", tmp_path / "page.html", script="eval.py")
-    page, loss = Page(tmp_path / "page.html"), metrics_of(out)[0]["loss"]
-    assert statistics.fmean(map(statistics.fmean, page.numbers("data-d"))) == pytest.approx(loss, abs=1e-6)
-    assert page.texts()[:4] == [row["response"] for row in ev.read_lines(out / "samples.jsonl")[:4]]
+    responses, _ = read_page(tmp_path / "page.html")
+    means = [statistics.fmean(float(token["data-d"]) for token in tokens) for tokens in responses]
+    assert statistics.fmean(means) == pytest.approx(metrics_of(out)[0]["loss"], abs=1e-6)
+    assert ["".join(token["text"] for token in tokens) for tokens in responses[:4]] == [
+        row["response"] for row in ev.read_lines(out / "samples.jsonl")[:4]]
 
 def test_page_of_given_responses_with_another_teacher(tmp_path, no_group, capsys):
     """A line of a run and a record of an evaluation: what looks like HTML stays text, a character of several
     tokens whole, and the numbers are those of float64."""
-    def write(*rows):
+    def show(teacher, *rows):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def show(teacher):
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         ev.show_tokens(ev.token_options([*map(str, command), str(teacher)]))
 
-    words = *opsdc.INSTRUCTIONS.values(), "<think>\n" * 99  # a token of its own, or the template's goes unseen
+    words = *opsdc.INSTRUCTIONS.values(), "<think>\n" * 99  # or the template's goes unseen
     paths = [make_model(tmp_path / str(seed), "llama", words, seed=seed) for seed in range(2)]
     tokenizer, file = AutoTokenizer.from_pretrained(paths[0]), tmp_path / "rows.jsonl"
     command = ["--data", file, "--given", "--model", paths[0], "--max_prompt_tokens", 512,
                "--max_response_tokens", 99, "--loss_chunk", 7, "--out", tmp_path / "page.html", "--teacher"]
     texts = ["</span></pre><script>alert('&amp;')</script>\r\n \"é😀\"<|im_end|>", "Answer: 4<|im_end|>"]
-    first = dict(problem="1 < 2 & 3?", response=texts[0], finished=True, correct=None)
-    write(first, dict(problem="2+2?", answer="4"))
+    first, job = dict(problem="1 < 2 & 3?", response=texts[0], finished=True), dict(problem="2+2?", gold="4")
+    for teacher, message in ((paths[1], "line 2: expected a line of samples.jsonl"),
+                             (make_model(tmp_path / "2", "llama", vocabulary=300), "expected the tokens of")):
+        assert message in refusal(lambda: show(teacher, first, job), capsys)
     problems = opsdc.load_problems(opsdc.Config(data=str(file)), tokenizer, opsdc.INSTRUCTIONS["v1"])
-    assert "line 2: expected a line of samples.jsonl" in refusal(lambda: show(paths[1]), capsys)
-    job = dict(problem="2+2?", prompt=problems[1].student, gold="4")
-    write(first, *ev.make_records(tokenizer, [job], [(tokenizer.encode(texts[1]), None, True)]))
-    assert "<think>" in file.read_text()
-    other = make_model(tmp_path / "other", "llama", vocabulary=300)
-    assert "expected the tokens of" in refusal(lambda: show(other), capsys)
+    job["prompt"] = problems[1].student
+    record, = ev.make_records(tokenizer, [job], [(tokenizer.encode(texts[1]), None, True)])
+    assert record["response"] == "<think>\nAnswer: 4"
+    show(paths[1], first, record)
 
-    show(paths[1])
-    page, parts = Page(tmp_path / "page.html"), {}
+    (responses, rows), parts = read_page(tmp_path / "page.html"), {}
     quoted = lambda y: json.dumps(tokenizer.decode([y]), ensure_ascii=False)
-    assert page.texts() == texts
-    for problem, text, tokens in zip(problems, texts, page.tokens):
+    for problem, text, tokens in zip(problems, texts, responses, strict=True):
         ids = tokenizer.encode(text)
         p, q = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)(
             torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].softmax(-1)
             for path, prompt in zip(paths, (problem.student, problem.teacher)))
         exact = exact_divergence(p.log(), q.log(), "reverse_kl").tolist()
+        assert "".join(token["text"] for token in tokens) == text
         for y, nats, p_v, q_v, token in zip(ids, exact, p, q, tokens, strict=True):
             best = re.findall(r'("(?:\\.|[^"\\])*") ([^,]+)', token["data-best"])
             assert [name for name, _ in best] == [quoted(v) for v in q_v.topk(3).indices.tolist()]
-            numbers = [float(token[f"data-{x}"]) for x in "dpq"] + [float(chance) for _, chance in best]
-            assert numbers[0] == pytest.approx(nats, rel=1e-4)
-            assert numbers[1:] == pytest.approx([x.item() for x in (p_v[y], q_v[y], *q_v.topk(3).values)], rel=0.006)
+            assert float(token["data-d"]) == pytest.approx(nats, rel=1e-4)
+            found = [float(x) for x in (token["data-p"], token["data-q"], *(chance for _, chance in best))]
+            assert found == pytest.approx([p_v[y].item(), q_v[y].item(), *q_v.topk(3).values.tolist()], 6e-3)
             parts.setdefault(quoted(y), []).append(nats / len(ids))
-    assert page.rows[0][0] == "token" and len(page.rows) == 21
-    for name, times, _, share, _ in page.rows[1:]:
+    assert rows[0][0] == "token" and len(rows) == 21
+    for name, times, _, share, _ in rows[1:]:
         assert int(times) == len(parts[name])
         assert float(share) == pytest.approx(100 * sum(parts[name]) / sum(map(sum, parts.values())), abs=0.06)
 
