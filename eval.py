@@ -685,19 +685,19 @@ span:hover, #bar { outline: 2px solid }
 </style><script>
 onmouseover = ({target: {dataset: {d, p, q, best}}}) => document.getElementById("bar").textContent =
   d ? `${d} nats   student p ${p}   teacher q ${q}   its likeliest: ${best}` : "Point at a token."
-</script><h1>What the loss sees</h1><div id=bar></div><p>Shaded: where student (p) and teacher (q) differ, by
+</script><h1>What the loss sees</h1><div id=bar>Point at a token.</div><p>Shaded: where student (p) and teacher (q) differ, by
 <span style=--shade:.1>0.02</span> <span style=--shade:.5>0.5</span> <span style=--shade:1>2 nats</span>.
 """
 
 def token_options(argv):
-    """opsdc.py's Config from its command line, with four fields more, and a step of so many samples."""
+    """opsdc.py's Config from its command line, with four fields more."""
     own = {"out": ("tokens.html", "the page"), "samples": (4, "number of responses", "1.."),
            "given": (False, "show responses in --data, a run's samples.jsonl or an evaluation's records"),
            "teacher": ("", "hub id or folder of the teacher's weights; default: --model")}
     fields = [(name, type(values[0]), opsdc().flag(*values)) for name, values in own.items()]
     options = dataclasses.make_dataclass("Options", fields, bases=(opsdc().Config,))
     cfg, = opsdc().HfArgumentParser(options).parse_args_into_dataclasses(argv)
-    return dataclasses.replace(cfg, steps=1, batch_size=cfg.samples)
+    return dataclasses.replace(cfg, steps=1)
 
 def read_responses(cfg, problems, tokenizer):
     """Rollouts of the first --samples rows of --data. These hold text: tokenised again it may give other ids
@@ -746,36 +746,29 @@ def pieces(tokenizer, ids):
         before, since = (since, at) if whole else (before, since)
     return found
 
-def heaviest(rollouts, scores):
-    """The loss, and table rows of the 20 tokens that carry most of it."""
-    parts, times, sums, wanted = (collections.Counter() for _ in range(4))
-    for weights, tokens in zip(opsdc().token_weights(rollouts), scores):
-        for weight, (token, nats, _, _, best) in zip(weights, tokens):
-            parts[token] += weight * nats
-            times[token] += 1
-            sums[token] += nats
-            wanted[token, best[0][0]] += nats
-    return parts.total(), [
-        (token, times[token], f"{sums[token] / times[token]:.3g}", percent(part / parts.total()),
-         " ".join([best for (of, best), _ in wanted.most_common() if of == token][:3]))
-        for token, part in parts.most_common(20)]
-
 def page(tokenizer, problems, rollouts, scores, about):
+    """All responses, and a table of the 20 tokens that carry most of the loss."""
     escape = lambda text: html.escape(str(text), quote=False).replace("'", "&#39;").replace("\r", "&#13;")
-    loss, rows = heaviest(rollouts, scores)
-    found = [PAGE, f"<p>{escape(about)}<p>Loss: {loss:.6g} nats, its mean over tokens and responses.\n"]
-    for rollout, tokens in zip(rollouts, scores):
+    found, parts = [PAGE, f"<p>{escape(about)}\n"], collections.Counter()
+    times, wanted = collections.Counter(), collections.defaultdict(collections.Counter)
+    for rollout, weights, tokens in zip(rollouts, opsdc().token_weights(rollouts), scores):
         verdict = {None: "not graded", True: "right", False: "wrong"}[rollout.correct]
         found.append(f"<h2>{escape(problems[rollout.index].text)}</h2>{len(tokens)} tokens, "
                      f"{statistics.fmean(nats for _, nats, *_ in tokens):.4g} nats/token, {verdict}\n<pre>")
-        for text, (_, nats, p, q, best) in zip(pieces(tokenizer, rollout.ids), tokens):
+        for text, weight, (token, nats, p, q, best) in zip(pieces(tokenizer, rollout.ids), weights, tokens):
+            parts[token] += weight * nats
+            times[token] += 1
+            wanted[token][best[0][0]] += nats
             best = ", ".join(f"{token} {chance:.3g}" for token, chance in best)
             found.append(f"<span style=--shade:{min(1, math.sqrt(nats / 2)):.2f} data-d={nats:.6g} "
                          f"data-p={p:.3g} data-q={q:.3g} data-best='{escape(best)}'>{escape(text)}</span>")
         found.append("</pre>\n")
-    head = "token", "times", "mean nats", "share of the loss, %", "the teacher's likeliest there"
-    found.append(f"<h2>The tokens that carry most of the loss</h2><table><tr><th>{'<th>'.join(head)}\n")
-    found += (f"<tr><td>{'<td>'.join(map(escape, row))}\n" for row in rows)
+    found.append(f"<h2>What carries most of the loss, {parts.total():.6g} nats/token</h2><table><tr><th>token"
+                 "<th>times<th>mean nats<th>% of the loss<th>the teacher's likeliest there\n")
+    for token, part in parts.most_common(20):
+        row = (token, times[token], f"{wanted[token].total() / times[token]:.3g}",
+               percent(part / parts.total()), " ".join(best for best, _ in wanted[token].most_common(3)))
+        found.append(f"<tr><td>{'<td>'.join(map(escape, row))}\n")
     return "".join(found) + "</table>\n"
 
 def show_tokens(cfg):
