@@ -684,9 +684,10 @@ span:hover, #bar { outline: 2px solid }
 #bar { position: fixed; inset: auto 0 0; padding: .5rem 1rem; background: Canvas }
 </style><script>
 onmouseover = ({target: {dataset: {d, p, q, best}}}) => document.getElementById("bar").textContent =
-  d ? `${d} nats   student p ${p}   teacher q ${q}   its likeliest: ${best}` : "Point at a token."
-</script><h1>What the loss sees</h1><div id=bar>Point at a token.</div><p>Shaded: where student (p) and teacher (q) differ, by
-<span style=--shade:.1>0.02</span> <span style=--shade:.5>0.5</span> <span style=--shade:1>2 nats</span>.
+  d ? `${d} nats   student p ${p}   teacher q ${q}   its likeliest: ${best}` : ""
+</script><div id=bar>Point at a token.</div><h1>What the loss sees</h1><p>Shaded: where student and teacher
+differ, by <span style=--shade:.1>0.02</span> <span style=--shade:.5>0.5</span> <span style=--shade:1>2
+nats</span>.
 """
 
 def token_options(argv):
