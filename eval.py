@@ -432,10 +432,8 @@ def think_length(tokenizer, ids, text):
 
 # ------------------------------------------------------------------------------------------------- STATISTICS
 def by_problem(records):
-    groups = collections.defaultdict(list)
-    for record in records:
-        groups[record["id"]].append(record)
-    return groups
+    problem = lambda record: record["id"]
+    return {name: list(group) for name, group in itertools.groupby(sorted(records, key=problem), problem)}
 
 def levels(records):
     return sorted({r["level"] for r in records} - {None}, key=str)
