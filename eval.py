@@ -639,8 +639,8 @@ def plot_compare(path, contrasts):
             x, dx, y, dy = ([scale * (run[column] or 0) for run in runs] for column, scale in (
                 ("tokens", 1), ("tokens_se", 1.96), ("accuracy", 100), ("accuracy_se", 196)))
             whole = level == "all"
-            ax.errorbar(x, y, dy, dx, color=f"C{i}", marker="o", capsize=3, linewidth=3 if whole else 0.8,
-                        label=f"{label}, {name}" if whole else None)
+            ax.errorbar(x, y, dy, dx, color=f"C{i}", marker="o", capsize=3, elinewidth=0.8,
+                        linewidth=3 if whole else 0.8, label=f"{label}, {name}" if whole else None)
             ax.annotate(f" {level}", (x[1], y[1]))
     ax.set(xlabel="mean response tokens", ylabel="accuracy, %", title="from the base on, all and by level")
     figure.legend(loc="outside lower center")
