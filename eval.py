@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 8 eval.py ...      the same on eight GPUs, each with its share of the samples
     python eval.py compare BASE_DIR OURS_DIR [OURS_DIR ...] [--plot FILE.png]
     python eval.py curves RUN_DIR [RUN_DIR ...] --plot FILE.png
+    python eval.py tokens --model ID_OR_PATH --data FILE [--out FILE.html]      (what the loss sees)
 
 What counts as right decides the figures: one model reads 54.5 on MATH-500 by its boxes alone, 93.0 by
 either format. The rules here, of the text after the last </think>:
@@ -21,9 +22,12 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import fractions
 import functools
 import hashlib
+import html
+import itertools
 import json
 import math
 import os
@@ -423,10 +427,8 @@ def think_length(tokenizer, ids, text):
 
 # ------------------------------------------------------------------------------------------------- STATISTICS
 def by_problem(records):
-    groups = collections.defaultdict(list)
-    for record in records:
-        groups[record["id"]].append(record)
-    return groups
+    problem = lambda record: record["id"]
+    return {name: list(group) for name, group in itertools.groupby(sorted(records, key=problem), problem)}
 
 def levels(records):
     return sorted({r["level"] for r in records} - {None}, key=str)
@@ -492,8 +494,7 @@ def paired(base, ours, draws=4000):
     Problems are drawn, each with all its samples in both runs: what is long in one is long in the other."""
     import numpy
     base, ours = by_problem(base), by_problem(ours)
-    check(base and base.keys() == ours.keys(), "expected two runs on the same problems, found "
-          f"{len(base)} and {len(ours)}, of which {len(base.keys() & ours.keys())} are common")
+    check(base and base.keys() == ours.keys(), "expected two runs on the same problems")
     means = numpy.array([[mean(run[problem], column) for problem in base]
                          for column in ("tokens", "correct") for run in (base, ours)])  # [4, problems]
     check(means[0].any(), "the first run has no tokens at all: there is nothing to reduce")
@@ -548,14 +549,10 @@ def read_summary(directory):
 
 def read_run(directory):
     """(settings, {benchmark: records}) of a finished evaluation."""
-    summary, runs = read_summary(directory), {}
+    summary = read_summary(directory)
     check(summary["finished"], f"{directory}: not finished; repeat its command, it goes on where it stopped")
-    for name, stats in summary["benchmarks"].items():
-        runs[name] = read_lines(Path(directory, f"{name}.jsonl"))
-        check(len(runs[name]) == stats["problems"] * stats["samples"],
-              f"{directory}/{name}.jsonl: {len(runs[name])} lines, summary.json says {stats['problems']} "
-              f"problems of {stats['samples']} samples; evaluate again")
-    return summary["settings"], runs
+    return summary["settings"], {
+        name: read_lines(Path(directory, f"{name}.jsonl")) for name in summary["benchmarks"]}
 
 def refuse_unless_comparable(base, ours, names):
     a, b = ({**run[0], "benchmarks": sorted(run[1])} for run in (base, ours))
@@ -584,49 +581,43 @@ def contrast(base, ours):
     return [(level, summarise(a), summarise(b), paired(a, b)) for level, a, b in parts]
 
 def published(model, name):
-    """What the paper printed for this model and benchmark, in the form of `contrast`, a label before each."""
-    cells = [cell.split("/") for cell in PUBLISHED.get(f"{Path(model).name} {name}", "").split()]
-    stats = [{"problems": "", "accuracy": float(a) / 100, "tokens": float(tokens)} for a, tokens in cells]
+    """The paper's rows for this model and benchmark."""
+    (was, length), *cells = (c.split("/") for c in PUBLISHED.get(f"{Path(model).name} {name}", "/").split())
     labels = ("concise prompt v1", "concise prompt v2", "trained v1", "trained v2")
-    return [("paper: " + label, "all", stats[0], s, {"change": [s["accuracy"] - stats[0]["accuracy"]],
-                                                     "reduction": [1 - s["tokens"] / stats[0]["tokens"]]})
-            for label, s in zip(labels, stats[1:])]
+    return [[f"paper: {label}", "all", "", f"{was} -> {accuracy}", f"{float(accuracy) - float(was):+.1f}",
+             f"{length} -> {tokens}", percent(1 - int(tokens) / int(length))]
+            for label, (accuracy, tokens) in zip(labels, cells)]
 
 def won_and_lost(base, ours, show):
     base, ours = by_problem(base), by_problem(ours)
     gain = {i: mean(ours[i], "correct") - mean(base[i], "correct") for i in base}
-    won = sorted((i for i in base if gain[i] > 0), key=lambda i: -gain[i])
-    lost = sorted((i for i in base if gain[i] < 0), key=gain.get)
-    return "\n".join([f"accuracy up on {len(won)} problems, down on {len(lost)}, as before on "
-                      f"{len(gain) - len(won) - len(lost)}"] + [
+    up, down = ([i for i in sorted(gain, key=gain.get) if sign * gain[i] > 0] for sign in (1, -1))
+    lines = [f"accuracy up on {len(up)} problems, down on {len(down)} of {len(gain)}"]
+    return "\n".join(lines + [
         f"  {percent(gain[i], sign='+')} points, {mean(base[i], 'tokens'):.0f} -> "
         f"{mean(ours[i], 'tokens'):.0f} tokens: {i} (gold {base[i][0]['gold']})"
-        for i in won[:show] + lost[:show]])
+        for i in up[::-1][:show] + down[:show]])
 
 def compare(args):
     check(len(args.directories) > 1, "compare needs the directories of at least two evaluations")
-    if args.plot:
-        pyplot()  # a missing matplotlib is said before the work
     base_dir, *directories = args.directories
     base_run, *runs = map(read_run, args.directories)
     for directory, run in zip(directories, runs):
         refuse_unless_comparable(base_run, run, (base_dir, directory))
     contrasts = {}
     for name, base in base_run[1].items():
-        parts, notes = [], []
+        rows, notes = [], []
         for label, (_, ours) in zip(directories, runs):
             contrasts[name, label] = contrast(base, ours[name])
-            parts += [(label, *part) for part in contrasts[name, label]]
+            rows += [[label, level, a["problems"], f"{percent(a['accuracy'])} -> {percent(b['accuracy'])}",
+                      percent(*versus["change"], sign="+"), f"{a['tokens']:.0f} -> {b['tokens']:.0f}",
+                      percent(*versus["reduction"])] for level, a, b, versus in contrasts[name, label]]
             notes.append(f"{label}: {won_and_lost(base, ours[name], args.show)}")
         header = [name, "level", "problems", "accuracy, %", "change, points", "mean tokens", "reduction, %"]
-        rows = [[label, level, a["problems"], f"{percent(a['accuracy'])} -> {percent(b['accuracy'])}",
-                 percent(*versus["change"], sign="+"), f"{a['tokens']:.0f} -> {b['tokens']:.0f}",
-                 percent(*versus["reduction"])]
-                for label, level, a, b, versus in parts + published(base_run[0]["model"], name)]
-        print(markdown(header, rows), *notes, "", sep="\n")
+        print(markdown(header, rows + published(base_run[0]["model"], name)), *notes, "", sep="\n")
     print(f"Base: {base_dir}. In brackets: 95 % paired bootstrap intervals over problems.")
     if args.plot:
-        plot_compare(args.plot, base_dir, contrasts)
+        plot_compare(args.plot, contrasts)
         print(f"wrote {args.plot}")
 
 # --------------------------------------------------------------------------------------------------- PICTURES
@@ -635,24 +626,19 @@ def pyplot():
     pyplot.switch_backend("Agg")  # a file, no screen
     return pyplot
 
-def plot_compare(path, base_label, contrasts):
-    """Left: accuracy against tokens with 95 % error bars. Right: token reduction, over all and per level."""
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    names, labels = (list(dict.fromkeys(part)) for part in zip(*contrasts))
-    for (name, label), parts in contrasts.items():
-        style = {"marker": "osD^v"[names.index(name) % 5], "linestyle": "", "capsize": 3}
-        color = f"C{labels.index(label)}"
-        runs = [(base_label, "gray", parts[0][1])] * (label == labels[0]) + [(label, color, parts[0][2])]
-        for run, shade, stats in runs:
-            left.errorbar(stats["tokens"], 100 * stats["accuracy"], 196 * (stats["accuracy_se"] or 0),
-                          1.96 * (stats["tokens_se"] or 0), color=shade, label=f"{run}, {name}", **style)
-        for level, _, _, versus in parts:
-            value, low, high = (100 * x for x in versus["reduction"])
-            right.errorbar([f"{name}\n{level}"], value, [[value - low], [high - value]], color=color, **style)
-    left.set(xlabel="mean response tokens", ylabel="accuracy, %", title="accuracy against length")
-    right.set(xlabel="level", ylabel="token reduction, %", title="reduction by difficulty")
-    right.axhline(0, color="gray", linewidth=0.5)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+def plot_compare(path, contrasts):
+    """Accuracy against tokens: a line from the base to each run, thin ones by level; 95 % error bars."""
+    figure, ax = pyplot().subplots(figsize=(8, 6), layout="constrained")
+    for i, ((name, label), parts) in enumerate(contrasts.items()):
+        for level, *runs, _ in parts:
+            x, dx, y, dy = ([scale * (run[column] or 0) for run in runs] for column, scale in (
+                ("tokens", 1), ("tokens_se", 1.96), ("accuracy", 100), ("accuracy_se", 196)))
+            whole = level == "all"
+            ax.errorbar(x, y, dy, dx, color=f"C{i}", marker="o", capsize=3, elinewidth=0.8,
+                        linewidth=3 if whole else 0.8, label=f"{label}, {name}" if whole else None)
+            ax.annotate(f" {level}", (x[1], y[1]))
+    ax.set(xlabel="mean response tokens", ylabel="accuracy, %", title="from the base on, all and by level")
+    figure.legend(loc="outside lower center")
     figure.savefig(path, dpi=150)
 
 PANELS = (("response_tokens", "eval_tokens"), ("loss",), ("student_entropy", "teacher_entropy"),
@@ -664,23 +650,150 @@ def curves(args):
     for i, directory in enumerate(args.directories):
         rows = read_lines(Path(directory, "metrics.jsonl"))
         for ax, metrics in zip(axes.flat, PANELS):
-            draw_run(ax, rows, metrics, f"C{i}", directory)
+            for metric, line in zip(metrics, ("-", "--")):
+                known = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+                ax.plot(*zip(*known), color=f"C{i}", linestyle=line, marker="." * metric.startswith("eval_"),
+                        label=directory if metric == PANELS[0][0] else None)
+            for row, following in zip(rows, rows[1:]):
+                if following["teacher_age"] < row["teacher_age"]:
+                    ax.axvline(row["step"] + 0.5, color=f"C{i}", linewidth=0.8, linestyle=":")
             ax.set(title=", dashed: ".join(metrics), xlabel="step")
-            if metrics[0] in ("accuracy", "truncated"):
-                ax.set_ylim(-0.02, 1.02)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(args.plot, dpi=90)
     print(f"wrote {args.plot}; dotted lines: thetabar <- theta")
 
-def draw_run(ax, rows, metrics, color, label):
-    for metric, line, name in zip(metrics, ("-", "--"), (label, None)):
-        known = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
-        if known:
-            dots = "o" * metric.startswith("eval_")  # known at some steps only
-            ax.plot(*zip(*known), dots + line, color=color, markersize=4, label=name)
-    for row, following in zip(rows, rows[1:]):
-        if following["teacher_age"] < row["teacher_age"]:
-            ax.axvline(row["step"] + 0.5, color=color, linewidth=0.8, linestyle=":")
+# ----------------------------------------------------------------------------------------------------- TOKENS
+# What the loss sees: the divergence of every token of a response, computed by the trainer's own functions.
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+<meta name=color-scheme content="light dark"><title>What the loss sees</title><style>
+body { max-width: 60rem; margin: auto; padding: 1rem 1rem 4rem; font: 15px/1.5 system-ui, sans-serif }
+h2 { font-size: 1rem; margin: 1.5rem 0 .3rem }
+h2, pre, td, #bar { white-space: pre-wrap; overflow-wrap: anywhere }
+pre, td, #bar { font: 13px/1.6 ui-monospace, monospace }
+pre { border: 1px solid #8886; border-radius: 6px; padding: .5rem .7rem }
+td, th { text-align: left; padding-right: 2rem; border-bottom: 1px solid #8886 }
+span { background: rgb(240 100 0 / calc(80% * var(--shade))) }
+span:hover, #bar { outline: 2px solid }
+#bar { position: fixed; inset: auto 0 0; padding: .5rem 1rem; background: Canvas }
+</style><script>
+onmouseover = ({target: {dataset: {d, p, q, best}}}) => document.getElementById("bar").textContent =
+  d ? `${d} nats   student p ${p}   teacher q ${q}   its likeliest: ${best}` : ""
+</script><div id=bar>Point at a token.</div><h1>What the loss sees</h1><p>Shaded: where student and teacher
+differ, by <span style=--shade:.1>0.02</span> <span style=--shade:.5>0.5</span> <span style=--shade:1>2
+nats</span>.
+"""
+
+def token_options(argv):
+    """opsdc.py's Config from its command line, with four fields more."""
+    own = {"out": ("tokens.html", "the page"), "samples": (4, "number of responses", "1.."),
+           "given": (False, "show responses in --data, a run's samples.jsonl or an evaluation's records"),
+           "teacher": ("", "hub id or folder of the teacher's weights; default: --model")}
+    fields = [(name, type(values[0]), opsdc().flag(*values)) for name, values in own.items()]
+    options = dataclasses.make_dataclass("Options", fields, bases=(opsdc().Config,))
+    cfg, = opsdc().HfArgumentParser(options).parse_args_into_dataclasses(argv)
+    return dataclasses.replace(cfg, steps=1)
+
+def read_responses(cfg, problems, tokenizer):
+    """Rollouts of the first --samples rows of --data. These hold text: tokenised again it may give other ids
+    than were sampled, and with them other values."""
+    places, rollouts = {digest(p.text): i for i, p in enumerate(problems)}, []
+    for where, row in itertools.islice(opsdc().read_rows(cfg.data), cfg.samples):
+        with opsdc().named(f"{where}: expected a line of samples.jsonl or an evaluation's record, found no"):
+            place = places[digest(opsdc().read_problem(row, where, cfg.wrapper))]
+            text, finished = row["response"], row.get("finished", row.get("finish_reason") == "stop")
+        if "finish_reason" in row:  # a record: undo `readable`
+            text = text.removeprefix(readable(tokenizer, problems[place].student, []))
+            text += tokenizer.eos_token * finished
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        rollouts.append(opsdc().Rollout(place, ids, [0.0] * len(ids), finished, row.get("correct")))
+    return rollouts
+
+def log_probabilities(model, inputs, chunk):
+    """[n, V] for so many tokens of the response at a time, float32."""
+    hidden = model(*inputs).float()  # [N, d]
+    model.reshard()
+    head = model.lm.get_output_embeddings().weight.to(opsdc().compute_dtype()).full_tensor().float()  # [V, d]
+    for part in hidden.split(chunk):
+        yield opsdc().finish_logits(part @ head.T, **model.logits)[0].log_softmax(-1)
+
+def score(student, teacher, batch, tokenizer, cfg):
+    """Of each token: itself, divergence in nats, p, q, and the teacher's three likeliest with their q."""
+    found, chunk = [], cfg.loss_chunk
+    quoted = lambda ids: [json.dumps(tokenizer.decode([y]), ensure_ascii=False) for y in ids]
+    for y, log_p, log_q in zip(batch.tokens.split(chunk), log_probabilities(student, batch.student, chunk),
+                               log_probabilities(teacher, batch.teacher, chunk)):
+        p, q = log_p.exp(), log_q.exp()
+        nats, _ = opsdc().divergence_and_gradient(p, log_p, q, log_q, cfg.divergence)
+        columns = [nats.tolist(), *(x.gather(-1, y[:, None])[:, 0].tolist() for x in (p, q))]
+        chances, likeliest = (x.tolist() for x in q.topk(3))
+        best = [list(zip(quoted(ids), row)) for ids, row in zip(likeliest, chances)]
+        found += zip(quoted(y), *columns, best)
+    return found
+
+def pieces(tokenizer, ids):
+    """What each token adds to the text: "" inside a character of several tokens, whose last one brings it."""
+    found, before, since = [], 0, 0
+    for at in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[before:at])[len(tokenizer.decode(ids[before:since])):]
+        whole = at == len(ids) or not text.endswith("\ufffd")
+        found.append(text if whole else "")
+        before, since = (since, at) if whole else (before, since)
+    return found
+
+def page(tokenizer, problems, rollouts, scores, about):
+    """All responses, and a table of the 20 tokens that carry most of the loss."""
+    escape = lambda text: html.escape(str(text), quote=False).replace("'", "&#39;").replace("\r", "&#13;")
+    found, parts = [PAGE, f"<p>{escape(about)}\n"], collections.Counter()
+    times, wanted = collections.Counter(), collections.defaultdict(collections.Counter)
+    for rollout, weights, tokens in zip(rollouts, opsdc().token_weights(rollouts), scores):
+        verdict = {None: "not graded", True: "right", False: "wrong"}[rollout.correct]
+        found.append(f"<h2>{escape(problems[rollout.index].text)}</h2>{len(tokens)} tokens, "
+                     f"{statistics.fmean(nats for _, nats, *_ in tokens):.4g} nats/token, {verdict}\n<pre>")
+        for text, weight, (token, nats, p, q, best) in zip(pieces(tokenizer, rollout.ids), weights, tokens):
+            parts[token] += weight * nats
+            times[token] += 1
+            wanted[token][best[0][0]] += nats
+            best = ", ".join(f"{token} {chance:.3g}" for token, chance in best)
+            found.append(f"<span style=--shade:{min(1, math.sqrt(nats / 2)):.2f} data-d={nats:.6g} "
+                         f"data-p={p:.3g} data-q={q:.3g} data-best='{escape(best)}'>{escape(text)}</span>")
+        found.append("</pre>\n")
+    found.append(f"<h2>What carries most of the loss, {parts.total():.6g} nats/token</h2><table><tr><th>token"
+                 "<th>times<th>mean nats<th>% of the loss<th>the teacher's likeliest there\n")
+    for token, part in parts.most_common(20):
+        row = (token, times[token], f"{wanted[token].total() / times[token]:.3g}",
+               percent(part / parts.total()), " ".join(best for best, _ in wanted[token].most_common(3)))
+        found.append(f"<tr><td>{'<td>'.join(map(escape, row))}\n")
+    return "".join(found) + "</table>\n"
+
+def show_tokens(cfg):
+    """Samples as the trainer's first step does, or reads; scores as it does; writes the page."""
+    trainer, device = opsdc(), opsdc().start_processes()
+    with trainer.refusals():
+        tokenizer, context = trainer.load_tokenizer(cfg.model)
+        told = trainer.read_instruction(cfg.instruction)
+        trainer.check_settings(cfg, context)
+        other, _ = trainer.load_tokenizer(cfg.teacher or cfg.model)
+        check(other.get_vocab() == tokenizer.get_vocab(), f"--teacher {cfg.teacher}: expected the tokens of "
+              f"{cfg.model}, found others")
+        problems = trainer.load_problems(cfg, tokenizer, told)
+        rollouts = read_responses(cfg, problems, tokenizer) if cfg.given else None
+    engine = None if rollouts else trainer.RolloutEngine(cfg)
+    student = teacher = trainer.load_model(cfg, device)
+    if cfg.teacher:
+        teacher = trainer.load_model(dataclasses.replace(cfg, model=cfg.teacher), device)
+    if engine:
+        engine.sync(student)
+        indices = trainer.batch_at(len(problems), 0, cfg.samples, cfg.seed)
+        rollouts = trainer.sample_rollouts(engine, problems, indices, 1, tokenizer, cfg)
+        engine.sleep()
+    batches = [trainer.make_micro_batches([r], problems, device, cfg)[0] for r in rollouts]
+    with trainer.torch.no_grad():
+        scores = [score(student, teacher, batch, tokenizer, cfg) for batch in batches]
+    source = f"; responses of {cfg.data}, tokenised again, not always as sampled" * cfg.given
+    about = f"Student: {cfg.model}{source}. Teacher: {cfg.teacher or 'the same'}, told: {told}"
+    if trainer.dist.get_rank() == 0:
+        replace_file(Path(cfg.out), page(tokenizer, problems, rollouts, scores, about))
+        print(f"wrote {cfg.out}")
 
 # ----------------------------------------------------------------------------------------------- COMMAND LINE
 def write_summary(out, settings, benchmarks, finished):
@@ -821,6 +934,8 @@ def parse_args(argv):
         add("--plot", required=argv[0] == "curves", help="FILE.png")
         add("--show", type=int, default=0, help="number of wins and losses to print")
         return parser.parse_args(argv), {"compare": compare, "curves": curves}[argv[0]]
+    if argv[:1] == ["tokens"]:
+        return token_options(argv[1:]), lambda cfg: opsdc().run_and_exit(lambda: show_tokens(cfg))
     for name, (value, text) in NUMBERS.items():
         add(f"--{name}", type=type(value), default=value, help=f"{text} (default: {value})")
     add("--benchmarks", default="math500,aime24,aime25", help=f"{', '.join(BENCHMARKS)}; NAME=DIR: a copy")
