@@ -880,7 +880,7 @@ def claim_folder(out, resume, mark):  # new, empty or a run's, for this process 
                  "process is at work, found"):
         out.mkdir(parents=True, exist_ok=True)
         found = {path.name for path in out.iterdir()}
-        check(out.name and (found <= {mark} or resume and mark in found), f"{', '.join(sorted(found)[:4])}")
+        check(out.name and (found <= {mark} or resume and mark in found), ", ".join(sorted(found)[:4]) or "no name")
         # the mark is a file, locked and never closed: the lock ends with the process
         fcntl.flock(os.open(out / mark, os.O_CREAT | os.O_WRONLY, 0o666), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -952,8 +952,8 @@ def start_processes():  # join torchrun's group, or make one of a single rank ->
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    waiting = threading.Timer(8, print, ["rank {RANK} waits for the others of WORLD_SIZE={WORLD_SIZE} at "
-                                         "{MASTER_ADDR}; to run alone unset both".format_map(os.environ)])
+    waiting = threading.Timer(4, partial(print, flush=True), [
+        "rank {RANK} waits for the others of WORLD_SIZE={WORLD_SIZE}; to run alone unset both".format_map(os.environ)])
     waiting.start()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
     waiting.cancel()
