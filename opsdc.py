@@ -698,7 +698,8 @@ def as_problem(value, wrapper):
     if not any(m["role"] == "user" and m["content"].strip() for m in value):
         return None
     if wrapper == "math":
-        value = edit_last_user(value, lambda t: t.strip().removeprefix(STUDENT_HEAD).removesuffix(TAIL).strip())
+        bare = lambda text: text.strip().removeprefix(STUDENT_HEAD).removesuffix(TAIL).strip()
+        value = edit_last_user(value, bare)
     return value[0]["content"] if len(value) == 1 else value
 
 def read_problem(row, where, wrapper="math"):
