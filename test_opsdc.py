@@ -2304,32 +2304,20 @@ def test_forks_together_in_a_real_run(good, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- grading
 
-FORMATS = {  # X stands for the value
-    "Answer: X": "So it is clear.\n\nAnswer: X",
-    "**Answer:** X": "**Answer:** X",
-    "**Answer: X**": "Done.\n\n**Answer: X**",
-    "Answer: $X$": "Answer: $X$",
-    "Answer: \\(X\\)": "Answer: \\(X\\)",
-    "backticks": "Answer: `X`",
-    "full-width colon": "Answer：X",
-    "next line": "Answer:\n\nX",
-    "$$ next lines": "**Answer:**\n\n$$\nX\n$$\n",
-    "\\[ next lines": "Answer:\n\\[\nX\n\\]",
-    "full stop": "Answer: $X$.",
-    "special token": "Answer: X<|im_end|>",
-    "think block": "<think>\nPerhaps \\boxed{-7919}? Answer: -7919\n</think>\n\nAnswer: X",
-    "Seed's think block": "<seed:think>\nPerhaps \\boxed{-7919}?</seed:think>\n\nAnswer: X",
-    "boxed": "Therefore \\[\\boxed{X}\\]",
-    "boxed in the line": "Answer: $\\boxed{X}$.",
-}
+FORMATS = [  # X stands for the value
+    "It is clear.\n\nAnswer: X", "**Answer:** X", "Done.\n\n**Answer: X**", "Answer: $X$", "Answer: \\(X\\)",
+    "Answer: `X`", "Answer：X", "Answer:\n\nX", "**Answer:**\n\n$$\nX\n$$\n", "Answer:\n\\[\nX\n\\]",
+    "Answer: $X$.", "Answer: X<|im_end|>", "Therefore \\[\\boxed{X}\\]", "Answer: $\\boxed{X}$.",
+    "<think>\nPerhaps \\boxed{-7919}? Answer: -7919\n</think>\n\nAnswer: X",
+    "<seed:think>\nPerhaps \\boxed{-7919}?</seed:think>\n\nAnswer: X"]
 
 @pytest.mark.parametrize("value", ["73", "\\frac{5}{7}", "\\$12.40", "(2, -3)", "\\text{Thursday}", "121_3",
                                    "\\begin{pmatrix} 4 \\\\ 9 \\end{pmatrix}"])
 def test_every_format_takes_the_right_value_and_refuses_a_wrong_one(value):
-    for name, text in FORMATS.items():
+    for text in FORMATS:
         right = ev.grade(text.replace("X", value), value)
-        assert right.correct and right.either_full_text and not right.truncated and not right.no_answer, name
-        assert not ev.grade(text.replace("X", "74"), value).correct, name
+        assert right.correct and right.either_full_text and not right.truncated and not right.no_answer, text
+        assert not ev.grade(text.replace("X", "74"), value).correct, text
 
 def pairs(table, sign):
     """(answer, gold) of each `answer SIGN gold`; two spaces or a line end between them."""
@@ -2425,8 +2413,8 @@ def test_where_the_answer_is():
     assert taken("The final answer: 5") == "5" and taken("## Final Answer: $5$") == "5"
     for row, value in (("$\\boxed{2}$ and $\\boxed{3}$", "2 and 3"), ("\\boxed{2},\\quad\\boxed 3", "2, 3"),
                        ("\\[\\boxed{2}\\]\n\\[\\boxed{3}\\]", "2, 3"), ("\\boxed{5}\n\n\\boxed{5}", "5"),
-                       ("\\boxed{x<1}\\text{ or }\\boxed{x>3}", "x<1 or x>3"), ("\\boxed{4} so \\boxed{5}", "5"),
-                       ("\\boxed{1}, \\boxed{2}, and \\boxed{3}", "1, 2 and 3"), ("\\boxed{3}\\boxed{}", None),
+                       ("\\boxed{x<1}\\text{ or }\\boxed{x>3}", "x<1 or x>3"), ("\\boxed{3}\\boxed{}", None),
+                       ("\\boxed{1}, \\boxed{2}, and \\boxed{3}", "1, 2 and 3"), ("\\boxed4: \\boxed5", "5"),
                        ("\\boxed{\\boxed{5}}", "\\boxed{5}"), ("\\boxed{2} \\boxed{} \\boxed{3}", "3")):
         assert taken(row) == value, row
     assert taken("\\textbf{Answer: 5}") == "5" and taken("Correct answer: 5 ✅") == "5"
@@ -2603,8 +2591,8 @@ def test_whole_math500_file():
                  "nothing but cut before the first box": [s[:s.find("\\boxed")] for s in solutions],
                  "contradictory": [f"<think>\nIt is \\boxed{{{g}}}.\n</think>\nAnswer: {w}"
                                    for g, w in zip(golds, wrong)]}
-    for name, text in FORMATS.items():
-        responses |= {f"{name}{kind}": [text.replace("X", x) for x in values]
+    for text in FORMATS:
+        responses |= {f"{text}{kind}": [text.replace("X", x) for x in values]
                       for kind, values in ((" right", golds), (" wrong", wrong))}
     finished = [name != "cut before the last box" for name in responses for _ in golds]
     # one call: equal pairs are asked once
@@ -3147,7 +3135,8 @@ def test_records_read_think_blocks_opened_by_the_template(toy):
     # another family's tags, special tokens, opened by the template; the last closing one counts
     tokenizer.add_special_tokens({"additional_special_tokens": ["<seed:think>", "</seed:think>"]})
     tokenizer.chat_template = tokenizer.chat_template.replace("<think>", "<seed:think>")
-    seed = records("3 </seed:think>\nAnswer: 4", "3 </think> Answer: 4 </seed:think>\nAnswer: 5", "Answer: 4", "4")
+    seed = records("3 </seed:think>\nAnswer: 4", "3 </think> Answer: 4 </seed:think>\nAnswer: 5",
+                   "Answer: 4", "4")
     assert [r["correct"] for r in seed] == [True, False, False, False]
     assert [r["truncated"] for r in seed] == [False, False, True, True]
     assert [r["answer_tokens"] for r in seed] == [len(encode("\nAnswer: 4")) + 1] * 2 + [0, 0]
