@@ -223,7 +223,7 @@ def tidy(text):
     for rules in RULES.values():
         for pattern, by, _ in rules:
             text = re.sub(pattern, by, text)
-    return text.strip()
+    return " ".join(text.split())
 
 def key(text):
     """Canonical string of a tidied value: equal keys, equal answers. "3 5" keeps its space: it is not 35."""
