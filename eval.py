@@ -185,6 +185,8 @@ RULES = {
         (r"(\d) ?h ?(\d+) ?m(?![a-z])", r"\1 hr \2 min", "1h 5m -> 1 hr 5 min"),
         (r"(?<=\d) ?(?:\\text\{)?" + MEASURE + r"[., }and]*(?=[\d.]+ ?(?:\\text\{)?(?!\1)" + MEASURE + ")",
          lambda m: rf"\text{{{MEASURES[m[1]]}}}", "2 hours and 30 minutes -> 2 hr 30 min"),
+        (r"(\\text\{\w+\}[\d.]+) ?" + MEASURE + "$", lambda m: rf"{m[1]}\text{{{MEASURES[m[2]]}}}",
+         "5 min 20 s -> 5 minutes 20 seconds"),
         (r"(?i)\b([ap])\.(?=m)", r"\1", r"7:20 p.m -> 7:20 \text{ PM}")],
     "lists": [
         (r"^.*(?:[<>]|\\[lg]eq?|\\neq?)(?![a-z]).*", lambda m: re.sub(  # between inequalities the word counts
@@ -225,7 +227,7 @@ def tidy(text):
     for rules in RULES.values():
         for pattern, by, _ in rules:
             text = re.sub(pattern, by, text)
-    return text.strip()
+    return " ".join(text.split())
 
 def key(text):
     """Canonical string of a tidied value: equal keys, equal answers. "3 5" keeps its space: it is not 35."""
@@ -300,8 +302,10 @@ def sympy_equal(a, g):
 
 # math-verify runs in processes that can be killed: its alarm works in the main thread only and stops no C
 # code (9^9^9^9). They start by exec, not by fork of a trainer with CUDA and NCCL, and are kept: it is slow.
-PATIENCE = 15     # times a worker's own start (0.4 s of CPU time): as slow as the processor. Comparing takes
-WALL_SECONDS = 1000  # 0.01 to 0.6 s. This one is for starts on a busy machine: CPU time bounds the rest
+# A comparison, which takes 0.01 to 0.6 s, may take 15 times the CPU time of the worker's own start, 0.4 s: in
+# seconds the limit would make verdicts depend on the processor.
+PATIENCE = 15
+WALL_SECONDS = 1000  # room to start on a busy machine; later no answer takes as long: its CPU time is bounded
 MEMORY = 4 << 30  # bytes of address space of a worker: a huge power must not take the trainer's memory
 IDLE = []         # started workers, waiting
 

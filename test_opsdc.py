@@ -2313,85 +2313,103 @@ def test_forks_together_in_a_real_run(folder):
 
 # ---------------------------------------------------------------------------------------------------- grading
 
-FORMATS = {  # X stands for the value
-    "Answer: X": "So it is clear.\n\nAnswer: X",
-    "**Answer:** X": "**Answer:** X",
-    "**Answer: X**": "Done.\n\n**Answer: X**",
-    "Answer: $X$": "Answer: $X$",
-    "Answer: \\(X\\)": "Answer: \\(X\\)",
-    "backticks": "Answer: `X`",
-    "full-width colon": "Answer：X",
-    "next line": "Answer:\n\nX",
-    "$$ next lines": "**Answer:**\n\n$$\nX\n$$\n",
-    "\\[ next lines": "Answer:\n\\[\nX\n\\]",
-    "full stop": "Answer: $X$.",
-    "special token": "Answer: X<|im_end|>",
-    "think block": "<think>\nPerhaps \\boxed{-7919}? Answer: -7919\n</think>\n\nAnswer: X",
-    "boxed": "Therefore \\[\\boxed{X}\\]",
-    "boxed in the line": "Answer: $\\boxed{X}$.",
-}
+FORMATS = [  # X stands for the value
+    "It is clear.\n\nAnswer: X", "**Answer:** X", "Done.\n\n**Answer: X**", "Answer: $X$", "Answer: \\(X\\)",
+    "Answer: `X`", "Answer：X", "Answer:\n\nX", "**Answer:**\n\n$$\nX\n$$\n", "Answer:\n\\[\nX\n\\]",
+    "Answer: $X$.", "Answer: X<|im_end|>", "Therefore \\[\\boxed{X}\\]", "Answer: $\\boxed{X}$.",
+    "<think>\nPerhaps \\boxed{-7919}? Answer: -7919\n</think>\n\nAnswer: X",
+    "<seed:think>\nPerhaps \\boxed{-7919}?</seed:think>\n\nAnswer: X"]
 
-@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("value", ["73", "\\frac{5}{7}", "\\$12.40", "(2, -3)", "\\text{Thursday}", "121_3",
                                    "\\begin{pmatrix} 4 \\\\ 9 \\end{pmatrix}"])
-def test_every_format_takes_the_right_value_and_refuses_a_wrong_one(name, value):
-    right = ev.grade(FORMATS[name].replace("X", value), value)
-    assert right.correct and right.either_full_text and not right.truncated and not right.no_answer
-    assert not ev.grade(FORMATS[name].replace("X", "74"), value).correct
+def test_every_format_takes_the_right_value_and_refuses_a_wrong_one(value):
+    for text in FORMATS:
+        right = ev.grade(text.replace("X", value), value)
+        assert right.correct and right.either_full_text and not right.truncated and not right.no_answer, text
+        assert not ev.grade(text.replace("X", "74"), value).correct, text
 
-@pytest.mark.parametrize("answer, gold", [
-    ("055", "55"), ("-8", "-08"), ("1,234", "1234"), ("3{,}600", "3600"), ("11,\\!000", "11000"),
-    (".75", "0.750"), ("+6", "6"), ("0.75", "\\frac34"), ("\\dfrac{2}{9}", "\\tfrac29"),
-    ("\\frac 38", "\\frac{3}{8}"), ("1\\frac{1}{4}", "5/4"), ("30^\\circ", "30"), ("30°", "30^{\\circ}"),
-    ("\\$7.50", "7.5"), ("25\\%", "0.25"), ("25\\%", "25%"), ("25 percent", "25\\%"),
-    ("\\text{blue}", "Blue"), ("\\mathrm{north}", "\\text{north}"), ("x=9", "9"), ("9", "x=9"),
-    ("2\\sqrt{3}", "\\sqrt{12}"), ("2√3", "2\\sqrt3"), ("3π", "3\\pi"), ("−4", "-4"),
-    ("5sqrt(2)", "5\\sqrt{2}"), ("\\left(1,\\,2\\right)", "(1,2)"), ("3, 8", "8, 3"),
-    ("[-1,4]", "-1 \\le x \\le 4"), ("-1 \\le x \\le 4", "[-1,4]"), ("(t-2)(t+2)", "t^2-4"),
-    ("4x+6y=2", "2x+3y=1"), ("12_{7}", "12_7"), ("0.333333333", "\\frac13"), ("2 \\text{ or } 5", "2, 5"),
-    ("8 \\text{ cm}", "8"), ("\\boxed{8}", "8"), ("1.0\\times10^{-4}", "0.0001"),
-    ("6.02 x 10^{23}", "6.02 \\cdot 10^{23}"), ("x₁+x²", "x_1+x^2"), ("\\sin 30^\\circ", "\\frac12"),
-    ("\\ln(xy)", "\\ln x+\\ln y"), ("\\sin^2 x+\\cos^2 x", "1"), ("4 h", "4\\text{ h}"),
-    ("33\\frac13\\%", "1/3"), ("0.4\\overline{6}", "7/15"), ("a_i", "a_{i}"),
-    ("x<2 \\text{ or } x>3", "(-\\infty,2)\\cup(3,\\infty)"),
-    ("3.2e-5", "3.2\\times10^{-5}"), ("e^(2x)", "e^{2x}"), ("2^\\frac12", "\\sqrt2"), ("sin(x)", "\\sin x"),
-    ("sqrt(1+sqrt(2))", "\\sqrt{1+\\sqrt2}"), ("\\textcolor{red}{9}", "9"), ("\\bm{16}", "16"),
-    ("\\mathbf{\\frac{3}{4}}", "3/4"), ("\\frac{3\\pm i\\sqrt5}{2}", "\\frac32 \\pm \\frac{\\sqrt5}{2}i"),
-    ("x \\equiv 4 (mod 9)", "x \\equiv 4 \\pmod{9}"), ("7:20 p.m.", "7:20 \\text{ PM}"),
-    ("1'234'567", "1234567"), ("14 stamps", "14"), ("14", "14\\text{ pages}"), ("6.5 kJ/mol", "6.5"),
-    ("66 2/3%", "2/3"), ("\\pi r^2h", "\\pi hr^2"), ("Self-adjoint", "self-adjoint"), ("NO", "no"),
-    ("60 mph", "60 miles per hour"), ("10 km/h", "10\\text{ km per hour}"), ("2 hr", "2\\text{ hours}"),
-])
-def test_equal(answer, gold):
-    assert ev.grade(f"Answer: {answer}", gold).correct
+def pairs(table, sign):
+    """(answer, gold) of each `answer SIGN gold`; two spaces or a line end between them."""
+    return [pair.split(f" {sign} ") for pair in re.split(r"\s\s+|\n", table.strip())]
 
-@pytest.mark.parametrize("answer, gold", [
-    ("42 or 43", "42"), ("$42$ or $43$", "42"), ("42, 43", "42"), ("42 (or 43)", "42"), ("not 42", "42"),
-    ("42 43", "42"), ("3 5", "35"), ("42", "-42"), ("42.5", "42"), ("3.21", "3.2100001"),
-    ("1/2^{99}", "1/2^{98}"), ("(1/2^{99},0)", "(1/2^{98},0)"), ("\\sqrt{10^{40}+1}", "10^{20}"),
-    ("6.74\\times10^{-5}", ".0000672"), ("10\\%", "10"), ("10", "10\\%"), ("52_9", "52_8"), ("52", "52_8"),
-    ("52_8", "52"), ("seat", "\\text{east}"), ("(2,1)", "(1,2)"), ("[1,2]", "(1,2)"), ("x=2", "y=2"),
-    ("0.33", "1/3"), ("2k", "2k+1"), ("", "42"), ("\\frac{1}{23}", "\\frac{1}{2}3"),
-    ("AB", "ab"), ("Ab", "ab"), ("4 h", "4"), ("(3,4)", "3,4"), ("(3,4)", "\\{3,4\\}"), ("1,2,2", "1,1,2"),
-    ("7 million", "7"), ("\\angle ABC", "\\angle ACB"), ("0.46", "7/15"), ("x<2, y<3", "y<2, x<3"),
-    ("7 millions", "7"), ("7 halves", "7"), ("Mgh", "mgh"), ("2mgH", "2mgh"), ("mgH", "mgh"),
-    ("2,4,6,...", "2,4,6"), ("7:20 AM", "7:20 PM"), ("x \\equiv 4 (mod 8)", "x \\equiv 4 \\pmod 9"),
-    ("8 plus", "8"), ("f(x) increases", "f(x)"), ("7 cm", "7\\text{ m}"), ("7 hours", "7 minutes"),
-    ("12 cm", "12\\text{ inches}"), ("7\\text{ cents}", "7 dollars"),
-])
-def test_not_equal(answer, gold):
-    assert not ev.grade(f"Answer: {answer}", gold).correct
+def accepted(answer, gold):
+    """As a worker compares them, but in this process."""
+    try:
+        return bool(ev.equal(ev.tidy(answer), ev.tidy(gold)))
+    except Exception:  # not read, so not equal
+        return False
 
-@pytest.mark.parametrize("answer, right", [("C", True), ("(C)", True), ("C)", True), ("C.", True),
-                                           ("C) 14 m", True), ("(C) 14", True), ("\\text{C}", True),
-                                           ("**C**", True), ("**C**: 5", True), ("C because", True),
-                                           ("B", False), ("c", False), ("B or C", False),
-                                           ("C) or B)", False), ("B, C", False), ("Carbon", False),
-                                           ("14 m", False), ("[C]", True), ("option C", True),
-                                           ("[C] or [B]", False), ("option B", False)])
-def test_multiple_choice_by_exact_letter(answer, right):
-    assert ev.grade(f"Answer: {answer}", "C").correct is right
-    assert ev.grade(f"So \\boxed{{{answer}}}", "\\text{(C)}").correct is right
+def test_no_rule_without_an_example_that_fails_without_it(monkeypatch):
+    for kind, rules in ev.RULES.items():
+        for rule in rules:
+            (pair,) = pairs(rule[2], "->")
+            assert accepted(*pair), rule
+            with monkeypatch.context() as without:
+                without.setitem(ev.RULES, kind, [other for other in rules if other != rule])
+                assert not accepted(*pair), rule
+    for table, name, sign in ((ev.UNITS, "UNIT", "->"), (ev.MISREAD, "UNREAD", "=")):
+        for rule, example in table:
+            ((answer, gold),) = pairs(example, sign)
+            whole, rest = ("|".join(p for p, _ in table if p != left_out) for left_out in (None, rule))
+            with monkeypatch.context() as without:
+                without.setattr(ev, name, re.compile(getattr(ev, name).pattern.replace(whole, rest)))
+                assert accepted(answer, gold) is (sign == "="), example
+            assert accepted(answer, gold) is (sign == "->"), example
+
+EQUAL = r"""
+055 -> 55  -8 -> -08  1,234 -> 1234  11,\!000 -> 11000  .75 -> 0.750  +6 -> 6  0.75 -> \frac34
+25\% -> 0.25  \frac 38 -> \frac{3}{8}  1\frac{1}{4} -> 5/4  30° -> 30^{\circ}  25\% -> 25%  \$7.50 -> 7.5
+\text{blue} -> Blue  x=9 -> 9  9 -> x=9  2√3 -> 2\sqrt3  2\sqrt{3} -> \sqrt{12}  3π -> 3\pi
+5sqrt(2) -> 5\sqrt{2}  \left(1,\,2\right) -> (1,2)  3, 8 -> 8, 3  [-1,4] -> -1 \le x \le 4
+-1 \le x \le 4 -> [-1,4]  (t-2)(t+2) -> t^2-4  4x+6y=2 -> 2x+3y=1  12_{7} -> 12_7  0.333333333 -> \frac13
+8 \text{ cm} -> 8  \boxed{8} -> 8  1.0\times10^{-4} -> 0.0001  x₁+x² -> x_1+x^2  \ln(xy) -> \ln x+\ln y
+\sin^2 x+\cos^2 x -> 1  a_i -> a_{i}  2^\frac12 -> \sqrt2  sqrt(1+sqrt(2)) -> \sqrt{1+\sqrt2}
+\textcolor{red}{9} -> 9  \bm{16} -> 16  14 -> 14\text{ pages}  NO -> no
+\frac{3\pm i\sqrt5}{2} -> \frac32 \pm \frac{\sqrt5}{2}i  66 2/3% -> 2/3  \pi r^2h -> \pi hr^2
+Self-adjoint -> self-adjoint  1,200\% -> 12  10 km/h -> 10\text{ km per hour}  3 cm, 2 cm -> 2, 3
+x<2 \text{ or } x>3 -> (-\infty,2)\cup(3,\infty)  x>1 and x<3 -> 1<x<3  x>1, x<3 -> (1,3)  5>x>1 -> 1<x<5
+x<1 or x>3 -> |x-2|>1  x \le -2 \text{ or } 5 \le x -> x \in (-\infty,-2]\cup[5,\infty)
+x<1, x>3 -> 3<x or x<1  x<0, 1<x<2, or x>3 -> (-\infty,0)\cup(1,2)\cup(3,\infty)  b<2 and a>1 -> a>1, b<2
+2 hr 30 min -> 2h 30m  2 hours, 30 minutes -> 2\text{ hours and }30\text{ minutes}  5 ft. 3 in. -> 5'3"
+6 sq in -> 6\text{ in}^2  1 hour 5 minutes and 20 seconds -> 1 hr 5 min 20 s
+(5,\infty)\cup[0,3) -> [0,3)\cup(5,\infty)"""
+UNEQUAL = r"""
+42 or 43 != 42  $42$ or $43$ != 42  42, 43 != 42  42 (or 43) != 42  not 42 != 42  42 43 != 42  3 5 != 35
+42 != -42  42.5 != 42  3.21 != 3.2100001  1/2^{99} != 1/2^{98}  (1/2^{99},0) != (1/2^{98},0)
+\sqrt{10^{40}+1} != 10^{20}  6.74\times10^{-5} != .0000672  10\% != 10  10 != 10\%  52 != 52_8  52_8 != 52
+seat != \text{east}  (2,1) != (1,2)  [1,2] != (1,2)  x=2 != y=2  0.33 != 1/3  2k != 2k+1
+\frac{1}{23} != \frac{1}{2}3  AB != ab  Ab != ab  4 h != 4  (3,4) != 3,4  (3,4) != \{3,4\}  1,2,2 != 1,1,2
+7 million != 7  0.46 != 7/15  x<2, y<3 != y<2, x<3  7 millions != 7  7 halves != 7  Mgh != mgh
+2mgH != 2mgh  mgH != mgh  7:20 AM != 7:20 PM  x \equiv 4 (mod 8) != x \equiv 4 \pmod 9  8 plus != 8
+f(x) increases != f(x)  7 cm != 7\text{ m}  7 hours != 7 minutes  12 cm != 12\text{ inches}
+7\text{ cents} != 7 dollars  7 miles != 7 minutes  8 cm^3 != 8\text{ cm}^2  [3,-1] != (3,-1)
+2, 3 != (x, y) = (2, 3)  x>1 or x<3 != (1,3)  x<1 and x>3 != x<1 or x>3  x>1 and x<3 != x<1 or x>3
+-2, 5 != -2<x<5  a>1 or b<2 != a>1 and b<2  x<1 or x>3 != y<1 or y>3  x<1 and x>3 != x<2 and x>5
+2 hours 30 minutes != 230  2 hours 30 minutes != 30 hours 2 minutes  5 ft 3 in != 53
+2, 30 != 2 hours 30 minutes  5 gallons 3 quarts != 53  5^\circ 3 != 53  €5 3 != 53"""
+
+def test_equal_and_not_equal():
+    same, other = pairs(EQUAL, "->"), pairs(UNEQUAL, "!=") + [("", "42")]
+    assert len(same) > 60 and len(other) > 60
+    verdicts = ev.grade_all([f"Answer: {answer}" for answer, _ in same + other], [g for _, g in same + other])
+    assert [pair for pair, v in zip(same, verdicts) if not v.correct] == []
+    assert [pair for pair, v in zip(other, verdicts[len(same):]) if v.correct] == []
+
+CASES = HERE.parent / "shared/cases/grading.jsonl"
+
+@pytest.mark.skipif(not CASES.is_file(), reason=f"{CASES} is not there")
+def test_cases_collected_from_other_graders():
+    cases = [json.loads(line) for line in CASES.read_text().splitlines()]
+    verdicts = ev.grade_all([case["response"] for case in cases], [case["gold"] for case in cases])
+    assert [case for case, v in zip(cases, verdicts) if v.correct is not case["expected"]] == []
+
+def test_multiple_choice_by_exact_letter():
+    right = ["C", "(C)", "C)", "C.", "C) 14 m", "(C) 14", "\\text{C}", "**C**", "**C**: 5", "C because",
+             "[C]", "option C"]
+    wrong = ["B", "c", "B or C", "C) or B)", "B, C", "Carbon", "14 m", "[C] or [B]", "option B"]
+    for answer in right + wrong:
+        assert ev.grade(f"Answer: {answer}", "C").correct is (answer in right), answer
+        assert ev.grade(f"So \\boxed{{{answer}}}", "\\text{(C)}").correct is (answer in right), answer
 
 def test_where_the_answer_is():
     def taken(text):
@@ -2402,6 +2420,12 @@ def test_where_the_answer_is():
     assert taken("\\boxed{5}, then \\boxed{unbalanced") == "5" and taken("\\boxed{5}\nAnswer:") == "5"
     assert taken("\\boxed{\\{5\\}}") == "\\{5\\}" and taken("\\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
     assert taken("The final answer: 5") == "5" and taken("## Final Answer: $5$") == "5"
+    for row, value in (("$\\boxed{2}$ and $\\boxed{3}$", "2 and 3"), ("\\boxed{2},\\quad\\boxed 3", "2, 3"),
+                       ("\\[\\boxed{2}\\]\n\\[\\boxed{3}\\]", "2, 3"), ("\\boxed{5}\n\n\\boxed{5}", "5"),
+                       ("\\boxed{x<1}\\text{ or }\\boxed{x>3}", "x<1 or x>3"), ("\\boxed{3}\\boxed{}", None),
+                       ("\\boxed{1}, \\boxed{2}, and \\boxed{3}", "1, 2 and 3"), ("\\boxed4: \\boxed5", "5"),
+                       ("\\boxed{\\boxed{5}}", "\\boxed{5}"), ("\\boxed{2} \\boxed{} \\boxed{3}", "3")):
+        assert taken(row) == value, row
     assert taken("\\textbf{Answer: 5}") == "5" and taken("Correct answer: 5 ✅") == "5"
     assert taken("Answer: The correct choice is **5**.") == "5" and taken("Answer: the value is not 5") != "5"
     assert (taken("Answer: $\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}$\nas said")
@@ -2414,6 +2438,7 @@ def test_where_the_answer_is():
                 and not verdict.truncated), nothing
     # a reference solution
     assert ev.grade("Answer: 1/2", "We find $x=\\boxed{3}$, so the answer is \\boxed{\\frac{1}{2}}.").correct
+    assert ev.grade("\\boxed{3}, \\boxed{2}", "the roots $\\boxed{2}$ and $\\boxed{3}$").correct
 
 def test_only_the_text_after_the_last_think_counts():
     inside = "<think>\nAnswer: 5, \\boxed{5}\n</think>\nAnswer: 6"
@@ -2422,6 +2447,11 @@ def test_only_the_text_after_the_last_think_counts():
             == (False, False, False, True))
     assert ev.grade(inside, "6").correct
     assert ev.grade("opened by the template \\boxed{4}</think>Answer: 5", "5").correct
+    for tags in ("<seed:think> </seed:think>", "<thought> </thought>", "[THINK] [/THINK]",
+                 "<|START_THINKING|> <|END_THINKING|>", "<|channel> <channel|>"):
+        opening, closing = tags.split()
+        assert ev.grade(f"{opening}\\boxed{{4}}{closing}{opening} {closing}Answer: 5", "5").correct
+        assert ev.grade(f"{opening}\\boxed{{5}}", "5").truncated
     for cut in (ev.grade("Answer: 5", "5", finished=False), ev.grade("<think> \\boxed{5} Answer: 5", "5"),
                 ev.grade("<think>a</think>\nAnswer: 5\n<think> again", "5")):
         assert ((cut.correct, cut.answer, cut.truncated, cut.no_answer, cut.either_full_text)
@@ -2430,55 +2460,78 @@ def test_only_the_text_after_the_last_think_counts():
     assert (only_line.correct, only_line.answer_only, only_line.boxed_only) == (True, True, False)
     assert (only_box.correct, only_box.answer_only, only_box.boxed_only) == (True, False, True)
 
-def test_hostile_input_is_wrong_within_seconds_and_others_are_not_touched():
-    ev.grade("Answer: \\sqrt{4}", "2")  # the worker's start is not what is measured
-    text = ["[" * 10**6, "\\boxed{" * 10**5, "{" * 10**6 + "}" * 10**6, "Answer" + " " * 10**6, "*" * 10**6,
-            "Answer:" * 10**4, "Answer: " + "(" * 900, "Answer: " + "9" * 10**6, "Answer: 9^9^9^9",
-            "Answer: \\frac{1}{0}"]
-    start = time.time()
-    assert not any(v.correct for v in ev.grade_all(text, ["7"] * len(text)))
-    assert time.time() - start < 30
-    stuck = ["Answer: $9^{9^{9^9}}$", "Answer: \\sqrt{49}", "Answer: $8^{8^{8^8}}$", "Answer: 14/2",
-             "Answer: 8/2"]
-    start = time.time()
-    assert [v.correct for v in ev.grade_all(stuck, ["7"] * 5, workers=2)] == [False, True, False, True, False]
-    assert time.time() - start < 60
-    assert ev.grade("Answer: 21/3", "7").correct  # the killed workers were replaced
+@pytest.fixture
+def workers(monkeypatch):
+    """What a test starts and what it asks, recorded; no worker is there before."""
+    found, start, ask = types.SimpleNamespace(started=[], asked=[]), subprocess.Popen, ev.ask_worker
+    monkeypatch.setattr(ev, "IDLE", [])
+    monkeypatch.setattr(ev.subprocess, "Popen",
+                        lambda *a, **options: found.started.append(start(*a, **options)) or found.started[-1])
+    monkeypatch.setattr(ev, "ask_worker", lambda pair: found.asked.append(pair) or ask(pair))
+    yield found
+    for worker in found.started:
+        worker.communicate()  # the end of its input ends it
 
-def test_one_worker_and_three_give_the_same_verdicts_in_order_and_quickly():
+def test_hostile_answers_are_wrong_and_others_are_not_touched(workers):
+    texts = ["[" * 10**6, "Answer: " + "(" * 900, "Answer: " + "9" * 10**6, "Answer: \\frac{1}{0}",
+             "Answer: $9^{9^{9^9}}$", "Answer: \\sqrt{49}", "Answer: 14/2", "Answer: 8/2", "Answer: 21/3"]
+    verdicts = ev.grade_all(texts, ["7"] * len(texts), workers=1)
+    assert [v.correct for v in verdicts] == [False] * 5 + [True, True, False, True]
+    ended = [worker.returncode for worker in workers.started if worker.poll() is not None]
+    assert ended == [-signal.SIGPROF] and len(workers.started) == 2  # killed, and replaced
+
+def test_one_worker_and_three_give_the_same_verdicts_in_order(workers):
     rng = random.Random(0)
-    pairs = [(f"Answer: \\frac{{{rng.randint(1, 9)}}}{{{rng.randint(1, 9)}}}", str(rng.randint(1, 3)))
-             for _ in range(32)]
-    texts, golds = zip(*pairs)
+    fractions = [("\\frac{%d}{%d}" % (rng.randint(1, 9), rng.randint(1, 9)), str(rng.randint(1, 3)))
+                 for _ in range(32)]
+    texts, golds = [f"Answer: {answer}" for answer, _ in fractions], [gold for _, gold in fractions]
     one = ev.grade_all(texts, golds, workers=1)
-    ev.grade_all(texts, golds, workers=3)
-    start = time.time()
-    three = ev.grade_all(texts, golds, workers=3)
-    assert time.time() - start < 5  # warm: about 0.1 s; the rest is room for a busy machine
-    assert one == three == [ev.grade(*pair) for pair in pairs] and {v.correct for v in one} == {True, False}
+    assert len(workers.started) == 1 and sorted(workers.asked) == sorted(set(fractions))
+    assert one == ev.grade_all(texts, golds, workers=3) == [ev.grade(*pair) for pair in zip(texts, golds)]
+    assert {v.correct for v in one} == {True, False} and len(workers.started) <= 3  # they are kept
 
 def cpu_time():
-    """Seconds of CPU of this process and its grading workers: those of the clock depend on the load."""
+    """Seconds of CPU of this process and its grading workers."""
     stats = [Path(f"/proc/{w.pid}/stat").read_text().rpartition(")")[2].split() for w in ev.IDLE]
     return time.process_time() + sum(int(s[11]) + int(s[12]) for s in stats) / os.sysconf("SC_CLK_TCK")
 
-def test_a_long_value_costs_nothing_and_a_thousand_responses_six_seconds():
-    ev.grade("Answer: \\sqrt{4}", "2")  # a worker is there: its start is not what is measured
+def growth(work, n, measurable):
+    """CPU time of work(2 n) over that of work(n), each the least of five; n grows until both can be seen."""
+    def seconds(n):
+        start = cpu_time()
+        work(n)
+        return cpu_time() - start
+    while seconds(n) < measurable:
+        n *= 2
+    once, twice = zip(*[(seconds(n), seconds(2 * n)) for _ in range(5)])
+    return min(twice) / min(once)
+
+@pytest.mark.parametrize("head, middle, tail", [
+    ("", "[", ""), ("", "\\boxed{", ""), ("", "{", "}"), ("Answer", " ", ""), ("", "*", ""),
+    ("", "Answer:", ""), ("Answer: ", "9", ""), ("", "\\boxed{1} ", ""), ("", "<think>", ""),
+    ("\\boxed{1}\\text{", " ", "")])
+def test_twice_the_text_takes_twice_the_time(head, middle, tail):
+    assert growth(lambda n: ev.grade(head + middle * n + tail * n, "7", False), 1000, 0.02) < 2.5
+
+def test_a_long_value_is_asked_of_nobody_and_twice_the_responses_take_twice_the_time(workers):
     long = "~" * 3900
     for text, gold in (("Answer: " + long, "7"), ("Answer: 7", long), ("\\boxed{" + long + "}", "7")):
-        start = cpu_time()
-        assert not ev.grade(text, gold).correct
-        assert cpu_time() - start < 0.05, text[:20]  # measured: 0.001
+        assert not ev.grade(text, gold).correct and not workers.started, text[:20]
     filler = "we find that the value of $x^2$ is \\frac{1}{2} so (a+b) = 3. Then { } answer " * 250
-    texts = [f"{filler}{i}\nAnswer: \\frac{{{i}}}{{2}}" for i in range(1000)]
-    start = cpu_time()
-    assert sum(v.correct for v in ev.grade_all(texts, ["7"] * 1000, workers=1)) == 1 and len(texts[0]) > 19000
-    assert cpu_time() - start < 6  # on one core, so on two; measured: 3.4
+    numbers = itertools.count()  # new ones: nothing is remembered
+
+    def work(n):
+        texts = [f"{filler}{i}\nAnswer: \\frac{{{i}}}{{2}}" for i in itertools.islice(numbers, n)]
+        assert len(texts[0]) > 19000 and len(ev.grade_all(texts, ["7"] * n, workers=1)) == n
+    work(1)  # the worker's start is not what is measured
+    assert growth(work, 50, 0.2) < 2.5 and len(workers.started) == 1
+    assert len(workers.asked) == next(numbers)  # each once
 
 def test_grading_loads_neither_torch_nor_vllm_nor_opsdc():
     code = ("import sys, eval; v = eval.grade('Answer: $\\\\frac{2}{4}$', '0.5'); "
             "print(v.correct, [m for m in ('torch', 'vllm', 'opsdc', 'sympy') if m in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                          timeout=HANG)
     assert done.stdout.strip() == "True []", done.stderr
 
 GOLDS = ["\\frac{3}{4}", "-\\frac{7\\pi}{12}", "12345", "\\left( 3, \\frac{\\pi}{2} \\right)", "x^2 - 5x + 6",
@@ -2539,30 +2592,27 @@ def test_math500_respelled_and_mutated():
 def test_whole_math500_file():
     rows = [json.loads(line) for line in MATH500.read_text().splitlines()]
     golds, solutions = [row["answer"] for row in rows], [row["solution"] for row in rows]
-
-    def accepted(texts, finished=None):
-        return [v.correct for v in ev.grade_all(texts, golds, finished)]
     # the next row's gold that differs: as a string, and mathematically (asked of sympy, not of what is
     # tested)
     wrong = [next(g for g in golds[i + 1:] + golds if value(g) != value(golds[i])) for i in range(len(golds))]
-    figures = {"references": sum(accepted(solutions)),
-               "cut before the last box": sum(accepted([s[:s.rfind("\\boxed")] for s in solutions],
-                                                       [False] * len(rows))),
-               "nothing but cut before the first box":
-                   sum(accepted([s[:s.find("\\boxed")] for s in solutions])),
-               "contradictory": sum(accepted([f"<think>\nIt is \\boxed{{{g}}}.\n</think>\nAnswer: {w}"
-                                              for g, w in zip(golds, wrong)]))}
+    responses = {"references": solutions,
+                 "cut before the last box": [s[:s.rfind("\\boxed")] for s in solutions],
+                 "nothing but cut before the first box": [s[:s.find("\\boxed")] for s in solutions],
+                 "contradictory": [f"<think>\nIt is \\boxed{{{g}}}.\n</think>\nAnswer: {w}"
+                                   for g, w in zip(golds, wrong)]}
+    for text in FORMATS:
+        responses |= {f"{text}{kind}": [text.replace("X", x) for x in values]
+                      for kind, values in ((" right", golds), (" wrong", wrong))}
+    finished = [name != "cut before the last box" for name in responses for _ in golds]
     # one call: equal pairs are asked once
-    texts = [text.replace("X", x) for text in FORMATS.values() for x in golds + wrong]
-    verdicts = iter(v.correct for v in ev.grade_all(texts, (golds + golds) * len(FORMATS)))
-    for name in FORMATS:
-        figures[name] = sum(next(verdicts) for _ in golds), sum(next(verdicts) for _ in wrong)
+    verdicts = iter(ev.grade_all(sum(responses.values(), []), golds * len(responses), finished))
+    figures = {name: sum(next(verdicts).correct for _ in golds) for name in responses}
     print(json.dumps(figures, indent=1, ensure_ascii=False))
-    assert len(rows) == 500 and figures.pop("references") >= 499
-    assert figures.pop("cut before the last box") == figures.pop("nothing but cut before the first box") == 0
-    assert figures.pop("contradictory") <= 1
-    for name, (right, other) in figures.items():
-        assert right >= 490 and other <= 1, (name, right, other)
+    assert len(rows) == 500 and figures["references"] >= 499 and figures["contradictory"] <= 1
+    assert figures["cut before the last box"] == figures["nothing but cut before the first box"] == 0
+    for name, count in figures.items():
+        assert count >= 490 or not name.endswith(" right"), (name, count)
+        assert count <= 1 or not name.endswith(" wrong"), (name, count)
 
 def value(gold):
     """Plain reading of a gold, independent of eval.py, to tell which other rows hold an equal one."""
@@ -3143,6 +3193,14 @@ def test_records_read_think_blocks_opened_by_the_template(toy):
     assert [r["truncated"] for r in opened] == [False, True, True, False]
     assert [r["seed"] for r in plain] == [r["seed"] for r in opened]
     assert ev.summarise(opened)["accuracy"] == 0.5
+    # another family's tags, special tokens, opened by the template; the last closing one counts
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<seed:think>", "</seed:think>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("<think>", "<seed:think>")
+    seed = records("3 </seed:think>\nAnswer: 4", "3 </think> Answer: 4 </seed:think>\nAnswer: 5",
+                   "Answer: 4", "4")
+    assert [r["correct"] for r in seed] == [True, False, False, False]
+    assert [r["truncated"] for r in seed] == [False, False, True, True]
+    assert [r["answer_tokens"] for r in seed] == [len(encode("\nAnswer: 4")) + 1] * 2 + [0, 0]
 
 # ------------------------------------------------------------------------------------------------------ bench
 # The objective at the shapes of a 0.6B Qwen3's head, on one thread, a fresh process for each row.
