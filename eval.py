@@ -480,10 +480,10 @@ def make_jobs(tokenizer, problems, samples, seed, instruction=None, thinking=Tru
     jobs = []
     for p in problems:
         prompt = opsdc().prompt_ids(tokenizer, p["problem"], instruction, thinking, wrapper, p.get("tools"))
-        hashes = {"problem_hash": digest(p["problem"], p["answer"]), "prompt_hash": digest(prompt)}
-        jobs += [{"id": p["id"], "problem": p["problem"], "sample": i,
-                  "seed": int(digest(seed, p["id"], i), 16), "level": p["level"], "gold": p["answer"],
-                  **hashes, "prompt": prompt} for i in range(samples)]
+        job = {name: p[name] for name in ("id", "problem", "level")} | {
+            "gold": p["answer"], "prompt": prompt, "prompt_hash": digest(prompt),
+            "problem_hash": digest(p["problem"], p["answer"])}
+        jobs += [job | {"sample": i, "seed": int(digest(seed, p["id"], i), 16)} for i in range(samples)]
     return jobs
 
 def make_records(tokenizer, jobs, outputs):  # one of each job, graded; outputs: (ids, logprobs, finished)
@@ -571,13 +571,13 @@ def summarise(records, k=None):
         "accuracy": mean(records, "correct"), "accuracy_se": clustered_error(groups, "correct"),
         "pass_at_k": statistics.fmean(pass_at_k(len(g), sum(r["correct"] for r in g), k) for g in groups),
         "majority_at_k": statistics.fmean(majority(g[:k]) for g in groups),
+        **{column: mean(records, column) for column in (
+            "answer_only", "boxed_only", "either_full_text", "truncated", "no_answer", "think_tokens",
+            "answer_tokens", "tokens")},
         "tokens_se": clustered_error(groups, "tokens"),
         "tokens_median": statistics.median(r["tokens"] for r in records),
         "tokens_correct": statistics.fmean(right) if right else None,
         "tokens_correct_median": statistics.median(right) if right else None,
-        **{column: mean(records, column) for column in (
-            "tokens", "think_tokens", "answer_tokens", "truncated", "no_answer", "answer_only", "boxed_only",
-            "either_full_text")},
         "levels": {str(level): summarise([r | {"level": None} for r in group], k)
                    for level, group in grouped(records, "level").items()}}
 
@@ -933,10 +933,10 @@ def evaluate(args):
     barrier()  # all have read before one writes
     if rank == 0:
         write_summary(out, settings, {}, finished=False)
-        for name in jobs:  # a killed run's part may end in half a line: nothing is appended to it
-            read_parts(out, name, jobs[name], merge=True)
-    barrier()
     for name, left in todo.items():
+        if rank == 0:  # a killed run's part may end in half a line: nothing is appended to it
+            read_parts(out, name, jobs[name], merge=True)
+        barrier()
         opsdc().say(f"{name}: {len(left)} of {len(jobs[name])} samples are left to make")
         if left:
             engine = engine or opsdc().RolloutEngine(base, cfg, load_format="auto")
@@ -949,13 +949,13 @@ def evaluate(args):
         print_table(write_summary(out, settings, done, finished=True))
         print(f"wrote {out}/summary.json")
 
-def print_table(summary):
-    columns = ("tokens", "tokens_median", "tokens_correct", "think_tokens", "answer_tokens", "pass_at_k",
-               "majority_at_k", "truncated", "no_answer", "answer_only", "boxed_only", "either_full_text")
-    rows = [[name, s["problems"], f"{percent(s['accuracy'])} ± {percent(s['accuracy_se'])}",
-             *(percent(s[c]) if "tokens" not in c else "" if s[c] is None else round(s[c]) for c in columns)]
-            for name, s in summary["benchmarks"].items()]
-    print(markdown(["in %, or tokens", "problems", "accuracy", *columns], rows))
+def print_table(summary):  # a column for each benchmark, as in summary.json; shares in %
+    found = summary["benchmarks"]
+    names = [name for name in next(iter(found.values())) if name != "levels"]
+    is_plain = lambda name, x: isinstance(x, int) or "tokens" in name and x is not None
+    print(markdown(["in %, or tokens", *found], [
+        [name, *(round(s[name], 1) if is_plain(name, s[name]) else percent(s[name]) for s in found.values())]
+        for name in names]))
 
 NUMBERS = {  # option: default, help
     "samples": (8, "per problem"), "max-tokens": (30000, "of a response"),
