@@ -817,7 +817,7 @@ def page(tokenizer, problems, rollouts, scores, about):  # responses, and what c
                  "<th>times<th>mean nats<th>% of the loss<th>the teacher's likeliest there\n")
     for token, part in parts.most_common(20):
         row = (token, times[token], f"{wanted[token].total() / times[token]:.3g}",
-               percent(part / parts.total()), " ".join(best for best, _ in wanted[token].most_common(3)))
+               percent(part / (parts.total() or 1)), " ".join(best for best, _ in wanted[token].most_common(3)))
         found.append(f"<tr><td>{'<td>'.join(map(escape, row))}\n")
     return "".join(found) + "</table>\n"
 
@@ -842,9 +842,9 @@ def show_tokens(cfg):  # samples as the trainer's first step does, or reads; sco
         indices = trainer.batch_at(len(problems), 0, cfg.samples, cfg.seed)
         rollouts = trainer.sample_rollouts(engine, problems, indices, 1, tokenizer, cfg)
         engine.sleep()
-    batches = [trainer.make_micro_batches([r], problems, device, cfg)[0] for r in rollouts]
     with trainer.torch.no_grad():
-        scores = [score(models[0], models[-1], batch, tokenizer, cfg) for batch in batches]
+        scores = [score(models[0], models[-1], batch, tokenizer, cfg) for r in rollouts
+                  for batch in trainer.make_micro_batches([r], problems, device, cfg)]
     about = f"Student: {cfg.model}. Teacher: {cfg.teacher or 'the same'}, told: {told}"
     if trainer.dist.get_rank() == 0:
         out.write_text(page(tokenizer, problems, rollouts, scores, about), "utf-8")
