@@ -799,25 +799,25 @@ def pieces(tokenizer, ids):  # each token's text: "" in a character of several, 
 
 def page(tokenizer, problems, rollouts, scores, about):  # responses, and what carries most of the loss
     escape = lambda text: html.escape(str(text), quote=False).replace("'", "&#39;").replace("\r", "&#13;")
-    found, parts = [PAGE, f"<p>{escape(about)}\n"], collections.Counter()
-    times, wanted = collections.Counter(), collections.defaultdict(collections.Counter)
+    found, nats_of = [PAGE, f"<p>{escape(about)}\n"], collections.defaultdict(list)
+    wanted = collections.defaultdict(collections.Counter)  # token: its part of the loss, by the likeliest
     for rollout, weights, tokens in zip(rollouts, opsdc().token_weights(rollouts), scores):
         verdict = {None: "not graded", True: "right", False: "wrong"}[rollout.correct]
         found.append(f"<h2>{escape(problems[rollout.index].text)}</h2>{len(tokens)} tokens, "
                      f"{statistics.fmean(nats for _, nats, *_ in tokens):.4g} nats/token, {verdict}\n<pre>")
         for text, weight, (token, nats, p, q, best) in zip(pieces(tokenizer, rollout.ids), weights, tokens):
-            parts[token] += weight * nats
-            times[token] += 1
-            wanted[token][best[0][0]] += nats
+            nats_of[token].append(nats)
+            wanted[token][best[0][0]] += weight * nats
             best = ", ".join(f"{token} {chance:.3g}" for token, chance in best)
             found.append(f"<span style=--shade:{min(1, math.sqrt(nats / 2)):.2f} data-d={nats:.6g} "
                          f"data-p={p:.3g} data-q={q:.3g} data-best='{escape(best)}'>{escape(text)}</span>")
         found.append("</pre>\n")
-    found.append(f"<h2>What carries most of the loss, {parts.total():.6g} nats/token</h2><table><tr><th>token"
-                 "<th>times<th>mean nats<th>% of the loss<th>the teacher's likeliest there\n")
-    for token, part in parts.most_common(20):
-        row = (token, times[token], f"{wanted[token].total() / times[token]:.3g}",
-               percent(part / (parts.total() or 1)), " ".join(best for best, _ in wanted[token].most_common(3)))
+    loss = sum(those.total() for those in wanted.values())
+    found.append(f"<h2>What carries most of the loss, {loss:.6g} nats/token</h2><table><tr><th>token<th>times"
+                 "<th>mean nats<th>% of the loss<th>the teacher's likeliest there\n")
+    for token, those in sorted(wanted.items(), key=lambda item: -item[1].total())[:20]:
+        row = (token, len(nats_of[token]), f"{statistics.fmean(nats_of[token]):.3g}",
+               percent(those.total() / (loss or 1)), " ".join(best for best, _ in those.most_common(3)))
         found.append(f"<tr><td>{'<td>'.join(map(escape, row))}\n")
     return "".join(found) + "</table>\n"
 
