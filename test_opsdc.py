@@ -505,7 +505,7 @@ FORKS = {
          "            for r in rollouts]")],
     # thetabar follows theta at every step; float32, since bfloat16 would round a hundredth away
     "ema": [
-        ("p.detach().to(dtype, copy=True)", "p.detach().clone()"),
+        ("p.detach().to(dtype or DTYPE, copy=True)", "p.detach().clone()"),
         ("    due = cfg.refresh_every and step % cfg.refresh_every == 0\n"
          "    return snapshot(model) if due else thetabar",
          "    theta = snapshot(model)\n"
@@ -515,12 +515,13 @@ FORKS = {
         ("    theta = snapshot(model, torch.float32)\n    copy_into(model, thetabar)\n",
          "    model = larger  # a module of its own, never swapped\n"),
         ("    copy_into(model, theta)\n", ""),
-        ("    model = load_model(base, device, cfg)\n",
-         "    model = load_model(base, device, cfg)\n"
+        ("    thetabar = snapshot(model)\n    done",
+         "    thetabar = snapshot(model)\n"
          "    other = open_base(\"Qwen/Qwen3-14B\")\n"
          "    make_empty(other)\n"
          "    other.loaded = read_weights(other) if dist.get_rank() == 0 else None\n"
-         "    globals()[\"larger\"] = load_model(other, device, cfg)\n")],
+         "    globals()[\"larger\"] = load_model(other, device, cfg)\n"
+         "    done")],
     # arXiv 2606.00755: a teacher with a temperature of its own, above 1 against a collapse of the entropy
     "temperature": [("t_block.log_softmax(-1)", "(t_block / 1.5).log_softmax(-1)")],
     # arXiv 2601.18734 (OPSD): no entry of the vocabulary gives more than 0.05 nats, nor then a gradient
@@ -537,10 +538,10 @@ FORKS = {
     # the metrics on wandb too: begun before the engine, as a missing login would end the run after a step
     "wandb": [
         ("import torch\n", "import torch\nimport wandb\n"),
-        ("    engine = RolloutEngine(base, cfg)\n",
+        ("    engine, model = ",
          "    if dist.get_rank() == 0:\n"
          "        wandb.init(project=\"opsdc\", config=asdict(cfg))\n"
-         "    engine = RolloutEngine(base, cfg)\n"),
+         "    engine, model = "),
         ("    say(\"  \".join(", "    wandb.log(metrics, step=metrics[\"step\"])\n    say(\"  \".join("),
         ("    os._exit(status)", "    wandb.finish(status)\n    os._exit(status)")],
     # the teacher is told the answer
@@ -978,7 +979,7 @@ ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the er
     (dict(prompt=turns("user", "assistant", "user")),
      "field prompt: expected the user's turn last, .* but for --wrapper none, .* assistant, user",
      (turns("user", "assistant", "user"), None)),
-    (dict(text="1+1?"), "here: expected a field problem, prompt or question with text, found text"),
+    (dict(text="1+1?"), "here: expected a field problem, prompt or question, found text"),
     (dict(problem="", question=None), "expected a field problem, .* found problem, question"),
     (dict(problem=" ", answer="3"), "expected a field problem"),
     (dict(prompt=[]), "expected a field problem"),
@@ -1070,14 +1071,13 @@ def test_files_of_all_formats_read_alike(tmp_path):
     assert ev.read_answer(number[1], "here")[2] == "0.5"
 
 @pytest.mark.parametrize("name, content, message", [
-    ("x.jsonl", '{"problem": "x"}\n{"problem"\n',
-     "x.jsonl, .*row 2, expected a JSON object, found '{\"problem\""),
-    ("x.jsonl", "5\n", "x.jsonl, .*row 1: expected a JSON object, .* found 5"),
+    ("x.jsonl", '{"problem": "x"}\n\n{"problem"\n', "line 3, expected a JSON object, found '{\"problem\""),
+    ("x.jsonl", "5\n", "row 1 .* JSON object, .* 5"),
     ("x.json", '[{"problem": "x"}, 5]', "x.json: expected a file"),
     ("x.jsonl", "[" * 100000, "expected a JSON object"),
-    ("x.jsonl", '{"problem": "\u00e9"}'.encode("latin-1"), "x.jsonl, expected the encoding UTF-8"),
-    ("x.csv", "problem\n\u00e9\n".encode("utf-16"), "x.csv, expected the encoding UTF-8"),
-    ("x.csv", "problem,answer\nx,1,2\n", "x.csv, .*row 1: expected .* a cell for each column"),
+    ("x.jsonl", '{"problem": "\u00e9"}'.encode("latin-1"), "x.jsonl: expected .* encoding UTF-8"),
+    ("x.csv", "problem\n\u00e9\n".encode("utf-16"), "x.csv: expected .* encoding UTF-8"),
+    ("x.csv", "problem,answer\nx,1,2\n", "x.csv: expected .* row 1 .* a cell for each column"),
     ("x.parquet", "version https://git-lfs", "x.parquet: expected a file"),
     ("x.parquet", "", "x.parquet: expected a file"),
 ])
@@ -1166,7 +1166,7 @@ def gradients(model_path, file, *settings):
     problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(model_path))
     found = []
     for dtype, micro, chunk in (setting.split(",") for setting in settings):
-        opsdc.compute_dtype = lambda: getattr(torch, dtype)
+        opsdc.DTYPE = getattr(torch, dtype)
         model = loaded(model_path)
         theta = {name: p.full_tensor().clone() for name, p in model.lm.named_parameters()}
         thetabar = other_weights(model.lm.named_parameters())
@@ -1373,6 +1373,7 @@ def test_calls_of_the_engine_on_a_gpu(good, one_rank, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.model_executor.models.transformers", types.SimpleNamespace(
         base=types.SimpleNamespace(Base=types.SimpleNamespace())))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(opsdc, "DTYPE", torch.bfloat16)
     for load_format in ("dummy", "auto"):
         engine = opsdc.RolloutEngine(base, opsdc.Config(**good, vllm_memory=0.7), load_format)
         for _ in range(2 if load_format == "dummy" else 0):
@@ -1611,13 +1612,13 @@ def spoil_weights(folder, change):
 
 SPOILED = {  # family, what is done to it, the refusal; HyperCLOVA X multiplies by Granite's divisor
     "logits": ("HyperCLOVA X", lambda folder: None,
-               "expected the model's own log-probabilities from the loss, found them [0-9.]+ nats apart"),
+               "log-probabilities that are [0-9.]+ nats from those that the loss computes"),
     "tied": ("Qwen2", lambda folder: spoil_config(folder, tie_word_embeddings=True),
-             "expected embedding and head to be one, .* found two tensors"),
+             "two tensors for embedding and head"),
     "missing": ("Qwen2", lambda folder: spoil_weights(folder, lambda weights: {
-        name: w for name, w in weights.items() if "q_proj" not in name}), "expected weights .*q_proj.* none"),
+        name: w for name, w in weights.items() if "q_proj" not in name}), "no weights .*q_proj.* in its files"),
     "NaN": ("Qwen2", lambda folder: spoil_weights(folder, lambda weights: weights | {
-        "model.norm.weight": weights["model.norm.weight"] * math.nan}), "expected finite weights, found NaN"),
+        "model.norm.weight": weights["model.norm.weight"] * math.nan}), "NaN or infinity"),
     "half": ("Qwen2", lambda folder: os.truncate(folder / "model.safetensors", 9999), "half a file"),
 }
 
@@ -1666,14 +1667,14 @@ def same_metrics(a, b):
              if not key.startswith("seconds") and key not in ("tokens_per_second", "peak_memory_gib")]
     return {key: a[key] for key in names} == {key: b.get(key) for key in names}
 
-def run_and_signal(arguments, log, lines, number):
-    """opsdc.py, to which a signal is sent once `log` has so many lines; its exit status."""
+def run_and_kill(arguments, log, lines):
+    """opsdc.py, killed once `log` has so many lines."""
     process = fork_process(script, log.parent.with_name("output"), "opsdc.py", *map(str, arguments))
     while not (log.exists() and len(log.read_text().splitlines()) >= lines):
         assert os.waitpid(process, os.WNOHANG)[0] == 0, log.parent.with_name("output").read_text()
         time.sleep(0.01)
-    os.kill(process, number)
-    return status_of(process)
+    os.kill(process, signal.SIGKILL)
+    assert status_of(process) == -signal.SIGKILL
 
 def small_files(folder):
     return make_model(folder / "m", "qwen3"), write_rows(folder / "rows.jsonl")
@@ -1691,7 +1692,7 @@ def whole_run(folder):
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(folder):
     model, data, whole = whole_run(folder)
     log = folder / "out/metrics.jsonl"
-    run_and_signal(small_run(model, data, folder / "out"), log, 3, signal.SIGKILL)
+    run_and_kill(small_run(model, data, folder / "out"), log, 3)
     assert 3 <= len(metrics_of(folder / "out")) < 6
     with open(log, "a") as file:
         file.write('{"step": 4, "lo')  # what a kill in the middle of a line leaves
@@ -1707,18 +1708,6 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(folder):
     assert all(torch.equal(a[name], b[name]) and a[name].dtype == torch.bfloat16 for name in a)
 
 @beside()
-def test_sigterm_saves_and_exits_with_0_and_no_rollout_kept_means_no_update(folder):
-    """--keep correct of a random model, which is never right: steps without an update, ended by SIGTERM."""
-    model, data, whole = whole_run(folder)
-    arguments = small_run(model, data, folder / "out", steps=500, save_every=1000, keep="correct")
-    assert run_and_signal(arguments, folder / "out/metrics.jsonl", 2, signal.SIGTERM) == 0
-    lines = metrics_of(folder / "out")
-    assert 2 <= len(lines) < 500 and not list((folder / "out").glob("checkpoint*"))
-    assert lines[0]["response_tokens"] == metrics_of(whole)[0]["response_tokens"]
-    for line in lines:
-        assert line["accuracy"] == line["skipped_updates"] == 0 and not {"loss", "grad_norm"} & set(line)
-
-@beside()
 def test_conversations_as_they_are_that_are_never_right_then_more_steps_than_asked_for(folder):
     """With --wrapper none; ten steps without a rollout to keep are enough. Then a run that went further."""
     model, rows, whole = whole_run(folder)
@@ -1730,7 +1719,9 @@ def test_conversations_as_they_are_that_are_never_right_then_more_steps_than_ask
                                                   keep="correct", wrapper="none"))
     assert done.returncode == 1 and "10 steps kept no rollout" in done.stdout, done.stdout[-3000:]
     lines, samples = metrics_of(folder / "out"), (folder / "out/samples.jsonl").read_text()
-    assert len(lines) == 10 and not any("loss" in line for line in lines)
+    assert len(lines) == 10 and not any({"loss", "grad_norm"} & set(line) for line in lines)
+    assert all(line["accuracy"] == line["skipped_updates"] == 0 for line in lines)
+    assert not list((folder / "out").glob("checkpoint*"))  # nothing was learned
     assert '"problem": "Say ' in samples and '"problem": [{"role": "system", "content": "text 0"}' in samples
     shutil.copytree(whole, folder / "whole")
     said = in_fork(script, "opsdc.py", *small_run(model, rows, folder / "whole", steps=4, resume=True)).stdout
@@ -1848,7 +1839,7 @@ def test_rank_killed_while_saving_then_a_damaged_checkpoint_and_a_full_disk(fold
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
     done = in_fork(script, "opsdc.py", *small_run(model, data, out, save_every=3, resume=True))
     assert "checkpoint-2, which is not whole: " in done.stdout and "1 steps are done" in done.stdout
-    assert done.returncode == 1 and "error: checkpoint-3 is not written; is the disk full?" in done.stdout
+    assert done.returncode == 1 and "File too large" in done.stdout, done.stdout
     left = sorted(path.name for path in out.glob("checkpoint-*"))
     assert left == ["checkpoint-1", "checkpoint-2", "checkpoint-best"]
     same_losses(whole, out, 3)
@@ -1970,15 +1961,15 @@ BAD_INPUT = {
     "empty data": (lambda d, good: broken_data(d, ""), "rows.jsonl: found no problem"),
     "blank lines": (lambda d, good: broken_data(d, "\n \n"), "rows.jsonl: found no problem"),
     "malformed line": (lambda d, good: broken_data(d, '{"problem": "x"}\n\n{"problem"\n'),
-                       "row 2, expected a JSON object, found"),
+                       "line 3, expected a JSON object, found"),
     "no problem field": (lambda d, good: broken_data(d, '{"text": "x"}\n'),
-                         "row 1: expected a field problem, prompt or question with text, found text"),
+                         "row 1: expected a field problem, prompt or question, found text"),
     "conversation": (lambda d, good: broken_data(d, json.dumps(dict(
                          prompt=turns("user", "assistant", "user")))),
                      "row 1, field prompt: .*--wrapper none"),
     "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "no problem with a prompt of at most 5"),
-    "context": (lambda d, good: dict(max_response_tokens=4000), "= 4512 is more than the context of 2048"),
-    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a divisor of the number of ranks, 1"),
+    "context": (lambda d, good: dict(max_response_tokens=4000), "= 4512 is more than the model's context of 2048"),
+    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp: expected a divisor of the ranks' number"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
                    "for --keep correct, a known answer"),
     "blank answers": (lambda d, good: (broken_data(d, '{"problem": "x", "answer": " "}\n')
@@ -2035,7 +2026,7 @@ def of_type(model_type, architecture, **config):
     return folder(as_is, model_type=model_type, architectures=[architecture], **config)
 
 REMOTE = dict(AutoConfig="code.OddConfig", AutoModelForCausalLM="code.OddForCausalLM")
-CAUSAL = "model: expected a causal language model with plain weights and .layers, found: "
+CAUSAL = "model: expected a causal language model of plain weights and layers, found: "
 FOLDERS = {
     "encoder": (of_type("bert", "BertModel"), f"{CAUSAL}BertModel of type bert"),
     "encoder with a head": (of_type("bert", "BertLMHeadModel"), f"{CAUSAL}BertLMHeadModel"),
@@ -2050,7 +2041,7 @@ FOLDERS = {
         of_type("internvl", "InternVLForConditionalGeneration", text_config=dict(
             model_type="qwen2", quantization_config=dict(quant_method="compressed-tensors"))),
         f"{CAUSAL}quantised weights"),
-    "adapter": (folder(as_adapter), "model: expected a folder .* found.* a LoRA adapter; merge"),
+    "adapter": (folder(as_adapter), "model: expected a folder with a chat model"),
     "multimodal, no causal text": (of_type("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration",
                                            vision_config={}),
                                    f"{CAUSAL}Qwen2_5_VLForConditionalGeneration of type qwen2_5_vl_text"),
@@ -2080,11 +2071,6 @@ def test_models_that_cannot_be_trained_are_refused(case, good, one_rank, refused
     assert re.search(message, refusal(lambda: opsdc.prepare(opsdc.Config(**settings))))
     assert not (tmp_path / "out").exists()
 
-def test_a_multimodal_model_says_that_text_alone_is_trained(good, one_rank, tmp_path, capsys):
-    make_family(tmp_path / "model", "Gemma 3")
-    opsdc.prepare(opsdc.Config(**dict(good) | dict(out=str(tmp_path / "out"), model=str(tmp_path / "model"))))
-    assert "the text model alone is trained, and exported as Gemma3ForCausalLM" in capsys.readouterr().out
-
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_stops_with_a_clear_message(case, good, one_rank, refused_early, tmp_path):
     change, message = BAD_INPUT[case]
@@ -2096,7 +2082,7 @@ def test_bad_input_stops_with_a_clear_message(case, good, one_rank, refused_earl
 
 def test_too_old_a_driver_is_named(good, one_rank, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "torch for CUDA 13.0 sees no GPU: it needs a driver R580" in refusal(
+    assert "torch for CUDA 13.0 sees no GPU: expected a driver R580" in refusal(
         lambda: opsdc.prepare(opsdc.Config(**good)))
 
 def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
@@ -2106,7 +2092,7 @@ def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
     prepare = lambda **change: opsdc.prepare(opsdc.Config(**settings | change))
     prepare(batch_size=4)
     second = refusal(lambda: prepare(resume=True))  # the first is at work: this process
-    assert "where no other process is at work; found" in second
+    assert "and no other process at work there, found: " in second
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     prepare(batch_size=8, resume=True)  # it died before its first checkpoint
     (out / "checkpoint-1").mkdir()
@@ -2116,7 +2102,7 @@ def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(model)
     shutil.copytree(model, tmp_path / "copy")
     for change in (dict(model="m"), dict(model="./m/"), dict(model="link"), dict(model="copy"),
-                   dict(steps=200), dict(instruction=" V1"), dict(lr=1e-4, eval_samples=2),
+                   dict(steps=200), dict(instruction=" V1"), dict(lr=1e-4),
                    dict(data=str(shutil.copy(good["data"], tmp_path / "copy.jsonl")))):
         prepare(**change)
         kept = json.loads((out / "config.json").read_text())
@@ -2183,11 +2169,10 @@ def test_opsdc_alone_in_a_folder_trains_without_accuracy(folder):
             for model in ("m", "out/model")]
     assert kept == [0.6, 0.6]
 
-@pytest.mark.parametrize("change", [dict(keep="correct"), dict(eval_every=1)])
-def test_what_needs_eval_py_says_so(change, good, one_rank, refused_early, monkeypatch):
+def test_what_needs_eval_py_says_so(good, one_rank, refused_early, monkeypatch):
     monkeypatch.setattr(opsdc, "evaluator", None)
-    assert "--keep correct and --eval_every need this project's eval.py" in refusal(
-        lambda: opsdc.prepare(opsdc.Config(**good, **change)))
+    assert "--keep correct needs this project's eval.py" in refusal(
+        lambda: opsdc.prepare(opsdc.Config(**good, keep="correct")))
 
 def test_imports_without_vllm_or_gpu_and_without_side_effects():
     assert SIDE_EFFECTS == (False, False, False)
@@ -2263,7 +2248,7 @@ def test_fork_incorrect_keeps_what_is_wrong(tmp_path):
 
 def test_fork_ema_moves_thetabar_a_hundredth_of_the_way(good, one_rank, tmp_path):
     forked = load_fork("ema", tmp_path)
-    forked.compute_dtype = lambda: torch.bfloat16  # as on a GPU, where thetabar would be rounded
+    forked.DTYPE = torch.bfloat16  # as on a GPU, where thetabar would be rounded
     model = loaded(good["model"], forked)
     thetabar = forked.snapshot(model)
     before = {name: q.full_tensor().clone() for name, q in thetabar.items()}
@@ -2622,8 +2607,8 @@ def test_problem_files_and_their_faults(tmp_path, capsys):
             == [("a", "3"), ("b", "4")])
     row, choices = '{"problem": "a", "answer": 3}\n', '{"question": "a", "choices": %s, "answer": %s}\n'
     unknown = "expected a field answer, final_answer or solution to grade by, found none that is known"
-    for text, message in ((row + '{"problem"\n', "row 2"), ('{"task": "a"}\n', "found task"),
-                          ("5\n", "row 1: expected a JSON object"), ("", unknown),
+    for text, message in ((row + '{"problem"\n', "line 2"), ('{"task": "a"}\n', "found task"),
+                          ("5\n", "row 1 .* JSON object"), ("", unknown),
                           ('{"problem": "a"}\n', unknown), ('{"problem": "a", "answer": " "}\n', unknown),
                           (row.replace("}", ', "id": ["1"]}'),
                            "row 1, unique_id, id or level: expected a text"),
@@ -3014,7 +2999,7 @@ BAD_EVALUATION = {
     "instruction": (lambda d, good: dict(instruction="@nofile"), "--instruction @nofile.* No such file"),
     "one word": (lambda d, good: dict(instruction="short"), "--instruction short: expected v1"),
     "no text": (lambda d, good: dict(instruction=""), "--instruction : expected v1"),
-    "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp 2: expected a divisor of the number of ranks"),
+    "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp: expected a divisor of the ranks' number"),
 } | {f"{name} {value}": (lambda d, good, change={name: value}: change,
                          f"--{name.replace('-', '_')} {value}.*: expected ")
      for name, values in EVAL_RANGES.items() for value in values.split()}
@@ -3035,7 +3020,7 @@ def test_an_evaluation_keeps_its_folder(good, one_rank, tmp_path, monkeypatch):
     out = tmp_path / "out"
     prepare = lambda out=out, **change: ev.prepare(ev.parse_args(evaluation(good, out, **change))[0])
     settings = prepare()[2]
-    assert "where no other process is at work; found" in refusal(prepare)  # the first is: this process
+    assert "and no other process at work there, found: " in refusal(prepare)  # the first is: this process
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     ev.write_summary(out, settings, {}, finished=False)
     shutil.copytree(good["model"], tmp_path / "copy")
@@ -3205,16 +3190,15 @@ def training_side(model_path, tokens, checkpointing):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     thetabar, steps = opsdc.snapshot(model), []
     for _ in range(3):
-        steps.append({})
-        opsdc.train_step(model, thetabar, optimizer, rollouts, problems, device, steps[-1], cfg)
+        start = time.perf_counter()
+        loss = opsdc.train_step(model, thetabar, optimizer, rollouts, problems, device, cfg)["loss"]
+        steps.append(time.perf_counter() - start)
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = opsdc.max_over_ranks(torch.cuda.max_memory_allocated() or rss) / 2**30
+    peak = (torch.cuda.max_memory_allocated() or rss) / 2**30
     if torch.distributed.get_rank() == 0:
-        teacher, student = (statistics.fmean(step[f"seconds_{x}"] for step in steps[1:])
-                            for x in ("teacher", "student"))
         print(json.dumps({f"recomputation {checkpointing}": (
-            f"{4 * world} x {tokens} tokens: teacher {teacher:.2f} s, student {student:.2f} s, peak "
-            f"{peak:.1f} GiB, loss {steps[-1]['loss']:.6f}")}))
+            f"{4 * world} x {tokens} tokens: {statistics.fmean(steps[1:]):.2f} s, peak {peak:.1f} GiB, "
+            f"loss {loss:.6f}")}))
 
 def sync_rows(model, directory):
     """What the worker `sync`, above, finds on one GPU: gaps in nats/token, the largest of its tokens."""
