@@ -4,15 +4,18 @@
     torchrun --nproc_per_node 8 eval.py ...      the same on eight GPUs, each with its share of the samples
     python eval.py compare BASE_DIR OURS_DIR [OURS_DIR ...] [--plot FILE.png]
     python eval.py curves RUN_DIR [RUN_DIR ...] --plot FILE.png
+    python eval.py tokens --model ID_OR_PATH --data FILE [--out FILE.html]      (what the loss sees)
 
 What counts as right decides the figures: one model reads 54.5 on MATH-500 by its boxes alone, 93.0 by
-either format. The rules here, of the text after the last </think>:
+either format. The rules here, of the text after the last </think> (or another family's closing tag):
     formats    the later of the last `Answer:` line that is not empty and the last \\boxed{} (an empty one
-               hides those before it); a response with neither, or cut at the limit, is wrong
-    text       must agree (7 million is not 7, nor is 42 because ...), but a unit may go; 2m is not 2
+               hides those before it; \\boxed{2} and \\boxed{3} is a list); neither, or cut, is wrong
+    text       must agree (7 million is not 7, nor is 42 because ...), but a unit may go; 2m is not 2, nor is
+               7 cm 7 m; 2 hours 30 minutes is only that
     numbers    equal to 1e-6 where one side is a decimal (0.333 is not 1/3); 25% is 0.25 and 1/4, not 25
     letters    their case counts (c is not C), but not in words; a choice names one letter
-    lists      in any order, each item as often; (1, 2), 1, 2 and [1, 2) differ, 1, 2 and {1, 2} do not
+    lists      in any order, each item as often; (1, 2), 1, 2 and [1, 2) differ, 1, 2 and {1, 2} do not;
+               "and" and "or" are both commas, but not between inequalities
 Each record also holds the verdict of three other rules, to compare published figures like for like:
 `answer_only`, `boxed_only`, and `either_full_text` (the paper's: either format, think block included).
 Left out: models as graders, code and proofs, conversion of units and bases.
@@ -21,9 +24,12 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import fractions
 import functools
 import hashlib
+import html
+import itertools
 import json
 import math
 import os
@@ -39,15 +45,20 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-VERSION = 3  # of the grading rules and of the files written; runs of different versions are not compared
+VERSION = 4  # of the grading rules and of the files written; runs of different versions are not compared
 
 # ---------------------------------------------------------------------------------------------------- GRADING
 # First half: find the answer. All is linear in the text: a megabyte of brackets must not hang.
+# Think blocks of most families, Seed and EXAONE; Mistral; Cohere; Gemma 4. What follows the last one counts.
+OPENING = re.compile(r"<(?:\w{1,9}:)?(?:think|thought)>|\[THINK\]|<\|START_THINKING\|>|<\|channel>")
+CLOSING = re.compile(r"</(?:\w{1,9}:)?(?:think|thought)>|\[/THINK\]|<\|END_THINKING\|>|<channel\|>")
 SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # left over
 MARKER = re.compile(r"(?m)(?:^[ \t>*_#`$-]*(?i:(?:the |my )?(?:final |correct )?answer)"  # at a line's start,
                     r"|\b(?:Answer|ANSWER))[ \t*_`]{0,8}[:：](?: ?[Tt]he [\w ]*(?:answer|option|choice) is\b)?"
                     r"|\b[Ff]inal answer is\b:?(?=[^\n]{1,400}I hope it is correct)")
 SPANS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$\n": "$"}  # maths that may go over several lines
+GAP = re.compile(r"(?:[\s,;$&~*]|\\[\[\]()\\,;:! ]|\\q?quad|\b(and|or)\b|"  # between boxes that are one list
+                 r"\\(?:text|mathrm)\{[\s,]{0,9}(and|or)?[\s,]{0,9}\})*")
 LONGEST = 1000  # characters of an answer that is still looked at; the longest gold of MATH-500 has 53
 
 class Verdict(NamedTuple):
@@ -56,7 +67,7 @@ class Verdict(NamedTuple):
     answer_only: bool       # the three other rules, see the top of this file
     boxed_only: bool
     either_full_text: bool
-    truncated: bool         # cut at the token limit, or still inside <think>
+    truncated: bool         # cut at the token limit, or still inside a think block
     no_answer: bool         # ended by itself, but in neither format
     vote: str | None        # in majority@k: one string for equal wrong answers, however spelled
 
@@ -72,17 +83,30 @@ def last_answer_line(text):
     return -1, None
 
 def last_box(text):
-    """(end of the last balanced \\boxed{}, its content), or (-1, None)."""
-    stack, best = [], (-1, -1)  # one pass with a stack of open braces: unbalanced ones cost nothing
+    """(end of the last balanced \\boxed{}, its content), or (-1, None). Boxes in a row are one list."""
+    stack, boxes = [], []  # one pass with a stack of open braces: unbalanced ones cost nothing
     for token in re.finditer(r"\\f?box(?:ed)?\s*\{|\\boxed\s*[-+]?\d+(?:[.,/]\d+)*|\\.|[{}]", text):
+        start, end = token.span()
         if token[0][-1].isdigit():  # no braces needed; `\\.` eats \{ and \}
-            best = (token.start() + len("\\boxed"), token.end())
+            boxes.append((start, start + len("\\boxed"), end, end))
         elif token[0] == "}" and stack:
-            opened, is_box = stack.pop()
-            best = (opened, token.start()) if is_box else best
+            opened, content, is_box = stack.pop()
+            while is_box and boxes and boxes[-1][0] > opened:  # \boxed{\boxed{2}}
+                boxes.pop()
+            boxes += [(opened, content, start, end)] * is_box
         elif token[0].endswith("{") and token[0] != "\\{":
-            stack.append((token.end(), token[0] != "{"))
-    return best[1], clean(MARKER.sub("", text[slice(*best)][:4 * LONGEST])) or None
+            stack.append((start, end, token[0] != "{"))
+    found, following = [], None  # value, joint, value, ... from the last one backwards
+    for start, content, end, after in reversed(boxes[-LONGEST:]):
+        value = clean(MARKER.sub("", text[content:end][:4 * LONGEST]))
+        gap = GAP.fullmatch(text, after, following) if found else None
+        if not value or found and not gap:  # an empty box hides those before it
+            break
+        word = gap and (gap[1] or gap[2])
+        found += [f" {word} " if word else ", "] * bool(found) + [value]
+        following = start
+    found = found[:1] if len(set(found[::2])) == 1 else found[::-1]  # the same said twice is one
+    return boxes[-1][2] if boxes else -1, "".join(found) or None
 
 def find_answers(text):
     """Values by three rules: the later of the two formats, the `Answer:` line alone, the box alone."""
@@ -97,59 +121,110 @@ def clean(text):
         text = text.removesuffix("}").rstrip(" .")
     return re.sub(r"(?i)^the answer is:? |[. ]*I hope it is correct$", "", text).rstrip("\\ .").strip()
 
-# Second half, in a worker: are two values equal? Exact rules first; math-verify for what they leave.
+# Second half, in a worker: are two values equal? Rules, in this order, give each thing one spelling that
+# math-verify reads: (pattern, replacement, "answer -> gold": accepted with the rule, not without it).
 SYMBOLS = str.maketrans({x[0]: x[1:] + " " for x in (r"−- –- —- ×\cdot ·\cdot ⋅\cdot ÷/ ⁄/ ≡\equiv π\pi "
                          r"∞\infty ∪\cup ≤\le ≥\ge ±\pm ∅\emptyset ∠\angle θ\theta ∈\in ≈\approx").split()})
-GROUP = r" ?(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\w|\\pi|\\theta))"  # an argument
-REWRITES = [(re.compile(pattern), by) for pattern, by in [
-    ("º", "°"), ("[²³¹⁰-ⁿ]+", r"^{\g<0>}"), ("[₀-ₜ]+", r"_{\g<0>}"), ("[¼-¾⅐-⅞]", r" \g<0>"),  # before what
-    ("[^ -~]+", lambda m: unicodedata.normalize("NFKC", m[0]).translate(SYMBOLS)),  # would make 103 of 10³
-    (r"(?:\\q?quad(?![a-zA-Z])|~|(?<!\\)\\[,;: ]|\s)+", " "), (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot "),
-    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|boxed|bf|[lL]arge|(?:text)?color ?\{\w+\})(?![a-zA-Z])|"
-     r"(?<!\\)\\!|\\?[$€£¥₹¢]|^ ?(?:\\approx|\\sim|=) |[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]", ""),
-    (r"\\(?:math(?!bb)\w+|bm|boldsymbol) ?\{ ?(\w) ?\}", r" \1"),  # a single letter is no unit
-    (r"\\(?:text\w+|mbox|operatorname|math(?!bb)\w+|bm|boldsymbol|underline) ?(?=\{)", r"\\text"),
-    (r"(?<=[{(\[]) | (?=[{})\]^])", ""), (r"\*\*(?=[\w({\\-])", "^"), (r"\\varnothing", r"\\emptyset"),
-    (r"(?<=\d)[eE]\+?(-?\d{1,3})(?![\d.]|[\dA-F]*_)", r"\\cdot 10^{\1}"), (r"\^\{?\\circ\}?|\\degree", "°"),
-    (r"(\\text\{)?(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)|pi|ln|log|exp)(?![a-zA-Z])(?(1)\})", r"\\\2 "),
-    *[(r"(?:√|(?<![\\a-zA-Z])sqrt|\\sqrt(?= ?\()) ?(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}")] * 2,  # nested
-    (r"\\[dtc]?frac" + GROUP * 2, r"\\frac{\1\2}{\3\4}"), (r"\\(sqrt|log_)" + GROUP, r"\\\1{\2\3}"),
-    (r"\^ ?(?:\(([^()]*)\)|(\\frac\{[^{}]*\}\{[^{}]*\}))", r"^{\1\2}"), (r"\\text(?=\{[^{}]*\\)", ""),
-    (r"\(?\\?(?<![a-z])p?mod ?\{?(\w+)\}?\)?", r"\\pmod{\1}"), (r"\\text\{([-+]?[\d(][^{}]*)\}", r"\1 "),
-    (r"(?<![\\a-zA-Z_])(?<!_\{)i(?![a-zA-Z])", r"\\sqrt{-1}"), (r"(?<=\\\\) ?\[[-\d. ]+[a-z]{2}\]", ""),
-    (r"(\\(?:sin|cos|tan|cot|sec|csc)[ ({]*)([\d.]+)°", r"\1\\frac{\2\\pi}{180}"),
-    (r"° ?(?:\\text\{[CF]\}|[CF](?![a-zA-Z]))?", ""), (r"\{,\}", ","), (r"(?i)\b([ap])\.(?=m)", r"\1"),
-    (r"(?<![\d./^_{}])(\d+) (\d+)/ ?(\d+)(?![\d./])", r"\1\\frac{\2}{\3}"), (r".*\\choose .*", r"{\g<0>}"),
-    (r"([\d.]+|\d*\\frac\{\d+\}\{\d+\}) ?(\\text\{)?(?:\\?%|percent\b)(?(2)\})", r"\\frac{\1}{100}"),
-    (r"(?:,? ?(?:\\text\{,? ?(?:and|or),?\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])))+", ","),
-    (r"\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: "." + m[1] + (m[2] * 30)[:30]),  # 0.1666...
-    (r"(?<![\d.,])\d{1,3}(?:(?:[ ']\d{3})+|(?:\.\d{3}){2,})(?![\d.])", lambda m: re.sub(r"\D", "", m[0])),
-    (r"^[^,]*\\pm[^,]*$", lambda m: m[0].replace("\\pm", "+") + "," + m[0].replace("\\pm", "-")),
-]]
-# Not math-verify's list of units: that has single letters (2m would be 2), am, pm and east
-UNIT = re.compile(
-    r"(?:(?:(?<=[\d)}\]!]) ?|(?<=\\pi) )(?=[a-zA-Z]{2}|[Jm] ?/)|(?<=.) ?/? ?(\\text\{))"  # bare, or in \text
-    r"(?:(?:square|cubic|sq|cu|per [a-z]+|[Jm](?= ?/)|(?<=/)[smhK]|(?<=\{)[A-Zmgshl](?=[}/ ^])|[ckmn]m|"
-    r"[km]?g|m[lL]|lb|in|[kM]J|k?cal|k?mol|[kMG]?(?:eV|Hz|Pa)|ft|mph|mi|deg|USD|f[eo][eo]t|inch|meter|mile|"
-    r"sec|min|minute|second|hr(?!\^)|hour|day|year|dollar|degree|unit|people|person|children|[wo]*men|way|"
-    r"(?!(?:ten|\w+red|thousand|\w+illion|dozen|third|\w+th|halve|quarter|\w+crease|\w+verge|plu|minu|les)s)"
-    r"[a-z]{3,}s)s?(?![a-zA-Z])(?:[. /]|\^\{?-?[1-3]\}?)*)+(?(1)\}(?:\^\{?[23]\}?)?)")
-MEASURE = re.compile(r"(?<![a-zA-Z])(?=[ckmn]?m\b|[km]?g\b|in|f[eo]*t|cent|dollar|mi|ho?u?r|sec|day|week|month|"
-                     r"year|meter|gram|kilo|milli)\w")
+ARGUMENT = r" ?(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\w|\\pi|\\theta))"
+AND_OR = r"(?:,? ?(?:\\text\{,? ?(?:and|or),?\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])))+"
+MEASURES = {word: kind.split()[0] for kind in (  # compared where both values have one, converted nowhere
+    "hour hr h", "minute min", "second sec s", "day", "week", "month", "year yr", "mm millimeter", "meter m",
+    "cm centimeter", "km kilometer", "inch in inche", "foot ft feet", "yard yd", "mile mi mph", "gram g",
+    "mg milligram", "kg kilogram", "pound lb", "ounce oz", "ml mL", "liter l", "cent", "dollar")
+    for word in kind.split()}
+MEASURE = "(" + "|".join(MEASURES) + r")s?(?![a-zA-Z])"
+RULES = {
+    "unicode": [
+        ("[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]", "", "1\u200b7 -> 17"),
+        ("[²³¹⁰-ⁿ]+", r"^{\g<0>}", "10³ -> 1000"),  # before NFKC, which would make 103 of it
+        ("[₀-ₜ]+", r"_{\g<0>}", "121₃ -> 121_3"),
+        ("[¼-¾⅐-⅞]", r" \g<0>", "2½ -> 5/2"),
+        ("[^ -~º]+", lambda m: unicodedata.normalize("NFKC", m[0]).translate(SYMBOLS), "７×８ -> 56")],
+    "markup": [
+        (r"(?:\\q?quad(?![a-zA-Z])|~|(?<!\\)\\[,;: ]|\s)+", " ", r"\,\text{north} -> \text{north}"),
+        (r"(?<=[{(\[]) | (?=[{})\]^])", "", r"7\text{ units } -> 7"),
+        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])", "", r"\bigl(1,2\bigr) -> (1,2)"),
+        (r"\\(?:displaystyle|boxed|bf|[lL]arge|(?:text)?color ?\{\w+\})(?![a-zA-Z])", "", r"{\bf 9} -> 9"),
+        (r"\\?[$€£¥₹¢]", " ", "€7.50 -> 7.5"),
+        (r"^ ?(?:\\approx|\\sim|=) ", "", r"\approx 5.2 -> 5.2"),
+        (r"\\(?:math(?!bb)\w+|bm|boldsymbol) ?\{ ?(\w) ?\}", r" \1", r"\frac{1}{\mathrm{e}} -> e^{-1}"),
+        (r"\\(?:text\w+|mbox|operatorname|math(?!bb)\w+|bm|boldsymbol|underline) ?(?=\{)", r"\\text",
+         r"\mathrm{north} -> \text{north}"),
+        (r"\\text(?=\{[^{}]*\\)", "", r"\mathbf{\frac{3}{4}} -> \frac{3}{4}"),
+        (r"\\text\{([-+]?[\d(][^{}]*)\}", r"\1 ", r"\text{14/2} -> 7")],
+    "functions": [
+        (r"(\\text\{)?(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)|pi|ln|log|exp)(?![a-zA-Z])(?(1)\})", r"\\\2 ",
+         r"sin(x) -> \sin x"),
+        *[(r"(?:√|(?<![\\a-zA-Z])sqrt|\\sqrt(?= ?\()) ?(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}",
+           "sqrt(1+sqrt(9)) -> 2")] * 2,
+        (r"\\[dtc]?frac" + ARGUMENT * 2, r"\\frac{\1\2}{\3\4}", r"\tfrac12 -> \frac{1}{2}"),
+        (r"\\(sqrt|log_)" + ARGUMENT, r"\\\1{\2\3}", r"2\sqrt3 -> \sqrt{12}"),
+        (r"\*\*(?=[\w({\\-])", "^", "2**3 -> 8"),
+        (r"\^ ?(?:\(([^()]*)\)|(\\frac\{[^{}]*\}\{[^{}]*\}))", r"^{\1\2}", "e^(2x) -> e^{2x}"),
+        (r"^.*\\choose .*", r"{\g<0>}", r"n \choose 2 -> \binom{n}{2}"),
+        (r"\(?\\?(?<![a-z])p?mod ?\{?(\w+)\}?\)?", r"\\pmod{\1}", r"n \equiv 4 (mod 9) -> n \equiv 4 \pmod9"),
+        (r"(?<![\\a-zA-Z_])(?<!_\{)i(?![a-zA-Z])", r"\\sqrt{-1}", "(1+i)^2 -> 2i"),
+        (r"(?<=\\\\) ?\[[-\d. ]+[a-z]{2}\]", "", r"1\\[2pt] 2 -> 1 \\ 2"),
+        (r"\\varnothing", r"\\emptyset", r"\varnothing -> \emptyset")],
+    "numbers": [
+        (r"\{([,:])\}", r"\1", "3{:}45 -> 3:45"),
+        (r"\((\d+)\)_", r"\1_", "(121)_3 -> 121_3"),
+        (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot ", r"6 x 10^{23} -> 6 \cdot 10^{23}"),
+        (r"(?<=\d)[eE]\+?(-?\d{1,3})(?![\d.]|[\dA-F]*_)", r"\\cdot 10^{\1}", "3.2e-5 -> 0.000032"),
+        (r"(?<![\d./^_{}])(\d+) (\d+)/ ?(\d+)(?![\d./])", r"\1\\frac{\2}{\3}", "2 1/2 -> 2.5"),
+        (r"(?<![\d.,])\d{1,3}(?:(?:[ ']\d{3})+|(?:\.\d{3}){2,}|(?:,\d{3})+(?= ?\\?%))(?![\d.])",
+         lambda m: re.sub(r"\D", "", m[0]), "1'234'567 -> 1234567"),
+        (r"([\d.]+|\d*\\frac\{\d+\}\{\d+\}) ?(\\text\{)?(?:\\?%|percent\b)(?(2)\})", r"\\frac{\1}{100}",
+         r"33\frac{1}{3}\% -> 1/3"),
+        (r"\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: f".{m[1]}{m[2] * 30}", r"0.\bar{6} -> 2/3")],
+    "units": [  # more in UNITS
+        (r"\^\{?\\circ\}?|\\degree|º", "°", r"30\degree -> 30"),
+        (r"(\\(?:sin|cos|tan|cot|sec|csc)[ ({]*)([\d.]+)°", r"\1\\frac{\2\\pi}{180}", r"\sin 30° -> 1/2"),
+        (r"°(?: ?(?:\\text\{[CF]\}|[CF](?![a-zA-Z])))?", " ", "20° C -> 20"),
+        (r"^(\d+)' ?(\d\d?)(?:''|\")?$", r"\1 ft \2 in", "5'3 -> 5 ft 3 in"),
+        (r"(\d) ?h ?(\d+) ?m(?![a-z])", r"\1 hr \2 min", "1h 5m -> 1 hr 5 min"),
+        (r"(?<=\d) ?(?:\\text\{)?" + MEASURE + r"[., }and]*(?=[\d.]+ ?(?:\\text\{)?(?!\1)" + MEASURE + ")",
+         lambda m: rf"\text{{{MEASURES[m[1]]}}}", "2 hours and 30 minutes -> 2 hr 30 min"),
+        (r"(?i)\b([ap])\.(?=m)", r"\1", r"7:20 p.m -> 7:20 \text{ PM}")],
+    "lists": [
+        (r"^.*(?:[<>]|\\[lg]eq?|\\neq?)(?![a-z]).*", lambda m: re.sub(  # between inequalities the word counts
+            AND_OR, lambda word: r"\lor " if "or" in word[0] else r"\land ", m[0]), "x>1 and x>3 -> x>3"),
+        (AND_OR, ",", r"2 \text{ or } 5 -> 2, 5"),
+        (r"^([^,]*)\\pm([^,]*)$", r"\1+\2,\1-\2", r"\frac{3 \pm i}{2} -> \frac{3}{2} \pm \frac{i}{2}")]}
+
+# What may go behind a number. Not math-verify's list: it has single letters (2m would be 2), am and east.
+UNITS = [
+    ("|".join(word for word in MEASURES if len(word) > 1 and word != "hr"), "35 cm -> 35"),
+    (r"square|cubic|sq|cu", "5 sq ft -> 5"), ("people|person|children|[wo]*men|way", "7 men -> 7"),
+    ("per [a-z]+", "60 miles per hour -> 60"), (r"[Jm](?= ?/)|(?<=/)[smhK]", "7 m/s -> 7"),
+    (r"hr(?!\^)", "4 hrs -> 4"), (r"(?<=\{)[A-Zmgshl](?=[}/ ^])", r"4\text{ h} -> 4"),
+    ("nm|[kM]J|k?cal|k?mol|[kMG]?(?:eV|Hz|Pa)|deg|degree|unit|USD", "6.5 kJ -> 6.5"),
+    (r"(?!(?:ten|\w+red|thousand|\w+illion|dozen|third|\w+th|halve|quarter|\w+crease|\w+verge|plu|minu|les)s)"
+     r"[a-z]{3,}s", "14 stamps -> 14")]
+UNIT = re.compile(  # bare, or in \text; 5 gallons 2 quarts is not 52
+    r"(?:(?:(?<=[\d)}\]!]) ?|(?<=\\pi) )(?=[a-zA-Z]{2}|[Jm] ?/)|(?<=.) ?/? ?(\\text\{))"
+    r"(?:(?:" + "|".join(pattern for pattern, _ in UNITS) + r")s?(?![a-zA-Z])(?:[. /]|\^\{?-?[1-3]\}?)*)+"
+    r"(?(1)\}(?:\^\{?[23]\}?)?)(?! ?\d)")
+# Misread by math-verify, so compared as text only, with what it would take for equal
+MISREAD = [
+    (r"(?<![a-zA-Z\d_{])\d[\dA-F]*_", "52_9 = 52_8"), (r"(?<![\d_^])\d+ \d", "5 6 = 11"), ("'", "f' = f"),
+    (r"\\text", r"5\text{ R }2 = 2\text{ R }5"), (r"\\angle", r"\angle AB = \angle BA"),
+    ("dots", r"2,4,6,\ldots = 2,4,6"), (r"[A-Z]{3}|(?<![\\{a-zA-Z])[a-z]{4}", "seat = east")]
+UNREAD = re.compile("|".join(pattern for pattern, _ in MISREAD))
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 OPTION = re.compile(r"\(?[A-J]\)?")
 # B, (B), B: seven, B because ...; no other letter beside it ("A measure" is none) but in its own sentence
 CHOICE = re.compile(r" ?(?:(?i:option|choice) )?[(\[{]?([A-J])(?:[.)] ?[A-Z][a-z].*|(?:[).,:;?!*\]}](?!\w)|"
                     r"(?= [^=+*/^_<>])|$)(?:(?!(?<![\w'\\])(?:[B-HJ]|[AI](?! [a-z]))(?![\w'])).)*)")
+PAIR = re.compile(r"[(\[][^()\[\]]*[)\]]")
 NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|(?=\.?\d)\d*(?:\.\d*)?)")
-# Misread by math-verify: a base (52_8), "5 6" (as 5 + 6), f' (as f), text and names (as letters in any order)
-UNREAD = re.compile(r"(?<![a-zA-Z\d_{])\d[\dA-F]*_|(?<![\d_^])\d+ \d|'|\\text|\\angle|dots|[A-Z]{3}")
 WORD = re.compile(r"(?<![\\a-zA-Z])(?:(?=\w*[aeiouyAEIOU])(?:[A-Z][a-z]{2,}|[A-Z]{3,})|N[oO]|[AP]M)\b")
 
 def tidy(text):
     """One spelling for each thing, still LaTeX that math-verify reads."""
-    for pattern, by in REWRITES:
-        text = pattern.sub(by, text)
+    for rules in RULES.values():
+        for pattern, by, _ in rules:
+            text = re.sub(pattern, by, text)
     return text.strip()
 
 def key(text):
@@ -159,37 +234,60 @@ def key(text):
     return re.sub(r"\{(\w)\}", r"\1", text).rstrip(".")  # \frac{1}{2} and \frac12, 5_{4} and 5_4
 
 def equal(answer, gold):
-    """Of two tidied values, in a worker: exact rules, then math-verify's opinion."""
-    if OPTION.fullmatch(key(gold)):  # multiple choice: by exact letter
-        return CHOICE.sub(r"\1", TEXT.sub(r" \1 ", answer).strip()) == key(gold).strip("()")
-    measures = [MEASURE.search("".join(m[0] for m in UNIT.finditer(text))) for text in (answer, gold)]
-    if all(measures) and measures[0][0] != measures[1][0]:  # 7 cm is not 7 m, nor are 7 hours 7 minutes
-        return False
+    """What makes two tidied values equal, or "": exact rules first, then math-verify's opinion."""
+    if OPTION.fullmatch(key(gold)):  # multiple choice
+        return "letter" * (CHOICE.sub(r"\1", TEXT.sub(r" \1 ", answer).strip()) == key(gold).strip("()"))
+    power = r"(?<![a-zA-Z])" + MEASURE + r"\}?(?:\^\{?(\d))?"
+    units = [re.search(power, "".join(m[0] for m in UNIT.finditer(text))) for text in (answer, gold)]
+    if len({MEASURES[m[1]] for m in units if m}) > 1 or len({m[2] for m in units if m and m[2]}) > 1:
+        return ""  # of other kinds, or cm^2 and cm^3
     bare = [UNIT.sub("", text).strip() for text in (answer, gold)]
     a, g = map(key, bare)
     if a == g or key(answer) == key(gold):
-        return True
+        return "text"
     if NUMBER.fullmatch(a) and NUMBER.fullmatch(g):  # 055, 11,111, .5
-        return fractions.Fraction(a.replace(",", "")) == fractions.Fraction(g.replace(",", ""))
-    return not any(UNREAD.search(x.rpartition("=")[2]) for x in bare) and sympy_equal(*map(read, bare))
+        a, g = (fractions.Fraction(x.replace(",", "")) for x in (a, g))
+        return "number" * (a == g)
+    if (any(UNREAD.search(x.rpartition("=")[2]) for x in bare)
+            or PAIR.fullmatch(a) and PAIR.fullmatch(g) and a[0] != g[0]):  # [3, 1] and (3, 1) would be points
+        return ""
+    return "math-verify" * sympy_equal(*map(read, bare))
+
+def parse(text):
+    """Sympy's expression of a text. x<1 \\lor x>3 is joined; a comma beside the word means the same."""
+    import sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+    for word, join in ((r"\lor", sympy.Or), (r"\land", sympy.And)):
+        if word in text:
+            return join(*map(parse, text.replace(",", word).split(word)))
+    return latex2sympy(text, is_real=True, conversion_config=ConversionConfig(lowercase_symbols=False))
 
 @functools.lru_cache(1000)
 def read(text):
-    """A value as sympy has it. Letters keep their case."""
+    """A value as sympy has it: letters keep their case; conditions on x become x = the set they allow."""
     import sympy
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
-    value = latex2sympy(text, is_real=True, conversion_config=ConversionConfig(lowercase_symbols=False))
-    if isinstance(value, sympy.FiniteSet) and all(x.is_Relational for x in value.args):
-        return sympy.Union(*(x.as_set() for x in value.args)) if len(value.free_symbols) == 1 else value
-    return sympy.expand_log(value, force=True) if isinstance(value, sympy.Expr) else value
+    value = parse(text)
+    inequalities = (sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge, sympy.Ne)
+    if not isinstance(value, (sympy.FiniteSet, sympy.And, sympy.Or)) or not value.atoms(*inequalities):
+        return sympy.expand_log(value, force=True) if isinstance(value, sympy.Expr) else value
+    if len(value.free_symbols) > 1:
+        return sympy.FiniteSet(*value.args) if type(value) is sympy.And else value
+    conditions = value.args if isinstance(value, sympy.FiniteSet) else [value]
+    allowed, all_x = sympy.Or(*conditions).as_set(), (sympy.Reals, sympy.UniversalSet)
+    if allowed in all_x:  # x>1, x<3; but x<1, x>3
+        allowed = sympy.And(*conditions).as_set()
+    if allowed in (sympy.S.EmptySet, *all_x):
+        raise ValueError("of nothing and of everything one spelling is as good as another")
+    return sympy.Eq(*value.free_symbols, allowed, evaluate=False)
 
 def sympy_equal(a, g):
     """math-verify's opinion, less its false equalities."""
+    import sympy
     from math_verify import verify
     # With 15 digits, the default, 1/2^99 = 1/2^98. The set option: -2 <= x <= 7 is the interval [-2, 7].
     if not verify(g, a, numeric_precision=50, allow_set_relation_comp=True, timeout_seconds=None):
         return False
-    kinds = {type(a).__name__, type(g).__name__}
+    kinds = {type(x.rhs if isinstance(x, sympy.Eq) else x).__name__ for x in (a, g)}
     if "FiniteSet" in kinds:  # 1, 2, 2 is not 1, 1, 2; and no set is (1, 2), be it a pair or an interval
         items = [sorted(map(str, x._unsorted_args)) for x in (a, g) if hasattr(x, "_unsorted_args")]
         often = [[part.count(x) for x in part] for part in items]
@@ -202,8 +300,8 @@ def sympy_equal(a, g):
 
 # math-verify runs in processes that can be killed: its alarm works in the main thread only and stops no C
 # code (9^9^9^9). They start by exec, not by fork of a trainer with CUDA and NCCL, and are kept: it is slow.
-CPU_SECONDS = 5     # a comparison takes 0.01 to 0.5
-WALL_SECONDS = 300  # room to start on a busy machine; later no answer takes as long: its CPU time is bounded
+PATIENCE = 15     # times a worker's own start (0.4 s of CPU time): as slow as the processor. Comparing takes
+WALL_SECONDS = 1000  # 0.01 to 0.6 s. This one is for starts on a busy machine: CPU time bounds the rest
 MEMORY = 4 << 30  # bytes of address space of a worker: a huge power must not take the trainer's memory
 IDLE = []         # started workers, waiting
 
@@ -230,17 +328,19 @@ def worker_main():
     import resource
     import signal
     import math_verify  # noqa: F401  slow: no pair pays for it
+    from latex2sympy2_extended import latex2sympy2  # noqa: F401
+    limit = PATIENCE * time.process_time()
     logging.disable()
     replies, sys.stdout = sys.stdout, sys.stderr  # a stray print must not look like a reply
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin:  # ends when the parent does
         # CPU time: a verdict must not depend on the load. The kernel kills, in C code and orphans too.
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, limit)
         answer, gold = map(tidy, json.loads(line))
         right, poll = False, key(answer)
         with contextlib.suppress(Exception):  # what sympy cannot read is not the answer
-            right = equal(answer, gold)
+            right = bool(equal(answer, gold))
         with contextlib.suppress(Exception):
             poll = poll if right else vote(answer, gold)
         print(json.dumps([right, poll]), file=replies, flush=True)
@@ -249,8 +349,8 @@ def grade_all(responses, golds, finished=None, workers=2):
     """Verdicts of many responses. Each distinct pair (answer, gold) is compared once."""
     found = []
     for response, gold, done in zip(responses, golds, finished or [True] * len(responses), strict=True):
-        tail = response.rpartition("</think>")[2]
-        cut = not done or "<think>" in tail
+        tail = response[max((tag.end() for tag in CLOSING.finditer(response)), default=0):]
+        cut = not done or bool(OPENING.search(tail))
         gold = last_box(str(gold))[1] or clean(str(gold))  # of a whole reference solution: its last box
         whole = find_answers(response)
         by_rule = (None,) * 3 if cut else whole if tail == response else find_answers(tail)
@@ -408,25 +508,25 @@ def readable(tokenizer, prompt, ids):
     """The text that is graded: think tags kept (special tokens for some), other special tokens not."""
     text = tokenizer.decode(ids, skip_special_tokens=False)
     for token in tokenizer.all_special_tokens:
-        text = text if "think" in token else text.replace(token, "")
-    opened = tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")  # by the template: R1-Distill's does
-    return "<think>\n" + text if opened else text
+        text = text if OPENING.fullmatch(token) or CLOSING.fullmatch(token) else text.replace(token, "")
+    tags = list(OPENING.finditer(tokenizer.decode(prompt[-16:]).rstrip()))  # by the template: R1-Distill's
+    return f"{tags[-1][0]}\n{text}" if tags and not tags[-1].string[tags[-1].end():] else text
 
 def think_length(tokenizer, ids, text):
-    """Tokens up to the last </think> and with it; all of them if it never came, 0 without a <think>."""
-    close = tokenizer.convert_tokens_to_ids("</think>")
+    """Tokens up to the last closing think tag and with it; all of them if none came, 0 without a block."""
+    closed = list(CLOSING.finditer(text))
+    if not closed:
+        return len(ids) if OPENING.search(text) else 0
+    close = tokenizer.convert_tokens_to_ids(closed[-1][0])
     if close in ids:
         return len(ids) - ids[::-1].index(close)
-    if "</think>" in text:  # spelled with several tokens: encoded again, about one token off
-        return len(tokenizer.encode(text.rpartition("</think>")[0] + "</think>", add_special_tokens=False))
-    return len(ids) if "<think>" in text else 0
+    # spelled with several tokens: encoded again, about one token off
+    return len(tokenizer.encode(text[:closed[-1].end()], add_special_tokens=False))
 
 # ------------------------------------------------------------------------------------------------- STATISTICS
 def by_problem(records):
-    groups = collections.defaultdict(list)
-    for record in records:
-        groups[record["id"]].append(record)
-    return groups
+    problem = lambda record: record["id"]
+    return {name: list(group) for name, group in itertools.groupby(sorted(records, key=problem), problem)}
 
 def levels(records):
     return sorted({r["level"] for r in records} - {None}, key=str)
@@ -492,8 +592,7 @@ def paired(base, ours, draws=4000):
     Problems are drawn, each with all its samples in both runs: what is long in one is long in the other."""
     import numpy
     base, ours = by_problem(base), by_problem(ours)
-    check(base and base.keys() == ours.keys(), "expected two runs on the same problems, found "
-          f"{len(base)} and {len(ours)}, of which {len(base.keys() & ours.keys())} are common")
+    check(base and base.keys() == ours.keys(), "expected two runs on the same problems")
     means = numpy.array([[mean(run[problem], column) for problem in base]
                          for column in ("tokens", "correct") for run in (base, ours)])  # [4, problems]
     check(means[0].any(), "the first run has no tokens at all: there is nothing to reduce")
@@ -548,14 +647,10 @@ def read_summary(directory):
 
 def read_run(directory):
     """(settings, {benchmark: records}) of a finished evaluation."""
-    summary, runs = read_summary(directory), {}
+    summary = read_summary(directory)
     check(summary["finished"], f"{directory}: not finished; repeat its command, it goes on where it stopped")
-    for name, stats in summary["benchmarks"].items():
-        runs[name] = read_lines(Path(directory, f"{name}.jsonl"))
-        check(len(runs[name]) == stats["problems"] * stats["samples"],
-              f"{directory}/{name}.jsonl: {len(runs[name])} lines, summary.json says {stats['problems']} "
-              f"problems of {stats['samples']} samples; evaluate again")
-    return summary["settings"], runs
+    return summary["settings"], {
+        name: read_lines(Path(directory, f"{name}.jsonl")) for name in summary["benchmarks"]}
 
 def refuse_unless_comparable(base, ours, names):
     a, b = ({**run[0], "benchmarks": sorted(run[1])} for run in (base, ours))
@@ -584,49 +679,43 @@ def contrast(base, ours):
     return [(level, summarise(a), summarise(b), paired(a, b)) for level, a, b in parts]
 
 def published(model, name):
-    """What the paper printed for this model and benchmark, in the form of `contrast`, a label before each."""
-    cells = [cell.split("/") for cell in PUBLISHED.get(f"{Path(model).name} {name}", "").split()]
-    stats = [{"problems": "", "accuracy": float(a) / 100, "tokens": float(tokens)} for a, tokens in cells]
+    """The paper's rows for this model and benchmark."""
+    (was, length), *cells = (c.split("/") for c in PUBLISHED.get(f"{Path(model).name} {name}", "/").split())
     labels = ("concise prompt v1", "concise prompt v2", "trained v1", "trained v2")
-    return [("paper: " + label, "all", stats[0], s, {"change": [s["accuracy"] - stats[0]["accuracy"]],
-                                                     "reduction": [1 - s["tokens"] / stats[0]["tokens"]]})
-            for label, s in zip(labels, stats[1:])]
+    return [[f"paper: {label}", "all", "", f"{was} -> {accuracy}", f"{float(accuracy) - float(was):+.1f}",
+             f"{length} -> {tokens}", percent(1 - int(tokens) / int(length))]
+            for label, (accuracy, tokens) in zip(labels, cells)]
 
 def won_and_lost(base, ours, show):
     base, ours = by_problem(base), by_problem(ours)
     gain = {i: mean(ours[i], "correct") - mean(base[i], "correct") for i in base}
-    won = sorted((i for i in base if gain[i] > 0), key=lambda i: -gain[i])
-    lost = sorted((i for i in base if gain[i] < 0), key=gain.get)
-    return "\n".join([f"accuracy up on {len(won)} problems, down on {len(lost)}, as before on "
-                      f"{len(gain) - len(won) - len(lost)}"] + [
+    up, down = ([i for i in sorted(gain, key=gain.get) if sign * gain[i] > 0] for sign in (1, -1))
+    lines = [f"accuracy up on {len(up)} problems, down on {len(down)} of {len(gain)}"]
+    return "\n".join(lines + [
         f"  {percent(gain[i], sign='+')} points, {mean(base[i], 'tokens'):.0f} -> "
         f"{mean(ours[i], 'tokens'):.0f} tokens: {i} (gold {base[i][0]['gold']})"
-        for i in won[:show] + lost[:show]])
+        for i in up[::-1][:show] + down[:show]])
 
 def compare(args):
     check(len(args.directories) > 1, "compare needs the directories of at least two evaluations")
-    if args.plot:
-        pyplot()  # a missing matplotlib is said before the work
     base_dir, *directories = args.directories
     base_run, *runs = map(read_run, args.directories)
     for directory, run in zip(directories, runs):
         refuse_unless_comparable(base_run, run, (base_dir, directory))
     contrasts = {}
     for name, base in base_run[1].items():
-        parts, notes = [], []
+        rows, notes = [], []
         for label, (_, ours) in zip(directories, runs):
             contrasts[name, label] = contrast(base, ours[name])
-            parts += [(label, *part) for part in contrasts[name, label]]
+            rows += [[label, level, a["problems"], f"{percent(a['accuracy'])} -> {percent(b['accuracy'])}",
+                      percent(*versus["change"], sign="+"), f"{a['tokens']:.0f} -> {b['tokens']:.0f}",
+                      percent(*versus["reduction"])] for level, a, b, versus in contrasts[name, label]]
             notes.append(f"{label}: {won_and_lost(base, ours[name], args.show)}")
         header = [name, "level", "problems", "accuracy, %", "change, points", "mean tokens", "reduction, %"]
-        rows = [[label, level, a["problems"], f"{percent(a['accuracy'])} -> {percent(b['accuracy'])}",
-                 percent(*versus["change"], sign="+"), f"{a['tokens']:.0f} -> {b['tokens']:.0f}",
-                 percent(*versus["reduction"])]
-                for label, level, a, b, versus in parts + published(base_run[0]["model"], name)]
-        print(markdown(header, rows), *notes, "", sep="\n")
+        print(markdown(header, rows + published(base_run[0]["model"], name)), *notes, "", sep="\n")
     print(f"Base: {base_dir}. In brackets: 95 % paired bootstrap intervals over problems.")
     if args.plot:
-        plot_compare(args.plot, base_dir, contrasts)
+        plot_compare(args.plot, contrasts)
         print(f"wrote {args.plot}")
 
 # --------------------------------------------------------------------------------------------------- PICTURES
@@ -635,24 +724,19 @@ def pyplot():
     pyplot.switch_backend("Agg")  # a file, no screen
     return pyplot
 
-def plot_compare(path, base_label, contrasts):
-    """Left: accuracy against tokens with 95 % error bars. Right: token reduction, over all and per level."""
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    names, labels = (list(dict.fromkeys(part)) for part in zip(*contrasts))
-    for (name, label), parts in contrasts.items():
-        style = {"marker": "osD^v"[names.index(name) % 5], "linestyle": "", "capsize": 3}
-        color = f"C{labels.index(label)}"
-        runs = [(base_label, "gray", parts[0][1])] * (label == labels[0]) + [(label, color, parts[0][2])]
-        for run, shade, stats in runs:
-            left.errorbar(stats["tokens"], 100 * stats["accuracy"], 196 * (stats["accuracy_se"] or 0),
-                          1.96 * (stats["tokens_se"] or 0), color=shade, label=f"{run}, {name}", **style)
-        for level, _, _, versus in parts:
-            value, low, high = (100 * x for x in versus["reduction"])
-            right.errorbar([f"{name}\n{level}"], value, [[value - low], [high - value]], color=color, **style)
-    left.set(xlabel="mean response tokens", ylabel="accuracy, %", title="accuracy against length")
-    right.set(xlabel="level", ylabel="token reduction, %", title="reduction by difficulty")
-    right.axhline(0, color="gray", linewidth=0.5)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+def plot_compare(path, contrasts):
+    """Accuracy against tokens: a line from the base to each run, thin ones by level; 95 % error bars."""
+    figure, ax = pyplot().subplots(figsize=(8, 6), layout="constrained")
+    for i, ((name, label), parts) in enumerate(contrasts.items()):
+        for level, *runs, _ in parts:
+            x, dx, y, dy = ([scale * (run[column] or 0) for run in runs] for column, scale in (
+                ("tokens", 1), ("tokens_se", 1.96), ("accuracy", 100), ("accuracy_se", 196)))
+            whole = level == "all"
+            ax.errorbar(x, y, dy, dx, color=f"C{i}", marker="o", capsize=3, elinewidth=0.8,
+                        linewidth=3 if whole else 0.8, label=f"{label}, {name}" if whole else None)
+            ax.annotate(f" {level}", (x[1], y[1]))
+    ax.set(xlabel="mean response tokens", ylabel="accuracy, %", title="from the base on, all and by level")
+    figure.legend(loc="outside lower center")
     figure.savefig(path, dpi=150)
 
 PANELS = (("response_tokens", "eval_tokens"), ("loss",), ("student_entropy", "teacher_entropy"),
@@ -664,23 +748,150 @@ def curves(args):
     for i, directory in enumerate(args.directories):
         rows = read_lines(Path(directory, "metrics.jsonl"))
         for ax, metrics in zip(axes.flat, PANELS):
-            draw_run(ax, rows, metrics, f"C{i}", directory)
+            for metric, line in zip(metrics, ("-", "--")):
+                known = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+                ax.plot(*zip(*known), color=f"C{i}", linestyle=line, marker="." * metric.startswith("eval_"),
+                        label=directory if metric == PANELS[0][0] else None)
+            for row, following in zip(rows, rows[1:]):
+                if following["teacher_age"] < row["teacher_age"]:
+                    ax.axvline(row["step"] + 0.5, color=f"C{i}", linewidth=0.8, linestyle=":")
             ax.set(title=", dashed: ".join(metrics), xlabel="step")
-            if metrics[0] in ("accuracy", "truncated"):
-                ax.set_ylim(-0.02, 1.02)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(args.plot, dpi=90)
     print(f"wrote {args.plot}; dotted lines: thetabar <- theta")
 
-def draw_run(ax, rows, metrics, color, label):
-    for metric, line, name in zip(metrics, ("-", "--"), (label, None)):
-        known = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
-        if known:
-            dots = "o" * metric.startswith("eval_")  # known at some steps only
-            ax.plot(*zip(*known), dots + line, color=color, markersize=4, label=name)
-    for row, following in zip(rows, rows[1:]):
-        if following["teacher_age"] < row["teacher_age"]:
-            ax.axvline(row["step"] + 0.5, color=color, linewidth=0.8, linestyle=":")
+# ----------------------------------------------------------------------------------------------------- TOKENS
+# What the loss sees: the divergence of every token of a response, computed by the trainer's own functions.
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+<meta name=color-scheme content="light dark"><title>What the loss sees</title><style>
+body { max-width: 60rem; margin: auto; padding: 1rem 1rem 4rem; font: 15px/1.5 system-ui, sans-serif }
+h2 { font-size: 1rem; margin: 1.5rem 0 .3rem }
+h2, pre, td, #bar { white-space: pre-wrap; overflow-wrap: anywhere }
+pre, td, #bar { font: 13px/1.6 ui-monospace, monospace }
+pre { border: 1px solid #8886; border-radius: 6px; padding: .5rem .7rem }
+td, th { text-align: left; padding-right: 2rem; border-bottom: 1px solid #8886 }
+span { background: rgb(240 100 0 / calc(80% * var(--shade))) }
+span:hover, #bar { outline: 2px solid }
+#bar { position: fixed; inset: auto 0 0; padding: .5rem 1rem; background: Canvas }
+</style><script>
+onmouseover = ({target: {dataset: {d, p, q, best}}}) => document.getElementById("bar").textContent =
+  d ? `${d} nats   student p ${p}   teacher q ${q}   its likeliest: ${best}` : ""
+</script><div id=bar>Point at a token.</div><h1>What the loss sees</h1><p>Shaded: where student and teacher
+differ, by <span style=--shade:.1>0.02</span> <span style=--shade:.5>0.5</span> <span style=--shade:1>2
+nats</span>.
+"""
+
+def token_options(argv):
+    """opsdc.py's Config from its command line, with four fields more."""
+    own = {"out": ("tokens.html", "the page"), "samples": (4, "number of responses", "1.."),
+           "given": (False, "show responses in --data, a run's samples.jsonl or an evaluation's records"),
+           "teacher": ("", "hub id or folder of the teacher's weights; default: --model")}
+    fields = [(name, type(values[0]), opsdc().flag(*values)) for name, values in own.items()]
+    options = dataclasses.make_dataclass("Options", fields, bases=(opsdc().Config,))
+    cfg, = opsdc().HfArgumentParser(options).parse_args_into_dataclasses(argv)
+    return dataclasses.replace(cfg, steps=1)
+
+def read_responses(cfg, problems, tokenizer):
+    """Rollouts of the first --samples rows of --data. These hold text: tokenised again it may give other ids
+    than were sampled, and with them other values."""
+    places, rollouts = {digest(p.text): i for i, p in enumerate(problems)}, []
+    for where, row in itertools.islice(opsdc().read_rows(cfg.data), cfg.samples):
+        with opsdc().named(f"{where}: expected a line of samples.jsonl or an evaluation's record, found no"):
+            place = places[digest(opsdc().read_problem(row, where, cfg.wrapper))]
+            text, finished = row["response"], row.get("finished", row.get("finish_reason") == "stop")
+        if "finish_reason" in row:  # a record: undo `readable`
+            text = text.removeprefix(readable(tokenizer, problems[place].student, []))
+            text += tokenizer.eos_token * finished
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        rollouts.append(opsdc().Rollout(place, ids, [0.0] * len(ids), finished, row.get("correct")))
+    return rollouts
+
+def log_probabilities(model, inputs, chunk):
+    """[n, V] for so many tokens of the response at a time, float32."""
+    hidden = model(*inputs).float()  # [N, d]
+    model.reshard()
+    head = model.lm.get_output_embeddings().weight.to(opsdc().compute_dtype()).full_tensor().float()  # [V, d]
+    for part in hidden.split(chunk):
+        yield opsdc().finish_logits(part @ head.T, **model.logits)[0].log_softmax(-1)
+
+def score(student, teacher, batch, tokenizer, cfg):
+    """Of each token: itself, divergence in nats, p, q, and the teacher's three likeliest with their q."""
+    found, chunk = [], cfg.loss_chunk
+    quoted = lambda ids: [json.dumps(tokenizer.decode([y]), ensure_ascii=False) for y in ids]
+    for y, log_p, log_q in zip(batch.tokens.split(chunk), log_probabilities(student, batch.student, chunk),
+                               log_probabilities(teacher, batch.teacher, chunk)):
+        p, q = log_p.exp(), log_q.exp()
+        nats, _ = opsdc().divergence_and_gradient(p, log_p, q, log_q, cfg.divergence)
+        columns = [nats.tolist(), *(x.gather(-1, y[:, None])[:, 0].tolist() for x in (p, q))]
+        chances, likeliest = (x.tolist() for x in q.topk(3))
+        best = [list(zip(quoted(ids), row)) for ids, row in zip(likeliest, chances)]
+        found += zip(quoted(y), *columns, best)
+    return found
+
+def pieces(tokenizer, ids):
+    """What each token adds to the text: "" inside a character of several tokens, whose last one brings it."""
+    found, before, since = [], 0, 0
+    for at in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[before:at])[len(tokenizer.decode(ids[before:since])):]
+        whole = at == len(ids) or not text.endswith("\ufffd")
+        found.append(text if whole else "")
+        before, since = (since, at) if whole else (before, since)
+    return found
+
+def page(tokenizer, problems, rollouts, scores, about):
+    """All responses, and a table of the 20 tokens that carry most of the loss."""
+    escape = lambda text: html.escape(str(text), quote=False).replace("'", "&#39;").replace("\r", "&#13;")
+    found, parts = [PAGE, f"<p>{escape(about)}\n"], collections.Counter()
+    times, wanted = collections.Counter(), collections.defaultdict(collections.Counter)
+    for rollout, weights, tokens in zip(rollouts, opsdc().token_weights(rollouts), scores):
+        verdict = {None: "not graded", True: "right", False: "wrong"}[rollout.correct]
+        found.append(f"<h2>{escape(problems[rollout.index].text)}</h2>{len(tokens)} tokens, "
+                     f"{statistics.fmean(nats for _, nats, *_ in tokens):.4g} nats/token, {verdict}\n<pre>")
+        for text, weight, (token, nats, p, q, best) in zip(pieces(tokenizer, rollout.ids), weights, tokens):
+            parts[token] += weight * nats
+            times[token] += 1
+            wanted[token][best[0][0]] += nats
+            best = ", ".join(f"{token} {chance:.3g}" for token, chance in best)
+            found.append(f"<span style=--shade:{min(1, math.sqrt(nats / 2)):.2f} data-d={nats:.6g} "
+                         f"data-p={p:.3g} data-q={q:.3g} data-best='{escape(best)}'>{escape(text)}</span>")
+        found.append("</pre>\n")
+    found.append(f"<h2>What carries most of the loss, {parts.total():.6g} nats/token</h2><table><tr><th>token"
+                 "<th>times<th>mean nats<th>% of the loss<th>the teacher's likeliest there\n")
+    for token, part in parts.most_common(20):
+        row = (token, times[token], f"{wanted[token].total() / times[token]:.3g}",
+               percent(part / parts.total()), " ".join(best for best, _ in wanted[token].most_common(3)))
+        found.append(f"<tr><td>{'<td>'.join(map(escape, row))}\n")
+    return "".join(found) + "</table>\n"
+
+def show_tokens(cfg):
+    """Samples as the trainer's first step does, or reads; scores as it does; writes the page."""
+    trainer, device = opsdc(), opsdc().start_processes()
+    with trainer.refusals():
+        tokenizer, context = trainer.load_tokenizer(cfg.model)
+        told = trainer.read_instruction(cfg.instruction)
+        trainer.check_settings(cfg, context)
+        other, _ = trainer.load_tokenizer(cfg.teacher or cfg.model)
+        check(other.get_vocab() == tokenizer.get_vocab(), f"--teacher {cfg.teacher}: expected the tokens of "
+              f"{cfg.model}, found others")
+        problems = trainer.load_problems(cfg, tokenizer, told)
+        rollouts = read_responses(cfg, problems, tokenizer) if cfg.given else None
+    engine = None if rollouts else trainer.RolloutEngine(cfg)
+    student = teacher = trainer.load_model(cfg, device)
+    if cfg.teacher:
+        teacher = trainer.load_model(dataclasses.replace(cfg, model=cfg.teacher), device)
+    if engine:
+        engine.sync(student)
+        indices = trainer.batch_at(len(problems), 0, cfg.samples, cfg.seed)
+        rollouts = trainer.sample_rollouts(engine, problems, indices, 1, tokenizer, cfg)
+        engine.sleep()
+    batches = [trainer.make_micro_batches([r], problems, device, cfg)[0] for r in rollouts]
+    with trainer.torch.no_grad():
+        scores = [score(student, teacher, batch, tokenizer, cfg) for batch in batches]
+    source = f"; responses of {cfg.data}, tokenised again, not always as sampled" * cfg.given
+    about = f"Student: {cfg.model}{source}. Teacher: {cfg.teacher or 'the same'}, told: {told}"
+    if trainer.dist.get_rank() == 0:
+        replace_file(Path(cfg.out), page(tokenizer, problems, rollouts, scores, about))
+        print(f"wrote {cfg.out}")
 
 # ----------------------------------------------------------------------------------------------- COMMAND LINE
 def write_summary(out, settings, benchmarks, finished):
@@ -716,7 +927,7 @@ def prepare(args):
     opsdc().check_settings(vars(args))
     check(args.k <= args.samples, f"--k {args.k}: expected at most --samples {args.samples}")
     args.instruction = None if args.instruction is None else opsdc().read_instruction(args.instruction)
-    base = opsdc().open_base(args.model)
+    base = opsdc().open_base(args.model, to_train=False)
     out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if args.instruction else ""))
     how, jobs = (args.samples, args.seed, args.instruction, args.thinking, args.wrapper), {}
     for source in [args.data] if args.data else args.benchmarks.replace(" ", "").split(","):
@@ -821,6 +1032,8 @@ def parse_args(argv):
         add("--plot", required=argv[0] == "curves", help="FILE.png")
         add("--show", type=int, default=0, help="number of wins and losses to print")
         return parser.parse_args(argv), {"compare": compare, "curves": curves}[argv[0]]
+    if argv[:1] == ["tokens"]:
+        return token_options(argv[1:]), lambda cfg: opsdc().run_and_exit(lambda: show_tokens(cfg))
     for name, (value, text) in NUMBERS.items():
         add(f"--{name}", type=type(value), default=value, help=f"{text} (default: {value})")
     add("--benchmarks", default="math500,aime24,aime25", help=f"{', '.join(BENCHMARKS)}; NAME=DIR: a copy")

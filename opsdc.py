@@ -18,7 +18,7 @@ instruction. One model, two prompts; no answers, no rewards, no length budget.
 
 Every rank holds shards of theta, Adam's state (FSDP2, float32) and thetabar, and a vLLM engine in its process
 (or part of one, --vllm_tp). A step copies theta into the engine in place and samples; swaps thetabar's shards
-into the training module for a pass that keeps the last hidden states; swaps theta back for the student's pass.
+into the training module for a pass that keeps the last hidden states; swaps theta back, and trains it.
 Axes: B sequences of a batch, b of a micro-batch, T positions, N response tokens packed end to end, V, d.
 
 Left out on purpose: rewards and advantages, importance ratios (at a given prefix the loss is exact, whoever
@@ -28,10 +28,8 @@ What is done here where the paper's text (P) or the authors' code (A) does other
  1. A: logits are float32 whatever the model's dtype; bfloat16 drowns the small KL (see THE OBJECTIVE).
  2. A: a token weighs 1 / (B |y|), as in P, however the batch is cut into micro-batches.
  3. A: the sampled ids are trained on, not the response's text tokenised again.
- 4. A: the line "Remember to put your answer ..." stands once in the teacher's prompt, not twice.
- 5. A: --resume goes on as if the run had not stopped; thetabar is part of the checkpoint.
- 6. P: the data's wrapper is taken off and put on here, so that bare problems are trained on alike; where the
-    teacher's prompt is longer than max_prompt_tokens, the problem is dropped and counted.
+ 4. A: "Remember to put your answer ..." stands once in the teacher's prompt; a resumed run has its thetabar.
+ 5. P: the data's wrapper is taken off and put on here; too long a teacher's prompt drops its problem.
 """
 import contextlib
 import csv
@@ -70,7 +68,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.utils import cached_file
 
-# The seam to whatever grades, eval.py beside this file or a fork's; training needs it for --keep correct alone.
+# The seam to whatever grades, eval.py beside this file or a fork's; only --keep correct needs it.
 #     read_answer(row, where) -> (row, field, answer)    options lettered; None twice where no answer is known
 #     grade_rollouts(rollouts, problems, tokenizer)      fills in .correct where the problem's answer is known
 sys.modules.setdefault("opsdc", sys.modules[__name__])  # else eval.py imports a second copy of this script
@@ -141,7 +139,8 @@ def prompt_ids(tokenizer, problem, instruction=None, thinking=True, wrapper="mat
         head = f"{instruction}\n\n" + TEACHER_HEAD * (wrapper == "math")
     messages = problem if isinstance(problem, list) else [{"role": "user", "content": problem}]
     messages = edit_last_user(messages, lambda text: head + text + tail)
-    with blaming(f"the model's chat template fails on {str(problem):.80}"):  # it may ignore tools, thinking
+    with blaming(f"the model's chat template fails on {str(problem):.80}"):  # it may ignore thinking
+        check(not tools or "tools" in str(tokenizer.chat_template), "it has no place for tools")
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
                                              return_dict=False, tools=tools, enable_thinking=thinking)
 
@@ -158,8 +157,7 @@ def edit_last_user(messages, edit):
 # hidden states and heads are bfloat16 too: at a KL of 0.0016 nats/token, bfloat16 logits put an error of 20 %
 # on the loss and of 63 % on the head's gradient (README, The objective).
 
-def kl_divergence(p, q, a):
-    """KL(p || q) [n] in nats, given a = log p - log q [n, V]."""
+def kl_divergence(p, q, a):  # KL(p || q) [n] in nats, given a = log p - log q [n, V]
     near = torch.neg(a).expm1_().add_(a).mul_(p)  # p (expm1(-a) + a), in place: on a CPU memory is the cost
     far = torch.sub(q, p).addcmul_(p, a)  # q - p + p a, the same where exp(-a) may overflow
     return torch.where(a > -1, near, far).sum(-1)  # any threshold from -80 to -1 would do
@@ -224,8 +222,7 @@ class ChunkedDivergence(torch.autograd.Function):
         ctx.gradients = None  # scaled in place to save a second [V, d]: hence one backward only
         return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *[None] * 8
 
-def finish_logits(raw, scale, cap):
-    """raw = h W^T [n, V] -> the family's logits, cap tanh(scale raw / cap), and their slope in raw."""
+def finish_logits(raw, scale, cap):  # raw = h W^T [n, V] -> cap tanh(scale raw / cap), and its slope in raw
     logits = raw if scale == 1 else raw.mul_(scale)
     if cap is None:
         return logits, scale
@@ -241,10 +238,9 @@ def float32_product(a, b, out, add=False):
 def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, weights, divergence="reverse_kl",
                  chunk=256, tokens=None, scale=1.0, cap=None):
     """sum_n weights[n] D(student_n, teacher_n): exact over the vocabulary, never [N, V] in memory.
-
     student_hidden [N, d], student_head [V, d] get gradients; teacher_hidden [N, d'], teacher_head [V, d'] do
     not. weights [N] float32; tokens [N] sampled ids; scale, cap: see finish_logits. A token of `chunk` takes
-    8 V bytes, on a GPU 10 V. Returns the loss (float32 scalar) and stats without gradient: kl (the divergence),
+    8 V bytes, on a GPU 10 V. Returns the loss (float32 scalar) and stats without gradient: kl (divergence),
     student_entropy, teacher_entropy (means over N, nats/token); logprob [N] = log p(token), given tokens."""
     ids = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
     loss, per_token = ChunkedDivergence.apply(student_hidden, student_head, teacher_hidden, teacher_head,
@@ -256,9 +252,7 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
 # --------------------------------------------------------------------------------------- STUDENT AND TEACHER
 # One sharded module serves both: thetabar is a second set of shards, copied into the first for one pass.
 # After a forward the root's weights may still be gathered: reshard() before anything reads or writes shards.
-
-# Activations, thetabar and the engine are bfloat16, on CPUs float32, so that tests can ask for exact agreement.
-DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # of activations, thetabar, the engine
 
 class SelfDistillation(nn.Module):
     """A causal LM whose forward returns hidden states or, given the teacher's, the loss: both inside the
@@ -281,17 +275,15 @@ class SelfDistillation(nn.Module):
         head = self.lm.get_output_embeddings().weight
         return distill_loss(hidden, head, *loss_inputs, **self.logit_options, **loss_options)
 
-def read_weights(base):
-    """The whole model, float32, checked; for rank 0, before the engine starts."""
+def read_weights(base):  # the whole model, float32, checked; for rank 0, before the engine starts
     auto = AutoModelForCausalLM if base.config.model_type in CAUSAL_LMS else AutoModelForMultimodalLM
-    with blaming(f"--model {base.name}: its weights cannot be read"):
+    with blaming(f"--model {base.name}: expected the weights of its config.json, found"):
         lm, info = auto.from_pretrained(base.name, dtype=torch.float32, output_loading_info=True,
                                         attn_implementation=base.empty.config._attn_implementation)
-    check_weights(base, lm, sorted(info["missing_keys"]))
+        check_weights(base, lm, sorted(info["missing_keys"]))
     return lm
 
-def load_model(base, device, cfg):
-    """base in shards on all ranks: rank 0 broadcasts its weights tensor by tensor, and forgets them."""
+def load_model(base, device, cfg):  # base in shards; rank 0 broadcasts its weights, and forgets them
     lm, source = base.empty, base.loaded or base.empty  # other ranks have nothing to read
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -306,8 +298,7 @@ def load_model(base, device, cfg):
     return model
 
 def shard(model, device):
-    """FSDP2, a group a decoder layer, and one of embedding, last norm and head (which keeps tied weights
-    tied): shards within a node, replicas across nodes. Masters and reductions in float32."""
+    """FSDP2: a group a decoder layer, one of all else, where tied weights stay tied; a replica a node."""
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     shape = dist.get_world_size() // local, local
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
@@ -329,20 +320,17 @@ def checkpoint_weights(lm, dtype, both_names=False):
             yield name, w
             yield from ((other, w) for other, source in tied.items() if both_names and source == name)
 
-def snapshot(model, dtype=None):
-    """theta's shards by name, by default in the compute dtype: thetabar at the start and after a refresh."""
+def snapshot(model, dtype=None):  # theta's shards by name: thetabar at first and after a refresh
     model.reshard()
     return {name: p.detach().to(dtype or DTYPE, copy=True) for name, p in model.lm.named_parameters()}
 
 @torch.no_grad()
-def copy_into(model, weights):
-    """Values go into the shards, where FSDP's all-gather reads them: it would not see other pointers."""
+def copy_into(model, weights):  # into the shards, where FSDP reads: it would not see other pointers
     model.reshard()
     for name, p in model.lm.named_parameters():
         p.copy_(weights[name])
 
-def refresh(model, thetabar, step, cfg):
-    """thetabar <- theta after every M steps, else thetabar as it is."""
+def refresh(model, thetabar, step, cfg):  # thetabar <- theta after every M steps
     due = cfg.refresh_every and step % cfg.refresh_every == 0
     return snapshot(model) if due else thetabar
 
@@ -369,9 +357,8 @@ class Rollout:
     correct: bool | None = None  # None where no answer is known
 
 class RolloutEngine:
-    """vLLM in this rank's process; `vllm_tp` consecutive ranks form one engine, the others are replicas of it
-    with their own share of the batch. On a GPU it sleeps while we train: weights dropped, cache freed.
-    load_format: "dummy" where `sync` brings the weights, "auto" for the model's own (eval.py)."""
+    """vLLM in this rank's process; `vllm_tp` consecutive ranks form one engine with a share of the batch. On a
+    GPU it sleeps while we train. load_format "dummy": `sync` brings weights; "auto": base's own (eval.py)."""
 
     def __init__(self, base, cfg, load_format="dummy"):
         say(f"starting vLLM with {base.name}, which takes up to some minutes ...")
@@ -415,33 +402,29 @@ class RolloutEngine:
         if self.sleeps:
             self.llm.sleep(level=2)
 
-    def share(self, items):
-        """This engine's share of `items`, one slice: the same on all its tensor-parallel ranks."""
+    def share(self, items):  # this engine's slice of them, the same on all its tensor-parallel ranks
         engine, engines = dist.get_rank() // self.tp, dist.get_world_size() // self.tp
         return items[engine * len(items) // engines:(engine + 1) * len(items) // engines]
 
-    def gather(self, mine):
-        """The inverse: the engines' shares -> all items in their order, on every rank."""
+    def gather(self, mine):  # the inverse: shares -> all items in their order, on every rank
         shares = [None] * dist.get_world_size()
         dist.all_gather_object(shares, mine)
         return sum(shares[::self.tp], [])
 
     def generate(self, prompts, seeds, **sampling):
-        """Lists of prompt ids -> a sample of each, see `sampled`. A request's own seed makes it independent
-        of rank and neighbours. sampling: vLLM's max_tokens, temperature, top_p, top_k."""
+        """A sample of each list of prompt ids, see `sampled`; its seed makes it independent of the rank."""
         from vllm import SamplingParams
         params = [SamplingParams(**sampling, seed=seed, detokenize=False, logprobs=0) for seed in seeds]
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         return [sampled(output.outputs[0]) for output in outputs]
 
-def sampled(y):
-    """vLLM's completion -> (ids, the model's logprobs of them before temperature, finished)."""
+def sampled(y):  # vLLM's completion -> (ids, their logprobs before temperature, finished)
     logprobs = [of[token].logprob for token, of in zip(y.token_ids, y.logprobs)]  # `of` has no other token
     return list(y.token_ids), logprobs, y.finish_reason == "stop"
 
 def sample_rollouts(engine, problems, indices, step, tokenizer, cfg):
-    """A graded rollout of each problem of `indices`, in order, on every rank; the engines share the work. It
-    is a function of run seed, step, problem and, where B exceeds the data, repeat; not of the rank."""
+    """A graded rollout of each problem of `indices`, in order, on every rank; the engines share the work."""
+    # by run seed, step, problem, and which of its rollouts, where B exceeds the data; not by rank
     seeds = [int(digest((cfg.seed, step, i, indices[:k].count(i)))[:8], 16) for k, i in enumerate(indices)]
     mine = engine.share(indices)
     samples = engine.generate([problems[i].student for i in mine], engine.share(seeds),
@@ -451,8 +434,7 @@ def sample_rollouts(engine, problems, indices, step, tokenizer, cfg):
         evaluator.grade_rollouts(rollouts, problems, tokenizer)
     return engine.gather(rollouts)
 
-def keep_rollouts(rollouts, cfg):
-    """The rollouts to train on, by default all: cut and wrong ones too."""
+def keep_rollouts(rollouts, cfg):  # to train on: by default all, cut and wrong ones too
     return [r for r in rollouts if cfg.keep == "all" or r.correct]
 
 # --------------------------------------------------------------------------------------------- TRAINING STEP
@@ -463,15 +445,13 @@ class MicroBatch(NamedTuple):
     weights: torch.Tensor  # [N]
     logprobs: torch.Tensor  # [N] the engine's
 
-def token_weights(rollouts):
-    """The weight of every token in the loss, a list a rollout: 1 / (B |y|), B rollouts kept on all ranks."""
+def token_weights(rollouts):  # of each token in the loss: 1 / (B |y|), B rollouts kept on all ranks
     return [[1 / (len(rollouts) * len(r.ids))] * len(r.ids) for r in rollouts]
 
 def plan_micro_batches(lengths, budget, rank, world):
     """Indices of `lengths` for `rank` to compute, in groups of at most `budget` padded tokens (or one
-    sequence), a twentieth of it padding. Sequences sorted by length are dealt out `world` at a time, so that
-    the ranks' groups are equally many and nearly as wide: lengths [9, 3, 9, 8, 8, 3] to two ranks as (0, 2),
-    (3, 4), (1, 5). With a budget of 20 the first two deals make one group: rank 0 has [[0, 3], [1]]."""
+    sequence), a twentieth of it padding. The longest first, they are dealt out `world` at a time: all ranks
+    have equally many groups. Lengths [9, 3, 9, 8, 8, 3], world 2, budget 20: rank 0 has [[0, 3], [1]]."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups = []
     for deal in (order[k:k + world] for k in range(0, len(order), world)):  # a sequence a rank, longest first
@@ -497,8 +477,8 @@ def make_micro_batches(rollouts, problems, device, cfg):
     """This rank's MicroBatches, the same number on all ranks, as FSDP's collectives demand: a rank without a
     sequence for one of them computes the shortest rollout with weight 0."""
     weights, shortest = token_weights(rollouts), min(rollouts, key=lambda r: len(r.ids))
-    prompt_length = lambda p: max(len(p.student), len(p.teacher))
-    lengths = [prompt_length(problems[r.index]) + len(r.ids) for r in rollouts]
+    longer = lambda p: max(p.student, p.teacher, key=len)
+    lengths = [len(longer(problems[r.index])) + len(r.ids) for r in rollouts]
     packed, batches = lambda lists: torch.tensor(sum(lists, []), device=device), []
     for group in plan_micro_batches(lengths, cfg.micro_batch_tokens, dist.get_rank(), dist.get_world_size()):
         mine = [rollouts[i] for i in group] or [shortest]
@@ -510,8 +490,8 @@ def make_micro_batches(rollouts, problems, device, cfg):
     return batches
 
 def teacher_pass(model, thetabar, batches):
-    """The teacher's last hidden states [N, d] of every micro-batch, and its head [V, d]. (Not its logits,
-    which are 37 times larger for Qwen3-8B.) Afterwards theta is back, bit for bit."""
+    """The teacher's last hidden states [N, d] of every micro-batch, and its head [V, d]; logits would be 37
+    times larger for Qwen3-8B. Afterwards theta is back, bit for bit."""
     theta = snapshot(model, torch.float32)
     copy_into(model, thetabar)
     with torch.no_grad():
@@ -526,8 +506,7 @@ def teacher_pass(model, thetabar, batches):
 MAX_GAP = {torch.bfloat16: 0.1, torch.float32: 1e-3}
 
 def student_pass(model, batches, hidden, head, cfg):
-    """Forward and backward of every micro-batch; gradients add up. Returns the loss and means over all
-    tokens. RuntimeError: engine and trainer do not agree on the tokens' log-probabilities."""
+    """Forward and backward of all micro-batches -> the loss, means over all tokens. RuntimeError: MAX_GAP."""
     sums, gap_max = torch.zeros(5, device=head.device), torch.zeros((), device=head.device)
     for batch, teacher_hidden in zip(batches, hidden):
         loss, stats = model(*batch.student, teacher_hidden, head, batch.weights, divergence=cfg.divergence,
@@ -535,11 +514,13 @@ def student_pass(model, batches, hidden, head, cfg):
         (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the loss is a sum over them
         trained = batch.weights > 0  # all tokens of a micro-batch or none, see make_micro_batches
         n, gap = trained.sum(), ((stats["logprob"] - batch.logprobs) * trained).abs()
-        sums += torch.stack([loss.detach(), stats["student_entropy"] * n, stats["teacher_entropy"] * n, gap.sum(), n])
+        entropies = stats["student_entropy"] * n, stats["teacher_entropy"] * n
+        sums += torch.stack([loss.detach(), *entropies, gap.sum(), n])
         gap_max = gap_max.maximum(gap.max())
     dist.all_reduce(sums)
     dist.all_reduce(gap_max, op=dist.ReduceOp.MAX)
-    loss, (student_entropy, teacher_entropy, gap) = sums[0].item(), (sums[1:4] / sums[4].clamp(min=1)).tolist()
+    loss, means = sums[0].item(), sums[1:4] / sums[4].clamp(min=1)
+    student_entropy, teacher_entropy, gap = means.tolist()
     limit = MAX_GAP[engine_dtype(model.lm.config)]
     if math.isfinite(loss) and not gap <= limit:  # nor if the gap is NaN; a loss that is NaN `update` sees to
         raise RuntimeError(f"engine and trainer differ by {gap:.4f} nats/token, expected at most {limit}: no "
@@ -547,16 +528,14 @@ def student_pass(model, batches, hidden, head, cfg):
     return dict(loss=loss, student_entropy=student_entropy, teacher_entropy=teacher_entropy, logprob_gap=gap,
                 logprob_gap_max=gap_max.item())
 
-def update(model, optimizer, cfg):
-    """Clip, AdamW; a gradient that is not finite is dropped. Returns the norm before clipping."""
+def update(model, optimizer, cfg):  # drops a gradient that is not finite; returns the norm before clipping
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf).full_tensor().item()
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
     return norm
 
-def train_step(model, thetabar, optimizer, rollouts, problems, device, cfg):
-    """One update on `rollouts`, the same list on all ranks; returns its metrics."""
+def train_step(model, thetabar, optimizer, rollouts, problems, device, cfg):  # one update -> its metrics
     batches = make_micro_batches(rollouts, problems, device, cfg)
     hidden, head = teacher_pass(model, thetabar, batches)
     return student_pass(model, batches, hidden, head, cfg) | dict(grad_norm=update(model, optimizer, cfg))
@@ -598,8 +577,6 @@ def main():
     export(model, base, out)
     say(f"done: {out}/model is that of step {max(done, cfg.steps)}")
 
-# The algorithm ends here. What follows surrounds it: checkpoints, rows, families of models, checks, logs.
-
 # ------------------------------------------------------------------------------------------------ CHECKPOINT
 # checkpoint-K/ holds theta, Adam's state and thetabar in shards that any number of ranks can read. What is
 # being written is called UNFINISHED; nothing else is replaced but the run's own checkpoints, logs and model.
@@ -615,22 +592,18 @@ def save_checkpoint(out, step, model, optimizer, thetabar):
         return
     dcp.save(training_state(model, optimizer, thetabar), checkpoint_id=out / UNFINISHED)
     if dist.get_rank() == 0:
-        finish_folder(out, f"checkpoint-{step}")
+        shutil.rmtree(out / f"checkpoint-{step}", ignore_errors=True)  # one that was skipped
+        (out / UNFINISHED).rename(out / f"checkpoint-{step}")
         for _, old in checkpoints(out)[2:]:
             shutil.rmtree(old, onerror=lambda *_: say(f"{old} is not needed, but could not be removed"))
     dist.barrier()
 
-def finish_folder(out, name):
-    shutil.rmtree(out / name, ignore_errors=True)  # an older one
-    (out / UNFINISHED).rename(out / name)
-
-def checkpoints(out):
-    """[(step, folder)] of finished checkpoints, newest first."""
+def checkpoints(out):  # [(step, folder)] of finished ones, newest first
     found = [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
     return sorted(((int(path.name[11:]), path) for path in found), reverse=True)
 
 def resume(out, model, optimizer, thetabar, cfg):
-    """Fill theta, Adam's state and thetabar from the newest checkpoint that loads; returns the steps done."""
+    """Fills theta, Adam's state and thetabar from the newest checkpoint that loads -> the steps done."""
     step = 0
     for step, path in checkpoints(out):
         state = training_state(model, optimizer, thetabar)
@@ -651,14 +624,12 @@ def resume(out, model, optimizer, thetabar, cfg):
                                   if line.endswith("}\n") and json.loads(line)["step"] <= step))
     return step
 
-def replace_file(path, text):
-    """Written beside and renamed: a kill never leaves half a file."""
+def replace_file(path, text):  # written beside and renamed: a kill never leaves half a file
     path.with_name(UNFINISHED).write_text(text)
     path.with_name(UNFINISHED).replace(path)
 
 def export(model, base, out):
-    """out/model/: theta as a plain Hugging Face model in bfloat16, gathered in rank 0's CPU memory. All but
-    the weights are the base's files as they came, so that other libraries read them as they do the base's."""
+    """out/model/: theta in bfloat16, gathered in rank 0's memory, and the base's other files as they came."""
     model.reshard()
     weights = checkpoint_weights(model.lm, torch.bfloat16)
     weights = {name: w.cpu() for name, w in weights if dist.get_rank() == 0}
@@ -674,13 +645,14 @@ def export(model, base, out):
             config = config["text_config"] | {name: getattr(text, name) for name in (
                 "model_type", "architectures", "tie_word_embeddings", "eos_token_id", "pad_token_id")}
         rope = config.get("rope_parameters") or {}  # transformers 4 looks for rope_theta beside it
-        config |= {name: rope[name] for name in rope if name == "rope_theta"}
-        config |= dict(dtype="bfloat16", torch_dtype="bfloat16")
+        config |= {name: rope[name] for name in rope if name == "rope_theta"} | dict.fromkeys(
+            ("dtype", "torch_dtype"), "bfloat16")
         replace_file(folder / "config.json", json.dumps(config, indent=2))
         save_torch_state_dict(weights, folder)
         for path in folder.glob("*.safetensors"):  # made for their owner alone
             path.chmod((folder / "config.json").stat().st_mode)
-        finish_folder(out, "model")
+        shutil.rmtree(out / "model", ignore_errors=True)
+        folder.rename(out / "model")
     dist.barrier()
 
 # ------------------------------------------------------------------------------------------------------ DATA
@@ -689,46 +661,40 @@ def load_json(text, where=""):
     with blaming(f"{where}expected a JSON object, found {text[:60]!r}"):
         return json.loads(text)
 
-def read_rows(source):
-    """(where, row) of every row of a file, a folder of files, or a data set of the hub."""
+def read_rows(source):  # (where, row) of every row of a file, a folder of files, a data set of the hub
     name, config, split = [*([source] if Path(source).exists() else source.rsplit(":", 2)), "", ""][:3]
     path = Path(name)
-    with blaming(f"{source}: expected a file .jsonl, .json, .csv or .parquet, or .gz of one, a folder of these, "
-                 "all in the encoding UTF-8, or of the hub ID[:CONFIG[:SPLIT]], found"):
-        if path.suffix not in (".jsonl", ".csv") or path.is_dir():
-            rows = load_data_set(path, name, config or None, split or "train")
-        else:  # of these `datasets` would make 55 from 055, and shift columns
-            lines = path.read_text("utf-8-sig").split("\n")  # splitlines() also cuts at U+2028
-            rows = csv.DictReader((line + "\n" for line in lines), strict=True) if path.suffix == ".csv" else (
+    with blaming(f"{source}: expected a file .jsonl, .json, .csv, .parquet, a .gz of one, a folder of these, "
+                 "in the encoding UTF-8, or of the hub ID[:CONFIG[:SPLIT]], found"):
+        if path.suffix in (".jsonl", ".csv"):  # of which `datasets` would make 55 from 055, and shift columns
+            lines = [line + "\n" for line in path.read_text("utf-8-sig").split("\n")]  # not at U+2028
+            rows = csv.DictReader(lines, strict=True) if path.suffix == ".csv" else (
                 load_json(line, f"line {n}, ") for n, line in enumerate(lines, 1) if line.strip())
+        else:
+            import datasets
+            formats = {file.suffix: file.name for file in path.rglob("*.*[vlt]")}  # csv, jsonl, parquet
+            check(len(formats) < 2, f"several formats, {' and '.join(formats.values())}; name one file")
+            where = (str(path.parent), None, None, path.name) if path.is_file() else (name, config or None)
+            rows = datasets.load_dataset(*where, split=split or "train")
         for n, row in enumerate(rows, 1):
-            check(isinstance(row, dict) and None not in row, f"in row {n} not a JSON object, or a cell for each "
-                  f"column, but {str(row):.60}")
+            check(isinstance(row, dict) and None not in row,
+                  f"in row {n} no JSON object, or no cell for each column: {str(row):.60}")
             yield f"{source}, row {n}", row
 
-def load_data_set(path, name, config, split):
-    import datasets
-    formats = {file.suffix: file.name for file in path.rglob("*.*[vlt]")}  # csv, jsonl, parquet
-    check(len(formats) < 2, f"several formats, {' and '.join(formats.values())}; name one file")
-    if path.is_file():
-        return datasets.load_dataset(str(path.parent), data_files=path.name, split="train")
-    return datasets.load_dataset(name, config, split=split)
-
 def as_problem(value, wrapper):
-    """A prompt as the text of its only turn, else as messages; None if no user's text is in it. For --wrapper
-    math it holds one problem, whose wrapper is taken off."""
+    """The text of an only turn, else messages; for --wrapper math without DAPO's. None: no user's text."""
     if isinstance(value, str):
         is_chat = re.fullmatch(r"(?s)\[?\s*\{.*[\"'](role|from)[\"']\s*:.*\}\s*\]?", value.strip())
         value = load_json(value) if is_chat else [{"role": "user", "content": value}]
+    value = [] if value is None else value
     is_turn = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and (
         isinstance(m.get("content"), str) or m.get("tool_calls"))
-    check(value is None or isinstance(value, list) and all(map(is_turn, value)),
+    check(isinstance(value, list) and all(map(is_turn, value)),
           f"expected a text, or messages with the texts role and content, found {value!r:.60}")
     json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
-    roles = [m["role"] for m in value or ()]
-    check(roles[-1:] != ["assistant"] and (wrapper == "none" or roles.count("user") < 2),
-          "expected the user's turn last, and only one but for --wrapper none, found " + ", ".join(roles))
-    if not any(m["role"] == "user" and m["content"].strip() for m in value or ()):
+    roles = [m["role"] for m in value]
+    check(roles[-1:] != ["assistant"], f"expected the user's turn last, found {', '.join(roles)}")
+    if not any(m["role"] == "user" and m["content"].strip() for m in value):
         return None
     if wrapper == "math":
         bare = lambda text: text.strip().removeprefix(STUDENT_HEAD).removesuffix(TAIL).strip()
@@ -736,8 +702,7 @@ def as_problem(value, wrapper):
     return value[0]["content"] if len(value) == 1 else value
 
 def read_problem(row, where, wrapper="math"):
-    """(field, problem, tools) of a row; the problem is a text or messages. For --wrapper math
-    {"prompt": [{"role": "user", "content": STUDENT_HEAD + "1+1?" + TAIL}]} gives "1+1?"."""
+    """(field, problem, tools): {"prompt": STUDENT_HEAD + "1+1?" + TAIL} gives ("prompt", "1+1?", None)."""
     unread = [name for name in row if re.fullmatch("(image|video|audio|option|choice)s?", name) and row[name]]
     check(not unread, f"{where}: expected a problem in words, found {', '.join(unread)}; take such rows out")
     for field in ("problem", "prompt", "question"):
@@ -748,8 +713,7 @@ def read_problem(row, where, wrapper="math"):
     raise ValueError(f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
 
 def read_problems(source, wrapper="math"):
-    """[dict(problem, tools, answer, row, number)] of `source`, each problem once, with its first known
-    answer. Says which fields are read, and which are not."""
+    """[dict(problem, tools, answer, row, number)], each problem once, with its first known answer."""
     say(f"reading {source} ...")
     found, fields, read, others, number = {}, {}, {}, 0, 0
     for number, (where, row) in enumerate(read_rows(source), 1):
@@ -761,20 +725,19 @@ def read_problems(source, wrapper="math"):
         first["answer"] = first["answer"] or answer
         fields, read = fields | dict.fromkeys(row), read | {field: "problem", answer_field: "answer"}
     unknown = sum(p["answer"] is None for p in found.values())
-    say(f"{source}: {number} rows, {len(found)} problems, {unknown} without a known answer, {others} repeated "
-        f"with another answer; read: {read}; not read: {[name for name in fields if name not in read]}")
+    uses = ", ".join(f"{name} as {use}" for name, use in read.items() if name)
+    say(f"{source}: {number} rows, {len(found)} problems, {unknown} without a known answer, {others} again "
+        f"with another; read: {uses}; not read: {', '.join(name for name in fields if name not in read)}")
     return list(found.values())
 
-def load_problems(cfg, base, instruction):
-    """The data set in its own order, without duplicates and without problems whose prompts are too long."""
+def load_problems(cfg, base, instruction):  # in the data's order, once each, without those of long prompts
     ask = partial(prompt_ids, base.tokenizer, thinking=cfg.thinking, wrapper=cfg.wrapper)
     problems = [Problem(p["problem"], p["answer"], ask(p["problem"], tools=p["tools"]),
                         ask(p["problem"], instruction, tools=p["tools"]))
                 for p in read_problems(cfg.data, cfg.wrapper)]
     check_ids(base, [p.student + p.teacher for p in problems])
     short = [p for p in problems if max(len(p.student), len(p.teacher)) <= cfg.max_prompt_tokens]
-    say(f"{len(short)} problems are left, {len(problems) - len(short)} have a prompt longer than "
-        f"{cfg.max_prompt_tokens} tokens; {cfg.steps * cfg.batch_size / max(1, len(short)):.2f} epochs")
+    say(f"{len(short)} of {len(problems)} problems have prompts of at most {cfg.max_prompt_tokens} tokens")
     check(any(cfg.keep == "all" or p.answer for p in short), f"--data {cfg.data}: found no problem with a "
           f"prompt of at most {cfg.max_prompt_tokens} tokens and, for --keep correct, a known answer")
     return short
@@ -782,8 +745,7 @@ def load_problems(cfg, base, instruction):
 # -------------------------------------------------------------------------------------------------- FAMILIES
 # How families of models differ, all of it, and which cannot be trained.
 @dataclass
-class Base:
-    """The model that a run starts from, opened and checked once."""
+class Base:  # the model that a run starts from, opened and checked once
     name: str  # hub id or folder
     folder: Path  # of its files; of a hub id's, in the cache
     config: object
@@ -792,8 +754,8 @@ class Base:
     empty: nn.Module | None = None  # its text model on the meta device: no weights
     loaded: nn.Module | None = None  # the whole model, on rank 0 until it is in shards
 
-def open_base(name):
-    """The Base of a model whose weights are not loaded yet, for both scripts."""
+def open_base(name, to_train):
+    """A Base without its weights. ValueError: no chat model or, to_train, one whose fault would not show."""
     files = [path for path in sorted(Path(name).glob("*")) if path.suffix in (".safetensors", ".bin")]
     with blaming(f"--model {name}: expected a folder with a chat model, or the id of one on the hub, found"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # else it asks on the terminal
@@ -803,10 +765,21 @@ def open_base(name):
         check(files or not Path(name).exists(), "no weights, .safetensors or .bin; copy them there")
         check(abs(text.pad_token_id or 0) < text.vocab_size, f"pad_token_id {text.pad_token_id} of no token")
     weights = digest([*map(digest_weights, files)]) if files else config._commit_hash
-    return Base(name, folder, config, tokenizer, weights)
+    base = Base(name, folder, config, tokenizer, weights)
+    if to_train:
+        with blaming(f"--model {name}: expected a causal language model of plain weights and layers, found"):
+            kind = (config.architectures or ["?"])[0]
+            check(kind.endswith(("ForCausalLM", "ForConditionalGeneration")) and not config.is_encoder_decoder
+                  and text.model_type in CAUSAL_LMS, f"{kind} of type {text.model_type}")
+            check(not (folder / "modules.json").exists(), "an embedding model")
+            plain = not any(getattr(c, "quantization_config", None) for c in (config, text))
+            check(plain, "quantised weights")
+            with torch.device("meta"):
+                base.empty = AutoModelForCausalLM.from_config(text_config(config), dtype=torch.float32)
+            SelfDistillation(base.empty)
+    return base
 
-def digest_weights(path):
-    """Of the whole content: a copy is the same model, one trained further another."""
+def digest_weights(path):  # of all content: a copy is the same model, one trained further another
     with blaming(f"{path}: expected weights, found a pointer or half a file"), open(path, "rb") as file:
         if path.suffix == ".safetensors":  # of a .bin transformers says as much
             safetensors.safe_open(path, "pt")
@@ -815,10 +788,9 @@ def digest_weights(path):
 def check_ids(base, prompts):
     rows, largest = base.config.get_text_config().vocab_size, max(map(max, prompts), default=0)
     check(largest < rows, f"--model {base.name}: expected token ids below {rows}, the rows of its embedding, "
-          f"found {largest}, {base.tokenizer.decode([largest])!r}; mend the tokenizer, or resize the embedding")
+          f"found {largest}, {base.tokenizer.decode([largest])!r}; mend the tokenizer or the embedding")
 
-def text_config(config):
-    """Of a multimodal model the causal text model's: that is what is trained, run and exported."""
+def text_config(config):  # of a multimodal model its text model: that is trained, run and exported
     text = config.get_text_config()
     if text is not config:
         text.architectures = [CAUSAL_LMS[text.model_type]]
@@ -826,8 +798,7 @@ def text_config(config):
         text._attn_implementation = "eager"  # sdpa leaves this soft cap out, silently
     return text
 
-def engine_config(config, text_only):
-    """vLLM's view of the config: logits in float32, windows and the queries' scale as the trainer's."""
+def engine_config(config, text_only):  # vLLM's view: logits in float32, windows and queries as the trainer's
     config = text_config(config) if text_only else config
     text = config.get_text_config()
     text.head_dtype = config.head_dtype = "float32"
@@ -838,28 +809,14 @@ def engine_config(config, text_only):
         text.llama_4_scaling = rope | dict(beta=rope["llama_4_scaling_beta"])
     return config
 
-def engine_dtype(config):
-    """The compute dtype, but for gated delta-nets, whose kernels know bfloat16 only."""
+def engine_dtype(config):  # gated delta-nets have kernels for bfloat16 only
     delta_net = hasattr(config.get_text_config(), "linear_key_head_dim")
     return torch.bfloat16 if delta_net else DTYPE
 
-def logit_scale_and_cap(config):
-    """For finish_logits; check_weights sees whether that is all."""
+def logit_scale_and_cap(config):  # for finish_logits; check_weights sees whether that is all
     of = lambda name: getattr(config.get_text_config(), name, None) or 1
     return dict(scale=of("logit_scale") * of("lm_head_multiplier") / of("logits_scaling"),
                 cap=getattr(config.get_text_config(), "final_logit_softcapping", None))
-
-def make_empty(base):
-    """base.empty. ValueError for a model that cannot be trained, where nothing later would notice."""
-    config, text, kind = base.config, base.config.get_text_config(), (base.config.architectures or ["?"])[0]
-    with blaming(f"--model {base.name}: expected a causal language model of plain weights and layers, found"):
-        check(kind.endswith(("ForCausalLM", "ForConditionalGeneration")) and not config.is_encoder_decoder
-              and text.model_type in CAUSAL_LMS, f"{kind} of type {text.model_type}")
-        check(not (base.folder / "modules.json").exists(), "an embedding model")
-        check(not any(getattr(c, "quantization_config", None) for c in (config, text)), "quantised weights")
-        with torch.device("meta"):
-            base.empty = AutoModelForCausalLM.from_config(text_config(config), dtype=torch.float32)
-        SelfDistillation(base.empty)
 
 @torch.no_grad()
 def check_weights(base, lm, missing):
@@ -871,7 +828,7 @@ def check_weights(base, lm, missing):
     ours = SelfDistillation(lm)
     _, stats = ours(twelve, eight, ours(twelve, eight), head, torch.ones(8), tokens=likeliest)
     error, tied = (stats["logprob"] - own).abs().max().item(), bool(base.empty.all_tied_weights_keys)
-    check(not missing, f"no weights {missing[:3]} in its files")
+    check(not missing, f"none of {missing[:3]}")
     check(tied == bool(lm.all_tied_weights_keys), "two tensors for embedding and head, which its config.json "
           "says are one; set tie_word_embeddings to false")
     check(all(w.isfinite().all() for w in lm.state_dict().values()), "NaN or infinity; take another copy")
@@ -885,8 +842,7 @@ def check(condition, message):
         raise ValueError(message)
 
 @contextlib.contextmanager
-def blaming(where):
-    """An error inside, whatever library's, becomes a ValueError that begins with `where`."""
+def blaming(where):  # an error inside, whatever library's, becomes a ValueError that begins with `where`
     try:
         yield
     except Exception as error:
@@ -895,8 +851,7 @@ def blaming(where):
 def digest(value):
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
-def read_instruction(name):
-    """The text of c: `name` is a key of INSTRUCTIONS in any case, @FILE (its stripped text) or the text."""
+def read_instruction(name):  # c's text: `name` is a key of INSTRUCTIONS in any case, @FILE, or the text
     text = INSTRUCTIONS.get(name.replace(" ", "").lower(), name).strip()
     if name.startswith("@"):
         with blaming(f"--instruction {name}, expected a text file in the encoding UTF-8"):
@@ -908,40 +863,36 @@ def read_instruction(name):
 
 MAY_BE_0 = "lr", "weight_decay", "clip", "temperature", "refresh_every", "seed", "top_k"
 
-def check_settings(settings):
-    """Of both scripts, {option: value}. Without a driver torch for CUDA would run on the CPU, unsaid."""
+def check_settings(settings):  # of both scripts, {option: value}
     for name, value in settings.items():
         if type(value) in (int, float):
             check(math.isfinite(value) and (value > 0 or value == 0 and name in MAY_BE_0),
                   f"--{name} {value}: expected {'0 or more' if name in MAY_BE_0 else 'more than 0'}")
-    check(torch.cuda.is_available() or not torch.version.cuda, f"torch for CUDA {torch.version.cuda} sees no "
-          "GPU: expected a driver R580 or newer; without a GPU take the README's CPU builds")
-    check(dist.get_world_size() % settings["vllm_tp"] == 0, "--vllm_tp: expected a divisor of the ranks' number")
+    check(torch.cuda.is_available() or not torch.version.cuda,  # it would run on the CPU, unsaid
+          "no GPU is seen: expected a driver R580 or newer; without a GPU take the README's CPU builds")
+    tp, world = settings["vllm_tp"], dist.get_world_size()
+    check(world % tp == 0, f"--vllm_tp {tp}: expected a number of ranks that it divides, found {world}")
 
-def claim_folder(out, resume, mark):
-    """`out`, new or empty, or a run's that has its mark in it, for this process alone until that ends."""
-    with blaming(f"--out {out}: expected a new or empty folder or, with --resume, that of a run, and no other "
-                 "process at work there, found"):
+def claim_folder(out, resume, mark):  # new, empty or a run's, for this process alone until it ends
+    with blaming(f"--out {out}: expected a new or empty folder or, with --resume, a run's, where no other "
+                 "process is at work, found"):
         out.mkdir(parents=True, exist_ok=True)
         found = {path.name for path in out.iterdir()}
         check(out.name and (found <= {mark} or resume and mark in found), f"{', '.join(sorted(found)[:4])}")
         # the mark is a file, locked and never closed: the lock ends with the process
         fcntl.flock(os.open(out / mark, os.O_CREAT | os.O_WRONLY, 0o666), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-# What makes two runs different ones: --resume needs these as they were.
 IDENTITY = ("weights", "template", "instruction", "wrapper", "thinking", "problems", "batch_size", "seed",
-            "keep", "divergence", "refresh_every")
+            "keep", "divergence", "refresh_every")  # --resume needs these as they were
 
-def prepare(cfg):
-    """All checks and all that is read -> the base model, on rank 0 with its weights, problems, the folder."""
+def prepare(cfg):  # all checks -> the base model, on rank 0 with its weights, problems, the run's folder
     check_settings(asdict(cfg))
-    instruction, base, out = read_instruction(cfg.instruction), open_base(cfg.model), Path(cfg.out)
+    instruction, base, out = read_instruction(cfg.instruction), open_base(cfg.model, True), Path(cfg.out)
     length = cfg.max_prompt_tokens + cfg.max_response_tokens
     context = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)
-    check(length <= context, f"--max_prompt_tokens + --max_response_tokens = {length} is more than the model's "
-          f"context of {context}; lower one")
+    check(length <= context, f"--max_prompt_tokens + --max_response_tokens = {length}: expected at most the "
+          f"model's context of {context}; lower one")
     check(evaluator or cfg.keep == "all", f"--keep correct needs this project's eval.py beside {__file__}")
-    make_empty(base)
     problems = load_problems(cfg, base, instruction)
     if dist.get_rank() == 0:
         start_run(base, out, asdict(cfg) | dict(
@@ -951,9 +902,9 @@ def prepare(cfg):
     dist.barrier()  # rank 0 has refused nothing
     return base, problems, out
 
-def start_run(base, out, settings):
-    """Rank 0's part of the checks: the folder, the run to go on with, the weights."""
+def start_run(base, out, settings):  # rank 0's checks: the folder, the run to go on with, the weights
     claim_folder(out, settings["resume"], "opsdc.lock")
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # what a kill left
     if checkpoints(out):
         with blaming(f"--resume: the settings of the run in {out}/config.json"):
             old = json.loads((out / "config.json").read_text())
@@ -961,8 +912,8 @@ def start_run(base, out, settings):
                 check(old[name] == settings[name], f"{name} is {old[name]!r}, not {settings[name]!r}")
     base.loaded = read_weights(base)
     replace_file(out / "config.json", json.dumps(settings, indent=1))
-    size, free = (12 + DTYPE.itemsize) * sum(p.numel() for p in base.empty.parameters()), shutil.disk_usage(out).free
-    say(f"a checkpoint takes {size / 1e9:.3g} GB, of up to three; {free / 1e9:.3g} GB are free")
+    size = (12 + DTYPE.itemsize) * sum(p.numel() for p in base.empty.parameters()) / 1e9
+    say(f"each of 3 checkpoints takes {size:.3g} GB; {shutil.disk_usage(out).free / 1e9:.3g} GB are free")
 
 # ------------------------------------------------------------------------------------------------------ LOGS
 def say(text):
@@ -970,7 +921,7 @@ def say(text):
         print(text, flush=True)
 
 CONSOLE = ("step", "loss", "grad_norm", "response_tokens", "truncated", "accuracy", "student_entropy",
-           "logprob_gap", "teacher_age", "seconds_step")
+           "logprob_gap", "seconds_step")
 
 def log_step(out, metrics, rollouts, problems, tokenizer):
     """A line of metrics.jsonl, with what the rollouts say, four of samples.jsonl, one on the console."""
@@ -979,8 +930,8 @@ def log_step(out, metrics, rollouts, problems, tokenizer):
     lengths, known = [len(r.ids) for r in rollouts], [r.correct for r in rollouts if r.correct is not None]
     metrics |= dict(response_tokens=fmean(lengths), response_tokens_min=min(lengths),
                     response_tokens_max=max(lengths), truncated=fmean(not r.finished for r in rollouts),
-                    tokens_per_second=sum(lengths) / metrics["seconds_generate"])
-    metrics |= dict(accuracy=fmean(known)) if known else {}
+                    tokens_per_second=sum(lengths) / metrics["seconds_generate"],
+                    accuracy=fmean(known) if known else None)
     metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
     samples = [dict(step=metrics["step"], problem=problems[r.index].text, response=tokenizer.decode(r.ids),
                     answer=problems[r.index].answer, correct=r.correct, finished=r.finished, ids=r.ids)
@@ -991,20 +942,18 @@ def log_step(out, metrics, rollouts, problems, tokenizer):
     say("  ".join(f"{name} {metrics[name]:.4g}" for name in CONSOLE if metrics.get(name) is not None))
 
 # ------------------------------------------------------------------------------------------------- PROCESSES
-def start_processes():
-    """Join torchrun's process group, or make one of a single rank; returns this rank's device."""
+def start_processes():  # join torchrun's group, or make one of a single rank -> this rank's device
     os.environ.update(dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
                            MASTER_ADDR="127.0.0.1", MASTER_PORT="0") | os.environ)
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
         torch.cuda.set_device(device)
     waiting = threading.Timer(8, print, ["rank {RANK} waits for the others of WORLD_SIZE={WORLD_SIZE} at "
                                          "{MASTER_ADDR}; to run alone unset both".format_map(os.environ)])
     waiting.start()
-    backends = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backends, timeout=timedelta(hours=1))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
     waiting.cancel()
     return device
 

@@ -23,6 +23,7 @@ import difflib
 import fcntl
 import gc
 import gzip
+import html.parser
 import importlib.util
 import io
 import itertools
@@ -2703,10 +2704,9 @@ def test_statistics_refuse_what_has_no_meaning():
                               ([], None, "0 records with no samples")):
         with pytest.raises(ValueError, match=found):
             ev.summarise(records, k)
-    with pytest.raises(ValueError, match="found 1 and 1, of which 0"):
-        ev.paired(a, b)
-    with pytest.raises(ValueError, match="found 0 and 0"):
-        ev.paired([], [])
+    for base, ours in ((a, b), ([], [])):
+        with pytest.raises(ValueError, match="on the same problems"):
+            ev.paired(base, ours)
     with pytest.raises(ValueError, match="no tokens at all"):
         ev.paired([record("a", 0, True, 0)], [record("a", 0, True, 5)])
 
@@ -2766,15 +2766,14 @@ def test_compare_prints_table_published_rows_and_picture(tmp_path, capsys):
     reductions = [float(line[6].split()[0]) for line in lines[3:6]]
     assert reductions[0] > reductions[1] > reductions[2] > 15  # easy problems were shortened more
     assert ["paper: trained v2", "all", "", "95.7 -> 95.7", "+0.0", "4884 -> 3339", "31.6"] in lines
-    assert "accuracy up on 0 problems, down on 0, as before on 30" in text and is_picture(tmp_path / "x.png")
+    assert "accuracy up on 0 problems, down on 0 of 30" in text and is_picture(tmp_path / "x.png")
 
-def test_compare_shows_what_was_won_and_lost(tmp_path):
-    base = [record("a", 0, True, 10), record("b", 0, False, 20), record("c", 0, True, 30),
-            record("d", 0, False, 40)]
-    ours = [record("a", 0, False, 5), record("b", 0, True, 6), record("c", 0, True, 7),
-            record("d", 0, False, 8)]
+def test_compare_shows_what_was_won_and_lost():
+    base, ours = ([record(problem, 0, right, tokens) for problem, right, tokens in zip("abcd", *run)]
+                  for run in (((True, False, True, False), (10, 20, 30, 40)),
+                              ((False, True, True, False), (5, 6, 7, 8))))
     assert ev.won_and_lost(base, ours, 1).splitlines() == [
-        "accuracy up on 1 problems, down on 1, as before on 2", "  +100.0 points, 20 -> 6 tokens: b (gold 5)",
+        "accuracy up on 1 problems, down on 1 of 4", "  +100.0 points, 20 -> 6 tokens: b (gold 5)",
         "  -100.0 points, 10 -> 5 tokens: a (gold 5)"]
 
 @pytest.mark.parametrize("change, message", [
@@ -2795,40 +2794,106 @@ def test_compare_refuses(tmp_path, change, message):
 def test_damaged_records_are_named_by_line(tmp_path):
     base, ours = fake_run(tmp_path / "base"), fake_run(tmp_path / "ours")
     file = tmp_path / "ours/math500.jsonl"
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(lines[:-1]))
-    with pytest.raises(SystemExit, match="59 lines, summary.json says 30 problems of 2"):
-        ev.main(["compare", base, ours])
-    file.write_text("".join(lines[:3] + ["{oops\n"] + lines[4:]))
-    with pytest.raises(SystemExit, match="math500.jsonl, line 4"):
-        ev.main(["compare", base, ours])
+    *lines, last = file.read_text().splitlines(keepends=True)
+    for content, message in ((lines, "59 records with 1 or 2 samples"),
+                             ([*lines[:3], "{oops\n", *lines[4:], last], "math500.jsonl, line 4")):
+        file.write_text("".join(content))
+        with pytest.raises(SystemExit, match=message):
+            ev.main(["compare", base, ours])
 
-def test_curves_of_two_training_runs(tmp_path, monkeypatch):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        with open(tmp_path / name / "metrics.jsonl", "w") as file:
-            for step in range(60):
-                row = {"step": step, "loss": 0.3 * 0.97 ** step, "grad_norm": 1 / (1 + step),
-                       "response_tokens": 70 - step / 2, "truncated": 0.0, "student_entropy": 0.3,
-                       "teacher_entropy": 0.31, "accuracy": None if name == "two" else 0.9,
-                       "teacher_age": step % 20,
-                       **({"eval_accuracy": 0.9, "eval_tokens": 60} if step % 10 == 0 else {})}
-                file.write(json.dumps(row) + "\n")
-            file.write('{"step": 60, "lo')  # a run that is still writing
-    runs = [str(tmp_path / name) for name in ("one", "two")]
-    ax = ev.pyplot().figure().add_subplot()
-    ev.draw_run(ax, ev.read_lines(tmp_path / "one" / "metrics.jsonl"), ("loss", "eval_accuracy"), "C0", "one")
-    # refreshes after steps 19 and 39
-    assert [list(line.get_xdata()) for line in ax.lines[2:]] == [[19.5, 19.5], [39.5, 39.5]]
-    assert [len(line.get_xdata()) for line in ax.lines[:2]] == [60, 6]
-    ev.main(["curves", *runs, "--plot", str(tmp_path / "c.png")])
-    assert is_picture(tmp_path / "c.png")
-    with pytest.raises(SystemExit, match="metrics.jsonl"):
-        ev.main(["curves", str(tmp_path), "--plot", str(tmp_path / "d.png")])
+def test_curves_of_two_training_runs(whole_run, tmp_path, monkeypatch):
+    rows = metrics_of(whole_run[2])  # six steps, thetabar refreshed after every second one
+    rows[0] |= dict(eval_tokens=20, accuracy=None)
+    lines = [json.dumps(row) + "\n" for row in rows] + ['{"step": 7, "lo']  # still writing
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    command = ["curves", str(tmp_path), str(whole_run[2]), "--plot", str(tmp_path / "c.png")]
+    ev.main(command)
+    lines = [line.get_xdata() for line in ev.pyplot().gcf().axes[0].lines]
+    assert is_picture(tmp_path / "c.png") and [(len(x), x[0]) for x in lines] == [
+        (6, 1), (1, 1), (2, 2.5), (2, 4.5), (6, 1), (2, 2.5), (2, 4.5)]
+    with pytest.raises(SystemExit, match="absent/metrics.jsonl"):
+        ev.main(["curves", "absent", *command[3:]])
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
     with pytest.raises(SystemExit, match="pip install matplotlib"):
-        ev.main(["curves", *runs, "--plot", str(tmp_path / "d.png")])
-    assert not (tmp_path / "d.png").exists()
+        ev.main(command)
+
+# ----------------------------------------------------------------------------------------------------- tokens
+
+def read_page(path):
+    """A page of `eval.py tokens`: of each <pre> its spans' attributes and text, and the rows of the table."""
+    tokens, rows, tags, page = [], [], [""], html.parser.HTMLParser()
+
+    def start(tag, attributes):
+        tags.append(tag)
+        {"pre": tokens, "tr": rows}.get(tag, []).append([])
+        if tag == "span" and tokens:  # those before show the shades
+            tokens[-1].append(dict(attributes, text=""))
+
+    def data(text):
+        if tags[-1] == "span" and tokens:
+            tokens[-1][-1]["text"] += text
+        elif tags[-1] in ("td", "th"):
+            rows[-1].append(text.rstrip("\n"))
+
+    page.handle_starttag, page.handle_data, page.handle_endtag = start, data, lambda tag: tags.append("")
+    page.feed(path.read_text())
+    return tokens, rows
+
+def test_page_of_tokens_sums_to_the_loss_that_the_trainer_logged(whole_run, tmp_path):
+    model, data, out = whole_run
+    succeed("tokens", "--model", model, "--data", data, "--samples", 6, "--max_prompt_tokens", 512,
+            "--max_response_tokens", 24, "--out", tmp_path / "page.html", script="eval.py")
+    responses, _ = read_page(tmp_path / "page.html")
+    means = [statistics.fmean(float(token["data-d"]) for token in tokens) for tokens in responses]
+    assert statistics.fmean(means) == pytest.approx(metrics_of(out)[0]["loss"], abs=1e-6)
+    assert ["".join(token["text"] for token in tokens) for tokens in responses[:4]] == [
+        row["response"] for row in ev.read_lines(out / "samples.jsonl")[:4]]
+
+def test_page_of_given_responses_with_another_teacher(tmp_path, no_group, capsys):
+    """A line of a run and a record of an evaluation: what looks like HTML stays text, a character of several
+    tokens whole, and the numbers are those of float64."""
+    def show(teacher, *rows):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        ev.show_tokens(ev.token_options([*map(str, command), str(teacher)]))
+
+    words = *opsdc.INSTRUCTIONS.values(), "<think>\n" * 99  # or the template's goes unseen
+    paths = [make_model(tmp_path / str(seed), "llama", words, seed=seed) for seed in range(2)]
+    tokenizer, file = AutoTokenizer.from_pretrained(paths[0]), tmp_path / "rows.jsonl"
+    command = ["--data", file, "--given", "--model", paths[0], "--max_prompt_tokens", 512,
+               "--max_response_tokens", 99, "--loss_chunk", 7, "--out", tmp_path / "page.html", "--teacher"]
+    texts = ["</span></pre><script>alert('&amp;')</script>\r\n \"é😀\"<|im_end|>", "Answer: 4<|im_end|>"]
+    first, job = dict(problem="1 < 2 & 3?", response=texts[0], finished=True), dict(problem="2+2?", gold="4")
+    for teacher, message in ((paths[1], "line 2: expected a line of samples.jsonl"),
+                             (make_model(tmp_path / "2", "llama", vocabulary=300), "expected the tokens of")):
+        assert message in refusal(lambda: show(teacher, first, job), capsys)
+    problems = opsdc.load_problems(opsdc.Config(data=str(file)), tokenizer, opsdc.INSTRUCTIONS["v1"])
+    job["prompt"] = problems[1].student
+    record, = ev.make_records(tokenizer, [job], [(tokenizer.encode(texts[1]), None, True)])
+    assert record["response"] == "<think>\nAnswer: 4"
+    show(paths[1], first, record)
+
+    (responses, rows), parts = read_page(tmp_path / "page.html"), {}
+    quoted = lambda y: json.dumps(tokenizer.decode([y]), ensure_ascii=False)
+    for problem, text, tokens in zip(problems, texts, responses, strict=True):
+        ids = tokenizer.encode(text)
+        p, q = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)(
+            torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].softmax(-1)
+            for path, prompt in zip(paths, (problem.student, problem.teacher)))
+        exact = exact_divergence(p.log(), q.log(), "reverse_kl").tolist()
+        assert "".join(token["text"] for token in tokens) == text
+        for y, nats, p_v, q_v, token in zip(ids, exact, p, q, tokens, strict=True):
+            best = re.findall(r'("(?:\\.|[^"\\])*") ([^,]+)', token["data-best"])
+            assert [name for name, _ in best] == [quoted(v) for v in q_v.topk(3).indices.tolist()]
+            assert float(token["data-d"]) == pytest.approx(nats, rel=1e-4)
+            found = [float(x) for x in (token["data-p"], token["data-q"], *(chance for _, chance in best))]
+            assert found == pytest.approx([p_v[y].item(), q_v[y].item(), *q_v.topk(3).values.tolist()], 6e-3)
+            parts.setdefault(quoted(y), []).append(nats / len(ids))
+    assert rows[0][0] == "token" and len(rows) == 21
+    for name, times, _, share, _ in rows[1:]:
+        assert int(times) == len(parts[name])
+        assert float(share) == pytest.approx(100 * sum(parts[name]) / sum(map(sum, parts.values())), abs=0.06)
 
 # ------------------------------------------------------------------------------------ the toy, both commands
 # Last, since the toy is made in the background of all the tests above.
