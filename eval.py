@@ -433,9 +433,9 @@ def read_answer(row, where):
             if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"]; not [0, 1)
                 value = opsdc().load_json(value)
             text = as_text(value[0] if isinstance(value, list) and len(value) == 1 else value)
-        text = last_box(text)[1] or text.rpartition("####")[2].strip()
-        if text and not NO_VALUE.fullmatch(text):
-            return row, field, text
+        value = last_box(text)[1] or text.rpartition("####")[2].strip()
+        if value and not NO_VALUE.fullmatch(value) and (field != "solution" or value != text or " " not in text):
+            return row, field, value
     return row, None, None
 
 LETTERS = "ABCDEFGHIJ"
@@ -482,7 +482,7 @@ def make_jobs(tokenizer, problems, samples, seed, instruction=None, thinking=Tru
     for p in problems:
         prompt = opsdc().prompt_ids(tokenizer, p["problem"], instruction, thinking, wrapper, p.get("tools"))
         hashes = {"problem_hash": digest(p["problem"], p["answer"]), "prompt_hash": digest(prompt)}
-        jobs += [{"id": p["id"], "sample": i, "seed": int(digest(seed, p["id"], i), 16), "level": p["level"],
+        jobs += [{"id": p["id"], "problem": p["problem"], "sample": i, "seed": int(digest(seed, p["id"], i), 16), "level": p["level"],
                   "gold": p["answer"], **hashes, "prompt": prompt} for i in range(samples)]
     return jobs
 
@@ -603,22 +603,6 @@ def paired(base, ours, draws=4000):
             for name, found in (("reduction", 1 - tokens / was), ("change", our_right - right))}
 
 # --------------------------------------------------------------------------------------------- COMPARING RUNS
-PUBLISHED = {  # arXiv 2603.05433: accuracy mean@8, % / mean tokens of base, prompt v1, v2, trained v1, v2
-    "Qwen3-8B math500": "95.7/4884 95.6/2983 94.2/3833 95.7/2107 95.7/3339",
-    "Qwen3-8B aime24": "76.2/14229 74.2/11352 74.6/12837 72.9/9549 75.0/11799",
-    "Qwen3-8B aime25": "70.4/16492 62.1/14194 63.7/15622 58.8/11804 65.8/13605",
-    "Qwen3-8B gpqa_diamond": "61.5/7921 56.8/5582 59.5/5490 58.5/5056 58.3/6558",
-    "Qwen3-8B mmlu": "81.9/1633 83.0/1195 82.8/1195 80.9/903 81.2/1267",
-    "Qwen3-14B math500": "93.0/4139 95.9/2354 94.3/3077 96.3/1808 95.2/2701",
-    "Qwen3-14B aime24": "75.0/13222 76.7/10114 73.3/11509 73.8/8261 75.0/10615",
-    "Qwen3-14B aime25": "69.2/15622 66.2/12478 71.7/14038 62.9/10611 67.1/12990",
-    "Qwen3-14B gpqa_diamond": "62.2/6185 60.6/4569 60.5/4579 61.9/3727 62.0/4905",
-    "Qwen3-14B mmlu": "85.1/1030 84.9/805 84.9/801 84.2/586 83.9/799",
-    "DeepSeek-R1-Distill-Llama-8B math500": "71.3/3313 80.8/2482 79.7/2635 82.1/2267 79.8/2544",
-    "DeepSeek-R1-Distill-Llama-8B aime24": "33.3/11042 45.0/9920 42.1/10766 39.2/10351 42.1/11317",
-    "DeepSeek-R1-Distill-Llama-8B aime25": "25.0/11983 29.2/10803 28.8/11522 27.1/11131 26.2/11975",
-    "DeepSeek-R1-Distill-Llama-8B gpqa_diamond": "47.0/8609 46.5/7732 46.0/7800 48.3/7731 46.7/8006",
-    "DeepSeek-R1-Distill-Llama-8B mmlu": "71.5/1923 74.1/1746 73.9/1746 71.7/1585 71.4/1703"}
 MAY_DIFFER = ("model", "weights", "instruction", "template", "seed", "k")  # in two comparable runs
 
 def check(condition, message):  # opsdc.py's, without torch
@@ -678,14 +662,6 @@ def contrast(base, ours):
         (level, *([r for r in run if r["level"] == level] for run in (base, ours))) for level in levels(base)]
     return [(level, summarise(a), summarise(b), paired(a, b)) for level, a, b in parts]
 
-def published(model, name):
-    """The paper's rows for this model and benchmark."""
-    (was, length), *cells = (c.split("/") for c in PUBLISHED.get(f"{Path(model).name} {name}", "/").split())
-    labels = ("concise prompt v1", "concise prompt v2", "trained v1", "trained v2")
-    return [[f"paper: {label}", "all", "", f"{was} -> {accuracy}", f"{float(accuracy) - float(was):+.1f}",
-             f"{length} -> {tokens}", percent(1 - int(tokens) / int(length))]
-            for label, (accuracy, tokens) in zip(labels, cells)]
-
 def won_and_lost(base, ours, show):
     base, ours = by_problem(base), by_problem(ours)
     gain = {i: mean(ours[i], "correct") - mean(base[i], "correct") for i in base}
@@ -712,7 +688,7 @@ def compare(args):
                       percent(*versus["reduction"])] for level, a, b, versus in contrasts[name, label]]
             notes.append(f"{label}: {won_and_lost(base, ours[name], args.show)}")
         header = [name, "level", "problems", "accuracy, %", "change, points", "mean tokens", "reduction, %"]
-        print(markdown(header, rows + published(base_run[0]["model"], name)), *notes, "", sep="\n")
+        print(markdown(header, rows), *notes, "", sep="\n")
     print(f"Base: {base_dir}. In brackets: 95 % paired bootstrap intervals over problems.")
     if args.plot:
         plot_compare(args.plot, contrasts)
@@ -783,49 +759,45 @@ nats</span>.
 
 def token_options(argv):
     """opsdc.py's Config from its command line, with four fields more."""
-    own = {"out": ("tokens.html", "the page"), "samples": (4, "number of responses", "1.."),
+    own = {"out": ("tokens.html", "the page"), "samples": (4, "number of responses"),
            "given": (False, "show responses in --data, a run's samples.jsonl or an evaluation's records"),
            "teacher": ("", "hub id or folder of the teacher's weights; default: --model")}
-    fields = [(name, type(values[0]), opsdc().flag(*values)) for name, values in own.items()]
+    fields = [(name, type(values[0]), opsdc().setting(*values)) for name, values in own.items()]
     options = dataclasses.make_dataclass("Options", fields, bases=(opsdc().Config,))
-    cfg, = opsdc().HfArgumentParser(options).parse_args_into_dataclasses(argv)
-    return dataclasses.replace(cfg, steps=1)
+    return opsdc().HfArgumentParser(options).parse_args_into_dataclasses(argv)[0]
 
 def read_responses(cfg, problems, tokenizer):
-    """Rollouts of the first --samples rows of --data. These hold text: tokenised again it may give other ids
-    than were sampled, and with them other values."""
+    """Rollouts of the first --samples rows of --data, with the ids sampled or, of an evaluation's records, the
+    text's: where those are others, so are their values."""
     places, rollouts = {digest(p.text): i for i, p in enumerate(problems)}, []
     for where, row in itertools.islice(opsdc().read_rows(cfg.data), cfg.samples):
-        with opsdc().named(f"{where}: expected a line of samples.jsonl or an evaluation's record, found no"):
-            place = places[digest(opsdc().read_problem(row, where, cfg.wrapper))]
+        with opsdc().blaming(f"{where}: expected a line of samples.jsonl or an evaluation's record, found no"):
+            place = places[digest(opsdc().read_problem(row, where, cfg.wrapper)[1])]
             text, finished = row["response"], row.get("finished", row.get("finish_reason") == "stop")
         if "finish_reason" in row:  # a record: undo `readable`
             text = text.removeprefix(readable(tokenizer, problems[place].student, []))
             text += tokenizer.eos_token * finished
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        ids = row.get("ids") or tokenizer.encode(text, add_special_tokens=False)
         rollouts.append(opsdc().Rollout(place, ids, [0.0] * len(ids), finished, row.get("correct")))
     return rollouts
 
-def log_probabilities(model, inputs, chunk):
-    """[n, V] for so many tokens of the response at a time, float32."""
-    hidden = model(*inputs).float()  # [N, d]
-    model.reshard()
-    head = model.lm.get_output_embeddings().weight.to(opsdc().compute_dtype()).full_tensor().float()  # [V, d]
-    for part in hidden.split(chunk):
-        yield opsdc().finish_logits(part @ head.T, **model.logits)[0].log_softmax(-1)
-
 def score(student, teacher, batch, tokenizer, cfg):
-    """Of each token: itself, divergence in nats, p, q, and the teacher's three likeliest with their q."""
-    found, chunk = [], cfg.loss_chunk
+    """Of each token: itself, divergence in nats, p, q, and the teacher's three likeliest with their q. Logits
+    exist for --loss_chunk tokens at a time."""
+    hidden, heads, found = [], [], []
+    for model, inputs in ((student, batch.student), (teacher, batch.teacher)):
+        hidden.append(model(*inputs).split(cfg.loss_chunk))  # [n, d] each
+        model.reshard()
+        heads.append(model.lm.get_output_embeddings().weight.to(opsdc().DTYPE).full_tensor().float().T)
     quoted = lambda ids: [json.dumps(tokenizer.decode([y]), ensure_ascii=False) for y in ids]
-    for y, log_p, log_q in zip(batch.tokens.split(chunk), log_probabilities(student, batch.student, chunk),
-                               log_probabilities(teacher, batch.teacher, chunk)):
+    for y, *parts in zip(batch.tokens.split(cfg.loss_chunk), *hidden):
+        log_p, log_q = (opsdc().finish_logits(h.float() @ head, **student.logit_options)[0].log_softmax(-1)
+                        for h, head in zip(parts, heads))
         p, q = log_p.exp(), log_q.exp()
         nats, _ = opsdc().divergence_and_gradient(p, log_p, q, log_q, cfg.divergence)
-        columns = [nats.tolist(), *(x.gather(-1, y[:, None])[:, 0].tolist() for x in (p, q))]
         chances, likeliest = (x.tolist() for x in q.topk(3))
         best = [list(zip(quoted(ids), row)) for ids, row in zip(likeliest, chances)]
-        found += zip(quoted(y), *columns, best)
+        found += zip(quoted(y), nats.tolist(), *(x.gather(-1, y[:, None])[:, 0].tolist() for x in (p, q)), best)
     return found
 
 def pieces(tokenizer, ids):
@@ -866,31 +838,28 @@ def page(tokenizer, problems, rollouts, scores, about):
 def show_tokens(cfg):
     """Samples as the trainer's first step does, or reads; scores as it does; writes the page."""
     trainer, device = opsdc(), opsdc().start_processes()
-    with trainer.refusals():
-        tokenizer, context = trainer.load_tokenizer(cfg.model)
-        told = trainer.read_instruction(cfg.instruction)
-        trainer.check_settings(cfg, context)
-        other, _ = trainer.load_tokenizer(cfg.teacher or cfg.model)
-        check(other.get_vocab() == tokenizer.get_vocab(), f"--teacher {cfg.teacher}: expected the tokens of "
-              f"{cfg.model}, found others")
-        problems = trainer.load_problems(cfg, tokenizer, told)
-        rollouts = read_responses(cfg, problems, tokenizer) if cfg.given else None
-    engine = None if rollouts else trainer.RolloutEngine(cfg)
-    student = teacher = trainer.load_model(cfg, device)
-    if cfg.teacher:
-        teacher = trainer.load_model(dataclasses.replace(cfg, model=cfg.teacher), device)
+    trainer.check_settings(vars(cfg))
+    bases = [trainer.open_base(name, to_train=True) for name in (cfg.model, cfg.teacher) if name]
+    tokenizer, told = bases[0].tokenizer, trainer.read_instruction(cfg.instruction)
+    check(bases[-1].tokenizer.get_vocab() == tokenizer.get_vocab(), f"--teacher {cfg.teacher}: expected the "
+          f"tokens of {cfg.model}, found others")
+    problems = trainer.load_problems(cfg, bases[0], told)
+    rollouts = read_responses(cfg, problems, tokenizer) if cfg.given else None
+    for base in bases if trainer.dist.get_rank() == 0 else ():
+        base.loaded = trainer.read_weights(base)
+    engine = None if rollouts else trainer.RolloutEngine(bases[0], cfg)
+    models = [trainer.load_model(base, device, cfg) for base in bases]
     if engine:
-        engine.sync(student)
+        engine.sync(models[0])
         indices = trainer.batch_at(len(problems), 0, cfg.samples, cfg.seed)
         rollouts = trainer.sample_rollouts(engine, problems, indices, 1, tokenizer, cfg)
         engine.sleep()
     batches = [trainer.make_micro_batches([r], problems, device, cfg)[0] for r in rollouts]
     with trainer.torch.no_grad():
-        scores = [score(student, teacher, batch, tokenizer, cfg) for batch in batches]
-    source = f"; responses of {cfg.data}, tokenised again, not always as sampled" * cfg.given
-    about = f"Student: {cfg.model}{source}. Teacher: {cfg.teacher or 'the same'}, told: {told}"
+        scores = [score(models[0], models[-1], batch, tokenizer, cfg) for batch in batches]
+    about = f"Student: {cfg.model}. Teacher: {cfg.teacher or 'the same'}, told: {told}"
     if trainer.dist.get_rank() == 0:
-        replace_file(Path(cfg.out), page(tokenizer, problems, rollouts, scores, about))
+        Path(cfg.out).write_text(page(tokenizer, problems, rollouts, scores, about), "utf-8")
         print(f"wrote {cfg.out}")
 
 # ----------------------------------------------------------------------------------------------- COMMAND LINE

@@ -357,7 +357,7 @@ class Rollout:
     correct: bool | None = None  # None where no answer is known
 
 class RolloutEngine:
-    """vLLM in this rank's process; `vllm_tp` consecutive ranks form one engine with a share of the batch. On a
+    """vLLM in this rank's process; `vllm_tp` consecutive ranks are one engine, with a share of the batch. On a
     GPU it sleeps while we train. load_format "dummy": `sync` brings weights; "auto": base's own (eval.py)."""
 
     def __init__(self, base, cfg, load_format="dummy"):
@@ -666,10 +666,12 @@ def read_rows(source):  # (where, row) of every row of a file, a folder of files
     path = Path(name)
     with blaming(f"{source}: expected a file .jsonl, .json, .csv, .parquet, a .gz of one, a folder of these, "
                  "in the encoding UTF-8, or of the hub ID[:CONFIG[:SPLIT]], found"):
-        if path.suffix in (".jsonl", ".csv"):  # of which `datasets` would make 55 from 055, and shift columns
-            lines = [line + "\n" for line in path.read_text("utf-8-sig").split("\n")]  # not at U+2028
+        if path.suffix in (".jsonl", ".json", ".csv"):  # `datasets` would make 55 of 055, and shift columns
+            text = path.read_text("utf-8-sig")
+            lines = [line + "\n" for line in text.split("\n")]  # splitlines() also cuts at U+2028
+            parsed = (load_json(line, f"line {n}, ") for n, line in enumerate(lines, 1) if line.strip())
             rows = csv.DictReader(lines, strict=True) if path.suffix == ".csv" else (
-                load_json(line, f"line {n}, ") for n, line in enumerate(lines, 1) if line.strip())
+                load_json(text) if text.lstrip().startswith("[") else parsed)
         else:
             import datasets
             formats = {file.suffix: file.name for file in path.rglob("*.*[vlt]")}  # csv, jsonl, parquet
