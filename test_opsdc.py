@@ -518,8 +518,7 @@ FORKS = {
         ("    copy_into(model, theta)\n", ""),
         ("    thetabar = snapshot(model)\n    done",
          "    thetabar = snapshot(model)\n"
-         "    other = open_base(\"Qwen/Qwen3-14B\")\n"
-         "    make_empty(other)\n"
+         "    other = open_base(\"Qwen/Qwen3-14B\", True)\n"
          "    other.loaded = read_weights(other) if dist.get_rank() == 0 else None\n"
          "    globals()[\"larger\"] = load_model(other, device, cfg)\n"
          "    done")],
@@ -978,7 +977,6 @@ ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the er
     (dict(prompt=turns("system", "user")), (turns("system", "user"), None)),
     (dict(prompt=json.dumps(turns("system", "user"))), (turns("system", "user"), None)),
     (dict(prompt=turns("user", "assistant", "user")),
-     "field prompt: expected the user's turn last, .* but for --wrapper none, .* assistant, user",
      (turns("user", "assistant", "user"), None)),
     (dict(text="1+1?"), "here: expected a field problem, prompt or question, found text"),
     (dict(problem="", question=None), "expected a field problem, .* found problem, question"),
@@ -1078,7 +1076,7 @@ def test_files_of_all_formats_read_alike(tmp_path):
     ("x.jsonl", "[" * 100000, "expected a JSON object"),
     ("x.jsonl", '{"problem": "\u00e9"}'.encode("latin-1"), "x.jsonl: expected .* encoding UTF-8"),
     ("x.csv", "problem\n\u00e9\n".encode("utf-16"), "x.csv: expected .* encoding UTF-8"),
-    ("x.csv", "problem,answer\nx,1,2\n", "x.csv: expected .* row 1 .* a cell for each column"),
+    ("x.csv", "problem,answer\nx,1,2\n", "x.csv: expected .* row 1 .* cell for each column"),
     ("x.parquet", "version https://git-lfs", "x.parquet: expected a file"),
     ("x.parquet", "", "x.parquet: expected a file"),
 ])
@@ -1136,8 +1134,7 @@ ANY_GAP = dict.fromkeys(opsdc.MAX_GAP, math.inf)
 
 def opened(path, module=opsdc):
     """The Base of the model in `path`, on rank 0 with its weights."""
-    base = module.open_base(str(path))
-    module.make_empty(base)
+    base = module.open_base(str(path), True)
     base.loaded = module.read_weights(base) if torch.distributed.get_rank() == 0 else None
     return base
 
@@ -1370,7 +1367,7 @@ def test_calls_of_the_engine_on_a_gpu(good, one_rank, monkeypatch):
                 return []
             return call
     named = "sleep", "wake_up", "collective_rpc"
-    model, base = loaded(good["model"]), opsdc.open_base(good["model"])
+    model, base = loaded(good["model"]), opsdc.open_base(good["model"], False)
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Recorder, SamplingParams=dict))
     monkeypatch.setitem(sys.modules, "vllm.model_executor.models.transformers", types.SimpleNamespace(
         base=types.SimpleNamespace(Base=types.SimpleNamespace())))
@@ -1542,7 +1539,7 @@ def family_export(directory, name):
         stub_torchvision(directory)
     folder = str(directory / "out/model")
     opsdc.start_processes()
-    base, cfg = opsdc.open_base(folder), opsdc.Config(max_prompt_tokens=512, max_response_tokens=40)
+    base, cfg = opsdc.open_base(folder, False), opsdc.Config(max_prompt_tokens=512, max_response_tokens=40)
     engine = opsdc.RolloutEngine(base, cfg, load_format="auto")
     prompts = [opsdc.prompt_ids(base.tokenizer, f"What is {i} + {i}?") for i in range(4)]
     samples = engine.generate(prompts, list(range(4)), max_tokens=40, temperature=1.0)
@@ -1618,7 +1615,7 @@ SPOILED = {  # family, what is done to it, the refusal; HyperCLOVA X multiplies 
     "tied": ("Qwen2", lambda folder: spoil_config(folder, tie_word_embeddings=True),
              "two tensors for embedding and head"),
     "missing": ("Qwen2", lambda folder: spoil_weights(folder, lambda weights: {
-        name: w for name, w in weights.items() if "q_proj" not in name}), "no weights .*q_proj.* in its files"),
+        name: w for name, w in weights.items() if "q_proj" not in name}), "expected the weights of its config.json, found.*q_proj"),
     "NaN": ("Qwen2", lambda folder: spoil_weights(folder, lambda weights: weights | {
         "model.norm.weight": weights["model.norm.weight"] * math.nan}), "NaN or infinity"),
     "half": ("Qwen2", lambda folder: os.truncate(folder / "model.safetensors", 9999), "half a file"),
@@ -1841,7 +1838,7 @@ def test_rank_killed_while_saving_then_a_damaged_checkpoint_and_a_full_disk(fold
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
     done = in_fork(script, "opsdc.py", *small_run(model, data, out, save_every=3, resume=True))
     assert "checkpoint-2, which is not whole: " in done.stdout and "1 steps are done" in done.stdout
-    assert done.returncode == 1 and "File too large" in done.stdout, done.stdout
+    assert done.returncode == 1
     left = sorted(path.name for path in out.glob("checkpoint-*"))
     assert left == ["checkpoint-1", "checkpoint-2", "checkpoint-best"]
     same_losses(whole, out, 3)
@@ -1899,8 +1896,7 @@ def test_real_problems(folder):
         instruction="v2", divergence="jsd", weight_decay=1000)).stdout
     trained = AutoModelForCausalLM.from_pretrained(folder / "out/model")
     assert all(w.abs().max() < 0.01 for w in trained.parameters())
-    dropped = int(re.search(r"(\d+) have a prompt longer than 400 tokens", output)[1])
-    assert 0 < dropped < 250 and "500 problems are left" not in output
+    assert 250 < int(re.search(r"(\d+) of 500 problems have prompts of at most 400 tokens", output)[1]) < 500
     for line in metrics_of(folder / "out"):
         assert line["loss"] > 0 and line["logprob_gap_max"] < 1e-4 and line["accuracy"] == 0
         assert line["truncated"] == 1
@@ -1966,12 +1962,11 @@ BAD_INPUT = {
                        "line 3, expected a JSON object, found"),
     "no problem field": (lambda d, good: broken_data(d, '{"text": "x"}\n'),
                          "row 1: expected a field problem, prompt or question, found text"),
-    "conversation": (lambda d, good: broken_data(d, json.dumps(dict(
-                         prompt=turns("user", "assistant", "user")))),
-                     "row 1, field prompt: .*--wrapper none"),
+    "conversation": (lambda d, good: broken_data(d, json.dumps(dict(prompt=turns("user", "assistant")))),
+                     "row 1, field prompt: expected the user's turn last"),
     "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "no problem with a prompt of at most 5"),
-    "context": (lambda d, good: dict(max_response_tokens=4000), "= 4512 is more than the model's context of 2048"),
-    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp: expected a divisor of the ranks' number"),
+    "context": (lambda d, good: dict(max_response_tokens=4000), "= 4512: expected at most the model's context of 2048"),
+    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a number of ranks that it divides"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
                    "for --keep correct, a known answer"),
     "blank answers": (lambda d, good: (broken_data(d, '{"problem": "x", "answer": " "}\n')
@@ -2084,7 +2079,7 @@ def test_bad_input_stops_with_a_clear_message(case, good, one_rank, refused_earl
 
 def test_too_old_a_driver_is_named(good, one_rank, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "torch for CUDA 13.0 sees no GPU: expected a driver R580" in refusal(
+    assert "no GPU is seen: expected a driver R580" in refusal(
         lambda: opsdc.prepare(opsdc.Config(**good)))
 
 def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
@@ -2094,11 +2089,11 @@ def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
     prepare = lambda **change: opsdc.prepare(opsdc.Config(**settings | change))
     prepare(batch_size=4)
     second = refusal(lambda: prepare(resume=True))  # the first is at work: this process
-    assert "and no other process at work there, found: " in second
+    assert "where no other process is at work, found: " in second
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     prepare(batch_size=8, resume=True)  # it died before its first checkpoint
     (out / "checkpoint-1").mkdir()
-    assert "expected a new or empty folder or, with --resume, that of a run" in refusal(prepare)
+    assert "expected a new or empty folder or, with --resume, a run's" in refusal(prepare)
     settings |= dict(resume=True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(model)
@@ -2133,10 +2128,10 @@ def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, cap
     assert [p.text for p in problems] == ["one", "two", "three", "four"]
     assert [p.answer for p in problems] == ["1", "2", None, None]
     said = capsys.readouterr().out
-    for text in ("reading ", "8 rows, 5 problems, 2 without a known answer, 1 repeated with another answer",
-                 "read: {'problem': 'problem'", "not read: ['note']",
-                 "4 problems are left, 1 have a prompt longer than 512", "the first teacher's prompt:\n<",
-                 "Solve the following math problem correctly using 20% fewer tokens", "a checkpoint takes "):
+    for text in ("8 rows, 5 problems, 2 without a known answer, 1 again with another;", "problem as problem",
+                 "answer as answer", "not read: note", "4 of 5 problems have prompts of at most 512 tokens",
+                 "the first teacher's prompt:\n<", "each of 3 checkpoints takes ",
+                 "Solve the following math problem correctly using 20% fewer tokens"):
         assert text in said, text
 
 @beside()
@@ -2166,7 +2161,7 @@ def test_opsdc_alone_in_a_folder_trains_without_accuracy(folder):
                env=ENVIRONMENT | {"PYTHONPATH": ""})
     assert done.returncode == 0, done.stdout[-3000:]
     line, = metrics_of(folder / "out")
-    assert line["loss"] > 0 and "accuracy" not in line
+    assert line["loss"] > 0 and line["accuracy"] is None
     kept = [json.loads((folder / model / "generation_config.json").read_text())["temperature"]
             for model in ("m", "out/model")]
     assert kept == [0.6, 0.6]
@@ -2277,7 +2272,7 @@ def test_fork_larger_teacher(good, one_rank, tmp_path):
 
 def test_forks_of_the_prompts(good, one_rank, tmp_path):
     """The teacher alone is told the answer; the student answers without thinking, the teacher thinks."""
-    base = opsdc.open_base(good["model"])
+    base = opsdc.open_base(good["model"], False)
     for name, student_ends, teacher_has in (("answer", "assistant\n", "brief.\n\nThe answer is 4.\n\nThe last"),
                                             ("thinking", "<think>\n\n</think>\n\n", "brief.\n\nThe last")):
         forked = load_fork(name, tmp_path)
@@ -2631,7 +2626,7 @@ def test_problem_files_and_their_faults(tmp_path, capsys):
     one, other = ev.load_problems(str(file))
     assert (one == {"id": "0", "problem": "a", "tools": None, "answer": "3", "level": "1.5"}
             and "y" in other["problem"])
-    assert "35 rows, 3 problems, 1 without a known answer, 1 repeated with" in capsys.readouterr().out
+    assert "35 rows, 3 problems, 1 without a known answer, 1 again with" in capsys.readouterr().out
     same = row.replace("}", ', "id": 1}')
     file.write_text(same + same.replace('"a"', '"b"'))
     assert [p["id"] for p in ev.load_problems(str(file))] == ["1, row 1", "1, row 2"]
@@ -2743,6 +2738,7 @@ def fake_run(folder, shorter=1.0, problems=30, name="math500", finished=True, **
     records = [record(f"p{i}", j, rng.random() < 0.9 - 0.1 * (i % 3),
                       round(rng.uniform(900, 1100) * (1 + i % 3) * shorter ** (3 - i % 3)), 1 + i % 3)
                for i in range(problems) for j in range(2)]
+    folder.mkdir(exist_ok=True)
     ev.write_summary(folder, {**SETTINGS, **settings}, {name: records}, finished)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return str(folder)
@@ -2802,19 +2798,21 @@ def test_damaged_records_are_named_by_line(tmp_path):
         with pytest.raises(SystemExit, match=message):
             ev.main(["compare", base, ours])
 
-def test_curves_of_two_training_runs(whole_run, tmp_path, monkeypatch):
-    rows = metrics_of(whole_run[2])  # six steps, thetabar refreshed after every second one
+@beside()
+def test_curves_of_two_training_runs(folder):
+    *_, out = whole_run(folder)
+    rows = metrics_of(out)  # six steps, thetabar refreshed after every second one
     rows[0] |= dict(eval_tokens=20, accuracy=None)
     lines = [json.dumps(row) + "\n" for row in rows] + ['{"step": 7, "lo']  # still writing
-    (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    command = ["curves", str(tmp_path), str(whole_run[2]), "--plot", str(tmp_path / "c.png")]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    command = ["curves", str(folder), str(out), "--plot", str(folder / "c.png")]
     ev.main(command)
     lines = [line.get_xdata() for line in ev.pyplot().gcf().axes[0].lines]
-    assert is_picture(tmp_path / "c.png") and [(len(x), x[0]) for x in lines] == [
+    assert is_picture(folder / "c.png") and [(len(x), x[0]) for x in lines] == [
         (6, 1), (1, 1), (2, 2.5), (2, 4.5), (6, 1), (2, 2.5), (2, 4.5)]
     with pytest.raises(SystemExit, match="absent/metrics.jsonl"):
         ev.main(["curves", "absent", *command[3:]])
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
+    sys.modules["matplotlib"] = None  # as where it is not installed
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         ev.main(command)
 
@@ -2840,17 +2838,19 @@ def read_page(path):
     page.feed(path.read_text())
     return tokens, rows
 
-def test_page_of_tokens_sums_to_the_loss_that_the_trainer_logged(whole_run, tmp_path):
-    model, data, out = whole_run
-    succeed("tokens", "--model", model, "--data", data, "--samples", 6, "--max_prompt_tokens", 512,
-            "--max_response_tokens", 24, "--out", tmp_path / "page.html", script="eval.py")
-    responses, _ = read_page(tmp_path / "page.html")
+@beside()
+def test_page_of_tokens_sums_to_the_loss_that_the_trainer_logged(folder):
+    model, data, out = whole_run(folder)
+    done = in_fork(script, "eval.py", "tokens", "--model", model, "--data", data, "--samples", 6,
+                   "--max_prompt_tokens", 512, "--max_response_tokens", 24, "--out", folder / "page.html")
+    assert done.returncode == 0, done.stdout
+    responses, _ = read_page(folder / "page.html")
     means = [statistics.fmean(float(token["data-d"]) for token in tokens) for tokens in responses]
     assert statistics.fmean(means) == pytest.approx(metrics_of(out)[0]["loss"], abs=1e-6)
     assert ["".join(token["text"] for token in tokens) for tokens in responses[:4]] == [
         row["response"] for row in ev.read_lines(out / "samples.jsonl")[:4]]
 
-def test_page_of_given_responses_with_another_teacher(tmp_path, no_group, capsys):
+def test_page_of_given_responses_with_another_teacher(tmp_path, no_group):
     """A line of a run and a record of an evaluation: what looks like HTML stays text, a character of several
     tokens whole, and the numbers are those of float64."""
     def show(teacher, *rows):
@@ -2868,8 +2868,9 @@ def test_page_of_given_responses_with_another_teacher(tmp_path, no_group, capsys
     first, job = dict(problem="1 < 2 & 3?", response=texts[0], finished=True), dict(problem="2+2?", gold="4")
     for teacher, message in ((paths[1], "line 2: expected a line of samples.jsonl"),
                              (make_model(tmp_path / "2", "llama", vocabulary=300), "expected the tokens of")):
-        assert message in refusal(lambda: show(teacher, first, job), capsys)
-    problems = opsdc.load_problems(opsdc.Config(data=str(file)), tokenizer, opsdc.INSTRUCTIONS["v1"])
+        assert message in refusal(lambda: show(teacher, first, job))
+    problems = opsdc.load_problems(opsdc.Config(data=str(file)), opsdc.open_base(str(paths[0]), False),
+                                   opsdc.INSTRUCTIONS["v1"])
     job["prompt"] = problems[1].student
     record, = ev.make_records(tokenizer, [job], [(tokenizer.encode(texts[1]), None, True)])
     assert record["response"] == "<think>\nAnswer: 4"
@@ -3065,7 +3066,7 @@ BAD_EVALUATION = {
     "instruction": (lambda d, good: dict(instruction="@nofile"), "--instruction @nofile.* No such file"),
     "one word": (lambda d, good: dict(instruction="short"), "--instruction short: expected v1"),
     "no text": (lambda d, good: dict(instruction=""), "--instruction : expected v1"),
-    "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp: expected a divisor of the ranks' number"),
+    "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp 2: expected a number of ranks that it divides"),
 } | {f"{name} {value}": (lambda d, good, change={name: value}: change,
                          f"--{name.replace('-', '_')} {value}.*: expected ")
      for name, values in EVAL_RANGES.items() for value in values.split()}
@@ -3086,7 +3087,7 @@ def test_an_evaluation_keeps_its_folder(good, one_rank, tmp_path, monkeypatch):
     out = tmp_path / "out"
     prepare = lambda out=out, **change: ev.prepare(ev.parse_args(evaluation(good, out, **change))[0])
     settings = prepare()[2]
-    assert "and no other process at work there, found: " in refusal(prepare)  # the first is: this process
+    assert "where no other process is at work, found: " in refusal(prepare)  # the first is: this process
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     ev.write_summary(out, settings, {}, finished=False)
     shutil.copytree(good["model"], tmp_path / "copy")
