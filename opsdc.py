@@ -62,8 +62,8 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer,
-                          HfArgumentParser)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
+from transformers import HfArgumentParser
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.utils import cached_file
@@ -357,7 +357,7 @@ class Rollout:
     correct: bool | None = None  # None where no answer is known
 
 class RolloutEngine:
-    """vLLM in this rank's process; `vllm_tp` consecutive ranks are one engine, with a share of the batch. On a
+    """vLLM in this rank's process; `vllm_tp` consecutive ranks are one engine with a share of the batch. On a
     GPU it sleeps while we train. load_format "dummy": `sync` brings weights; "auto": base's own (eval.py)."""
 
     def __init__(self, base, cfg, load_format="dummy"):
@@ -501,8 +501,8 @@ def teacher_pass(model, thetabar, batches):
     copy_into(model, theta)
     return hidden, head.full_tensor()
 
-# Engine and trainer are two implementations of one model. By so much may their log-probabilities of the
-# sampled tokens differ on average, nats/token; working syncs have 1e-2 and 3e-7, stale weights 0.2.
+# How far engine and trainer, two implementations of one model, may differ on the sampled tokens' mean
+# log-probability, nats. Working syncs have 1e-2 and 3e-7, stale weights 0.2.
 MAX_GAP = {torch.bfloat16: 0.1, torch.float32: 1e-3}
 
 def student_pass(model, batches, hidden, head, cfg):
@@ -519,8 +519,8 @@ def student_pass(model, batches, hidden, head, cfg):
         gap_max = gap_max.maximum(gap.max())
     dist.all_reduce(sums)
     dist.all_reduce(gap_max, op=dist.ReduceOp.MAX)
-    loss, means = sums[0].item(), sums[1:4] / sums[4].clamp(min=1)
-    student_entropy, teacher_entropy, gap = means.tolist()
+    sums[1:4] /= sums[4].clamp(min=1)
+    loss, student_entropy, teacher_entropy, gap, _ = sums.tolist()
     limit = MAX_GAP[engine_dtype(model.lm.config)]
     if math.isfinite(loss) and not gap <= limit:  # nor if the gap is NaN; a loss that is NaN `update` sees to
         raise RuntimeError(f"engine and trainer differ by {gap:.4f} nats/token, expected at most {limit}: no "
@@ -550,7 +550,6 @@ def main():
     thetabar = snapshot(model)
     done = resume(out, model, optimizer, thetabar, cfg) if cfg.resume else 0  # fills the three in place
     skipped = idle = 0  # steps in a row without a finite gradient, and without a rollout kept
-
     for step in range(done + 1, cfg.steps + 1):
         start = time.perf_counter()
         metrics = dict(step=step, lr=optimizer.param_groups[0]["lr"],
@@ -880,7 +879,7 @@ def claim_folder(out, resume, mark):  # new, empty or a run's, for this process 
                  "process is at work, found"):
         out.mkdir(parents=True, exist_ok=True)
         found = {path.name for path in out.iterdir()}
-        check(out.name and (found <= {mark} or resume and mark in found), f"{', '.join(sorted(found)[:4])}")
+        check(out.name and found <= {mark} or resume and mark in found, f"{sorted(found)[:4]}")
         # the mark is a file, locked and never closed: the lock ends with the process
         fcntl.flock(os.open(out / mark, os.O_CREAT | os.O_WRONLY, 0o666), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -952,8 +951,8 @@ def start_processes():  # join torchrun's group, or make one of a single rank ->
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    waiting = threading.Timer(8, print, ["rank {RANK} waits for the others of WORLD_SIZE={WORLD_SIZE} at "
-                                         "{MASTER_ADDR}; to run alone unset both".format_map(os.environ)])
+    waits = "rank {RANK} waits for the others of WORLD_SIZE={WORLD_SIZE}; to run alone unset both"
+    waiting = threading.Timer(4, partial(print, flush=True), [waits.format_map(os.environ)])
     waiting.start()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
     waiting.cancel()
