@@ -42,6 +42,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
@@ -120,7 +121,7 @@ def all_beside(request, tmp_path_factory):
     if not names:
         return (yield)
     process = subprocess.Popen([sys.executable, str(HERE / "test_opsdc.py"), "run_beside", str(directory),
-                                *names], env=ENVIRONMENT, start_new_session=True)
+                                *names], env=ENVIRONMENT, start_new_session=True, stdin=subprocess.PIPE)
 
     def finished(name):
         status, since = folder_of(directory, name) / "status", time.monotonic()
@@ -131,15 +132,15 @@ def all_beside(request, tmp_path_factory):
         assert status.read_text() == "0"
         return status.parent
     yield finished
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # and its children
+    process.stdin.close()
     process.wait()
 
 def folder_of(directory, name):
     return Path(directory) / re.sub(r"\W+", "-", name)  # vLLM finds no weights below a folder with brackets
 
 def run_beside(directory, *names):
-    """Worker: the tests of these names."""
+    """Worker: the tests of these names. Its process group ends when the other end of stdin does."""
+    threading.Thread(target=lambda: sys.stdin.read() or os.killpg(0, signal.SIGKILL), daemon=True).start()
     import_vllm()
 
     def test(name):
@@ -1979,9 +1980,9 @@ BAD_INPUT = {
     "latin-1": (lambda d, good: text_file(d, "sois pr\u00e9cis".encode("latin-1")),
                 "--instruction @.* encoding UTF-8"),
     "another's things": (lambda d, good: folder_with(d, "model", "tmp-theirs"),
-                         "--out .*theirs: expected a new or empty folder .* found: model, tmp-theirs"),
+                         "--out .*theirs: expected a new or empty folder .* found: .*model.*tmp-theirs"),
     "nothing to resume": (lambda d, good: folder_with(d, "checkpoint-1") | dict(resume=True),
-                          "--out .*theirs: expected a new or empty folder .* found: checkpoint-1"),
+                          "--out .*theirs: expected a new or empty folder .* found: .*checkpoint-1"),
     "the model's folder": (lambda d, good: dict(out=good["model"]), "--out .*: expected a new or empty"),
     "no folder": (lambda d, good: dict(out=""), "--out .: expected a new or empty folder"),
     "out is a file": (lambda d, good: dict(out=good["data"]), "--out .*rows.jsonl: expected a new or empty"),
@@ -2748,7 +2749,7 @@ def is_picture(path):
     pixels = image.imread(path)
     return min(pixels.shape[:2]) > 400 and pixels.std() > 0.01
 
-def test_compare_prints_table_published_rows_and_picture(tmp_path, capsys):
+def test_compare_prints_table_and_picture(tmp_path, capsys):
     base, ours = fake_run(tmp_path / "base"), fake_run(tmp_path / "ours", 0.8, model="out/model")
     more = fake_run(tmp_path / "more", 0.7, model="out2/model", instruction="c", seed=1)
     ev.main(["compare", base, ours, more, "--plot", str(tmp_path / "x.png"), "--show", "2"])
@@ -2762,7 +2763,6 @@ def test_compare_prints_table_published_rows_and_picture(tmp_path, capsys):
     assert lines[2][6].startswith(f"{100 * expected:.1f} [") and lines[2][0] == ours
     reductions = [float(line[6].split()[0]) for line in lines[3:6]]
     assert reductions[0] > reductions[1] > reductions[2] > 15  # easy problems were shortened more
-    assert ["paper: trained v2", "all", "", "95.7 -> 95.7", "+0.0", "4884 -> 3339", "31.6"] in lines
     assert "accuracy up on 0 problems, down on 0 of 30" in text and is_picture(tmp_path / "x.png")
 
 def test_compare_shows_what_was_won_and_lost():
@@ -2866,7 +2866,7 @@ def test_page_of_given_responses_with_another_teacher(tmp_path, no_group):
                "--max_response_tokens", 99, "--loss_chunk", 7, "--out", tmp_path / "page.html", "--teacher"]
     texts = ["</span></pre><script>alert('&amp;')</script>\r\n \"é😀\"<|im_end|>", "Answer: 4<|im_end|>"]
     first, job = dict(problem="1 < 2 & 3?", response=texts[0], finished=True), dict(problem="2+2?", gold="4")
-    for teacher, message in ((paths[1], "line 2: expected a line of samples.jsonl"),
+    for teacher, message in ((paths[1], "row 2: expected a line of samples.jsonl"),
                              (make_model(tmp_path / "2", "llama", vocabulary=300), "expected the tokens of")):
         assert message in refusal(lambda: show(teacher, first, job))
     problems = opsdc.load_problems(opsdc.Config(data=str(file)), opsdc.open_base(str(paths[0]), False),
