@@ -42,6 +42,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
@@ -120,7 +121,7 @@ def all_beside(request, tmp_path_factory):
     if not names:
         return (yield)
     process = subprocess.Popen([sys.executable, str(HERE / "test_opsdc.py"), "run_beside", str(directory),
-                                *names], env=ENVIRONMENT, start_new_session=True)
+                                *names], env=ENVIRONMENT, start_new_session=True, stdin=subprocess.PIPE)
 
     def finished(name):
         status, since = folder_of(directory, name) / "status", time.monotonic()
@@ -131,15 +132,15 @@ def all_beside(request, tmp_path_factory):
         assert status.read_text() == "0"
         return status.parent
     yield finished
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # and its children
+    process.stdin.close()
     process.wait()
 
 def folder_of(directory, name):
     return Path(directory) / re.sub(r"\W+", "-", name)  # vLLM finds no weights below a folder with brackets
 
 def run_beside(directory, *names):
-    """Worker: the tests of these names."""
+    """Worker: the tests of these names. Its process group ends when the other end of stdin does."""
+    threading.Thread(target=lambda: sys.stdin.read() or os.killpg(0, signal.SIGKILL), daemon=True).start()
     import_vllm()
 
     def test(name):
@@ -506,7 +507,7 @@ FORKS = {
          "            for r in rollouts]")],
     # thetabar follows theta at every step; float32, since bfloat16 would round a hundredth away
     "ema": [
-        ("p.detach().to(dtype, copy=True)", "p.detach().clone()"),
+        ("p.detach().to(dtype or DTYPE, copy=True)", "p.detach().clone()"),
         ("    due = cfg.refresh_every and step % cfg.refresh_every == 0\n"
          "    return snapshot(model) if due else thetabar",
          "    theta = snapshot(model)\n"
@@ -516,12 +517,12 @@ FORKS = {
         ("    theta = snapshot(model, torch.float32)\n    copy_into(model, thetabar)\n",
          "    model = larger  # a module of its own, never swapped\n"),
         ("    copy_into(model, theta)\n", ""),
-        ("    model = load_model(base, device, cfg)\n",
-         "    model = load_model(base, device, cfg)\n"
-         "    other = open_base(\"Qwen/Qwen3-14B\")\n"
-         "    make_empty(other)\n"
+        ("    thetabar = snapshot(model)\n    done",
+         "    thetabar = snapshot(model)\n"
+         "    other = open_base(\"Qwen/Qwen3-14B\", True)\n"
          "    other.loaded = read_weights(other) if dist.get_rank() == 0 else None\n"
-         "    globals()[\"larger\"] = load_model(other, device, cfg)\n")],
+         "    globals()[\"larger\"] = load_model(other, device, cfg)\n"
+         "    done")],
     # arXiv 2606.00755: a teacher with a temperature of its own, above 1 against a collapse of the entropy
     "temperature": [("t_block.log_softmax(-1)", "(t_block / 1.5).log_softmax(-1)")],
     # arXiv 2601.18734 (OPSD): no entry of the vocabulary gives more than 0.05 nats, nor then a gradient
@@ -538,10 +539,10 @@ FORKS = {
     # the metrics on wandb too: begun before the engine, as a missing login would end the run after a step
     "wandb": [
         ("import torch\n", "import torch\nimport wandb\n"),
-        ("    engine = RolloutEngine(base, cfg)\n",
+        ("    engine, model = ",
          "    if dist.get_rank() == 0:\n"
          "        wandb.init(project=\"opsdc\", config=asdict(cfg))\n"
-         "    engine = RolloutEngine(base, cfg)\n"),
+         "    engine, model = "),
         ("    say(\"  \".join(", "    wandb.log(metrics, step=metrics[\"step\"])\n    say(\"  \".join("),
         ("    os._exit(status)", "    wandb.finish(status)\n    os._exit(status)")],
     # the teacher is told the answer
@@ -977,9 +978,8 @@ ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the er
     (dict(prompt=turns("system", "user")), (turns("system", "user"), None)),
     (dict(prompt=json.dumps(turns("system", "user"))), (turns("system", "user"), None)),
     (dict(prompt=turns("user", "assistant", "user")),
-     "field prompt: expected the user's turn last, .* but for --wrapper none, .* assistant, user",
      (turns("user", "assistant", "user"), None)),
-    (dict(text="1+1?"), "here: expected a field problem, prompt or question with text, found text"),
+    (dict(text="1+1?"), "here: expected a field problem, prompt or question, found text"),
     (dict(problem="", question=None), "expected a field problem, .* found problem, question"),
     (dict(problem=" ", answer="3"), "expected a field problem"),
     (dict(prompt=[]), "expected a field problem"),
@@ -1071,14 +1071,13 @@ def test_files_of_all_formats_read_alike(tmp_path):
     assert ev.read_answer(number[1], "here")[2] == "0.5"
 
 @pytest.mark.parametrize("name, content, message", [
-    ("x.jsonl", '{"problem": "x"}\n{"problem"\n',
-     "x.jsonl, .*row 2, expected a JSON object, found '{\"problem\""),
-    ("x.jsonl", "5\n", "x.jsonl, .*row 1: expected a JSON object, .* found 5"),
+    ("x.jsonl", '{"problem": "x"}\n\n{"problem"\n', "line 3, expected a JSON object, found '{\"problem\""),
+    ("x.jsonl", "5\n", "row 1 .* JSON object, .* 5"),
     ("x.json", '[{"problem": "x"}, 5]', "x.json: expected a file"),
     ("x.jsonl", "[" * 100000, "expected a JSON object"),
-    ("x.jsonl", '{"problem": "\u00e9"}'.encode("latin-1"), "x.jsonl, expected the encoding UTF-8"),
-    ("x.csv", "problem\n\u00e9\n".encode("utf-16"), "x.csv, expected the encoding UTF-8"),
-    ("x.csv", "problem,answer\nx,1,2\n", "x.csv, .*row 1: expected .* a cell for each column"),
+    ("x.jsonl", '{"problem": "\u00e9"}'.encode("latin-1"), "x.jsonl: expected .* encoding UTF-8"),
+    ("x.csv", "problem\n\u00e9\n".encode("utf-16"), "x.csv: expected .* encoding UTF-8"),
+    ("x.csv", "problem,answer\nx,1,2\n", "x.csv: expected .* row 1 .* cell for each column"),
     ("x.parquet", "version https://git-lfs", "x.parquet: expected a file"),
     ("x.parquet", "", "x.parquet: expected a file"),
 ])
@@ -1136,8 +1135,7 @@ ANY_GAP = dict.fromkeys(opsdc.MAX_GAP, math.inf)
 
 def opened(path, module=opsdc):
     """The Base of the model in `path`, on rank 0 with its weights."""
-    base = module.open_base(str(path))
-    module.make_empty(base)
+    base = module.open_base(str(path), True)
     base.loaded = module.read_weights(base) if torch.distributed.get_rank() == 0 else None
     return base
 
@@ -1167,7 +1165,7 @@ def gradients(model_path, file, *settings):
     problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(model_path))
     found = []
     for dtype, micro, chunk in (setting.split(",") for setting in settings):
-        opsdc.compute_dtype = lambda: getattr(torch, dtype)
+        opsdc.DTYPE = getattr(torch, dtype)
         model = loaded(model_path)
         theta = {name: p.full_tensor().clone() for name, p in model.lm.named_parameters()}
         thetabar = other_weights(model.lm.named_parameters())
@@ -1338,8 +1336,9 @@ def sync(model_path, file, vllm_tp):
 @beside(*RANKS)
 def test_weight_sync_is_seen_in_the_logprob_gap(family, folder):
     """With vLLM's reload as on a GPU; the other runs here have the CPU's."""
-    done = in_fork(sync, make_model(folder / "m", family), folder / "found.json", RANKS[family],
-                   ranks=RANKS[family])
+    arguments = make_model(folder / "m", family), folder / "found.json", RANKS[family]
+    done = in_fork(sync, *arguments) if family == "qwen3" else run(
+        "sync", *arguments, ranks=2, script="test_opsdc.py")  # it leaves by Python's exit, which tidies up
     assert done.returncode == 0, done.stdout
     found = json.loads((folder / "found.json").read_text())
     (ids, warm, fresh), (_, cold, sharp), stopped, (*_, stale), (new_ids, _, again), counts = found
@@ -1369,11 +1368,12 @@ def test_calls_of_the_engine_on_a_gpu(good, one_rank, monkeypatch):
                 return []
             return call
     named = "sleep", "wake_up", "collective_rpc"
-    model, base = loaded(good["model"]), opsdc.open_base(good["model"])
+    model, base = loaded(good["model"]), opsdc.open_base(good["model"], False)
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Recorder, SamplingParams=dict))
     monkeypatch.setitem(sys.modules, "vllm.model_executor.models.transformers", types.SimpleNamespace(
         base=types.SimpleNamespace(Base=types.SimpleNamespace())))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(opsdc, "DTYPE", torch.bfloat16)
     for load_format in ("dummy", "auto"):
         engine = opsdc.RolloutEngine(base, opsdc.Config(**good, vllm_memory=0.7), load_format)
         for _ in range(2 if load_format == "dummy" else 0):
@@ -1540,7 +1540,7 @@ def family_export(directory, name):
         stub_torchvision(directory)
     folder = str(directory / "out/model")
     opsdc.start_processes()
-    base, cfg = opsdc.open_base(folder), opsdc.Config(max_prompt_tokens=512, max_response_tokens=40)
+    base, cfg = opsdc.open_base(folder, False), opsdc.Config(max_prompt_tokens=512, max_response_tokens=40)
     engine = opsdc.RolloutEngine(base, cfg, load_format="auto")
     prompts = [opsdc.prompt_ids(base.tokenizer, f"What is {i} + {i}?") for i in range(4)]
     samples = engine.generate(prompts, list(range(4)), max_tokens=40, temperature=1.0)
@@ -1612,13 +1612,13 @@ def spoil_weights(folder, change):
 
 SPOILED = {  # family, what is done to it, the refusal; HyperCLOVA X multiplies by Granite's divisor
     "logits": ("HyperCLOVA X", lambda folder: None,
-               "expected the model's own log-probabilities from the loss, found them [0-9.]+ nats apart"),
+               "log-probabilities that are [0-9.]+ nats from those that the loss computes"),
     "tied": ("Qwen2", lambda folder: spoil_config(folder, tie_word_embeddings=True),
-             "expected embedding and head to be one, .* found two tensors"),
+             "two tensors for embedding and head"),
     "missing": ("Qwen2", lambda folder: spoil_weights(folder, lambda weights: {
-        name: w for name, w in weights.items() if "q_proj" not in name}), "expected weights .*q_proj.* none"),
+        name: w for name, w in weights.items() if "q_proj" not in name}), "expected the weights of its config.json, found.*q_proj"),
     "NaN": ("Qwen2", lambda folder: spoil_weights(folder, lambda weights: weights | {
-        "model.norm.weight": weights["model.norm.weight"] * math.nan}), "expected finite weights, found NaN"),
+        "model.norm.weight": weights["model.norm.weight"] * math.nan}), "NaN or infinity"),
     "half": ("Qwen2", lambda folder: os.truncate(folder / "model.safetensors", 9999), "half a file"),
 }
 
@@ -1667,14 +1667,14 @@ def same_metrics(a, b):
              if not key.startswith("seconds") and key not in ("tokens_per_second", "peak_memory_gib")]
     return {key: a[key] for key in names} == {key: b.get(key) for key in names}
 
-def run_and_signal(arguments, log, lines, number):
-    """opsdc.py, to which a signal is sent once `log` has so many lines; its exit status."""
+def run_and_kill(arguments, log, lines):
+    """opsdc.py, killed once `log` has so many lines."""
     process = fork_process(script, log.parent.with_name("output"), "opsdc.py", *map(str, arguments))
     while not (log.exists() and len(log.read_text().splitlines()) >= lines):
         assert os.waitpid(process, os.WNOHANG)[0] == 0, log.parent.with_name("output").read_text()
         time.sleep(0.01)
-    os.kill(process, number)
-    return status_of(process)
+    os.kill(process, signal.SIGKILL)
+    assert status_of(process) == -signal.SIGKILL
 
 def small_files(folder):
     return make_model(folder / "m", "qwen3"), write_rows(folder / "rows.jsonl")
@@ -1692,7 +1692,7 @@ def whole_run(folder):
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(folder):
     model, data, whole = whole_run(folder)
     log = folder / "out/metrics.jsonl"
-    run_and_signal(small_run(model, data, folder / "out"), log, 3, signal.SIGKILL)
+    run_and_kill(small_run(model, data, folder / "out"), log, 3)
     assert 3 <= len(metrics_of(folder / "out")) < 6
     with open(log, "a") as file:
         file.write('{"step": 4, "lo')  # what a kill in the middle of a line leaves
@@ -1708,18 +1708,6 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(folder):
     assert all(torch.equal(a[name], b[name]) and a[name].dtype == torch.bfloat16 for name in a)
 
 @beside()
-def test_sigterm_saves_and_exits_with_0_and_no_rollout_kept_means_no_update(folder):
-    """--keep correct of a random model, which is never right: steps without an update, ended by SIGTERM."""
-    model, data, whole = whole_run(folder)
-    arguments = small_run(model, data, folder / "out", steps=500, save_every=1000, keep="correct")
-    assert run_and_signal(arguments, folder / "out/metrics.jsonl", 2, signal.SIGTERM) == 0
-    lines = metrics_of(folder / "out")
-    assert 2 <= len(lines) < 500 and not list((folder / "out").glob("checkpoint*"))
-    assert lines[0]["response_tokens"] == metrics_of(whole)[0]["response_tokens"]
-    for line in lines:
-        assert line["accuracy"] == line["skipped_updates"] == 0 and not {"loss", "grad_norm"} & set(line)
-
-@beside()
 def test_conversations_as_they_are_that_are_never_right_then_more_steps_than_asked_for(folder):
     """With --wrapper none; ten steps without a rollout to keep are enough. Then a run that went further."""
     model, rows, whole = whole_run(folder)
@@ -1731,7 +1719,9 @@ def test_conversations_as_they_are_that_are_never_right_then_more_steps_than_ask
                                                   keep="correct", wrapper="none"))
     assert done.returncode == 1 and "10 steps kept no rollout" in done.stdout, done.stdout[-3000:]
     lines, samples = metrics_of(folder / "out"), (folder / "out/samples.jsonl").read_text()
-    assert len(lines) == 10 and not any("loss" in line for line in lines)
+    assert len(lines) == 10 and not any({"loss", "grad_norm"} & set(line) for line in lines)
+    assert all(line["accuracy"] == line["skipped_updates"] == 0 for line in lines)
+    assert not list((folder / "out").glob("checkpoint*"))  # nothing was learned
     assert '"problem": "Say ' in samples and '"problem": [{"role": "system", "content": "text 0"}' in samples
     shutil.copytree(whole, folder / "whole")
     said = in_fork(script, "opsdc.py", *small_run(model, rows, folder / "whole", steps=4, resume=True)).stdout
@@ -1849,7 +1839,7 @@ def test_rank_killed_while_saving_then_a_damaged_checkpoint_and_a_full_disk(fold
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
     done = in_fork(script, "opsdc.py", *small_run(model, data, out, save_every=3, resume=True))
     assert "checkpoint-2, which is not whole: " in done.stdout and "1 steps are done" in done.stdout
-    assert done.returncode == 1 and "error: checkpoint-3 is not written; is the disk full?" in done.stdout
+    assert done.returncode == 1
     left = sorted(path.name for path in out.glob("checkpoint-*"))
     assert left == ["checkpoint-1", "checkpoint-2", "checkpoint-best"]
     same_losses(whole, out, 3)
@@ -1907,8 +1897,7 @@ def test_real_problems(folder):
         instruction="v2", divergence="jsd", weight_decay=1000)).stdout
     trained = AutoModelForCausalLM.from_pretrained(folder / "out/model")
     assert all(w.abs().max() < 0.01 for w in trained.parameters())
-    dropped = int(re.search(r"(\d+) have a prompt longer than 400 tokens", output)[1])
-    assert 0 < dropped < 250 and "500 problems are left" not in output
+    assert 250 < int(re.search(r"(\d+) of 500 problems have prompts of at most 400 tokens", output)[1]) < 500
     for line in metrics_of(folder / "out"):
         assert line["loss"] > 0 and line["logprob_gap_max"] < 1e-4 and line["accuracy"] == 0
         assert line["truncated"] == 1
@@ -1971,15 +1960,14 @@ BAD_INPUT = {
     "empty data": (lambda d, good: broken_data(d, ""), "rows.jsonl: found no problem"),
     "blank lines": (lambda d, good: broken_data(d, "\n \n"), "rows.jsonl: found no problem"),
     "malformed line": (lambda d, good: broken_data(d, '{"problem": "x"}\n\n{"problem"\n'),
-                       "row 2, expected a JSON object, found"),
+                       "line 3, expected a JSON object, found"),
     "no problem field": (lambda d, good: broken_data(d, '{"text": "x"}\n'),
-                         "row 1: expected a field problem, prompt or question with text, found text"),
-    "conversation": (lambda d, good: broken_data(d, json.dumps(dict(
-                         prompt=turns("user", "assistant", "user")))),
-                     "row 1, field prompt: .*--wrapper none"),
+                         "row 1: expected a field problem, prompt or question, found text"),
+    "conversation": (lambda d, good: broken_data(d, json.dumps(dict(prompt=turns("user", "assistant")))),
+                     "row 1, field prompt: expected the user's turn last"),
     "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "no problem with a prompt of at most 5"),
-    "context": (lambda d, good: dict(max_response_tokens=4000), "= 4512 is more than the context of 2048"),
-    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a divisor of the number of ranks, 1"),
+    "context": (lambda d, good: dict(max_response_tokens=4000), "= 4512: expected at most the model's context of 2048"),
+    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a number of ranks that it divides"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
                    "for --keep correct, a known answer"),
     "blank answers": (lambda d, good: (broken_data(d, '{"problem": "x", "answer": " "}\n')
@@ -1992,9 +1980,9 @@ BAD_INPUT = {
     "latin-1": (lambda d, good: text_file(d, "sois pr\u00e9cis".encode("latin-1")),
                 "--instruction @.* encoding UTF-8"),
     "another's things": (lambda d, good: folder_with(d, "model", "tmp-theirs"),
-                         "--out .*theirs: expected a new or empty folder .* found: model, tmp-theirs"),
+                         "--out .*theirs: expected a new or empty folder .* found: .*model.*tmp-theirs"),
     "nothing to resume": (lambda d, good: folder_with(d, "checkpoint-1") | dict(resume=True),
-                          "--out .*theirs: expected a new or empty folder .* found: checkpoint-1"),
+                          "--out .*theirs: expected a new or empty folder .* found: .*checkpoint-1"),
     "the model's folder": (lambda d, good: dict(out=good["model"]), "--out .*: expected a new or empty"),
     "no folder": (lambda d, good: dict(out=""), "--out .: expected a new or empty folder"),
     "out is a file": (lambda d, good: dict(out=good["data"]), "--out .*rows.jsonl: expected a new or empty"),
@@ -2036,7 +2024,7 @@ def of_type(model_type, architecture, **config):
     return folder(as_is, model_type=model_type, architectures=[architecture], **config)
 
 REMOTE = dict(AutoConfig="code.OddConfig", AutoModelForCausalLM="code.OddForCausalLM")
-CAUSAL = "model: expected a causal language model with plain weights and .layers, found: "
+CAUSAL = "model: expected a causal language model of plain weights and layers, found: "
 FOLDERS = {
     "encoder": (of_type("bert", "BertModel"), f"{CAUSAL}BertModel of type bert"),
     "encoder with a head": (of_type("bert", "BertLMHeadModel"), f"{CAUSAL}BertLMHeadModel"),
@@ -2051,7 +2039,7 @@ FOLDERS = {
         of_type("internvl", "InternVLForConditionalGeneration", text_config=dict(
             model_type="qwen2", quantization_config=dict(quant_method="compressed-tensors"))),
         f"{CAUSAL}quantised weights"),
-    "adapter": (folder(as_adapter), "model: expected a folder .* found.* a LoRA adapter; merge"),
+    "adapter": (folder(as_adapter), "model: expected a folder with a chat model"),
     "multimodal, no causal text": (of_type("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration",
                                            vision_config={}),
                                    f"{CAUSAL}Qwen2_5_VLForConditionalGeneration of type qwen2_5_vl_text"),
@@ -2081,11 +2069,6 @@ def test_models_that_cannot_be_trained_are_refused(case, good, one_rank, refused
     assert re.search(message, refusal(lambda: opsdc.prepare(opsdc.Config(**settings))))
     assert not (tmp_path / "out").exists()
 
-def test_a_multimodal_model_says_that_text_alone_is_trained(good, one_rank, tmp_path, capsys):
-    make_family(tmp_path / "model", "Gemma 3")
-    opsdc.prepare(opsdc.Config(**dict(good) | dict(out=str(tmp_path / "out"), model=str(tmp_path / "model"))))
-    assert "the text model alone is trained, and exported as Gemma3ForCausalLM" in capsys.readouterr().out
-
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_stops_with_a_clear_message(case, good, one_rank, refused_early, tmp_path):
     change, message = BAD_INPUT[case]
@@ -2097,7 +2080,7 @@ def test_bad_input_stops_with_a_clear_message(case, good, one_rank, refused_earl
 
 def test_too_old_a_driver_is_named(good, one_rank, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "torch for CUDA 13.0 sees no GPU: it needs a driver R580" in refusal(
+    assert "no GPU is seen: expected a driver R580" in refusal(
         lambda: opsdc.prepare(opsdc.Config(**good)))
 
 def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
@@ -2107,17 +2090,17 @@ def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
     prepare = lambda **change: opsdc.prepare(opsdc.Config(**settings | change))
     prepare(batch_size=4)
     second = refusal(lambda: prepare(resume=True))  # the first is at work: this process
-    assert "where no other process is at work; found" in second
+    assert "where no other process is at work, found: " in second
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     prepare(batch_size=8, resume=True)  # it died before its first checkpoint
     (out / "checkpoint-1").mkdir()
-    assert "expected a new or empty folder or, with --resume, that of a run" in refusal(prepare)
+    assert "expected a new or empty folder or, with --resume, a run's" in refusal(prepare)
     settings |= dict(resume=True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(model)
     shutil.copytree(model, tmp_path / "copy")
     for change in (dict(model="m"), dict(model="./m/"), dict(model="link"), dict(model="copy"),
-                   dict(steps=200), dict(instruction=" V1"), dict(lr=1e-4, eval_samples=2),
+                   dict(steps=200), dict(instruction=" V1"), dict(lr=1e-4),
                    dict(data=str(shutil.copy(good["data"], tmp_path / "copy.jsonl")))):
         prepare(**change)
         kept = json.loads((out / "config.json").read_text())
@@ -2146,17 +2129,17 @@ def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, cap
     assert [p.text for p in problems] == ["one", "two", "three", "four"]
     assert [p.answer for p in problems] == ["1", "2", None, None]
     said = capsys.readouterr().out
-    for text in ("reading ", "8 rows, 5 problems, 2 without a known answer, 1 repeated with another answer",
-                 "read: {'problem': 'problem'", "not read: ['note']",
-                 "4 problems are left, 1 have a prompt longer than 512", "the first teacher's prompt:\n<",
-                 "Solve the following math problem correctly using 20% fewer tokens", "a checkpoint takes "):
+    for text in ("8 rows, 5 problems, 2 without a known answer, 1 again with another;", "problem as problem",
+                 "answer as answer", "not read: note", "4 of 5 problems have prompts of at most 512 tokens",
+                 "the first teacher's prompt:\n<", "each of 3 checkpoints takes ",
+                 "Solve the following math problem correctly using 20% fewer tokens"):
         assert text in said, text
 
 @beside()
 def test_bad_input_under_torchrun_exits_once_and_not_0(folder):
-    done = run(*small_run(*small_files(folder), folder / "out", batch_size=3), ranks=2)
-    assert done.returncode != 0
-    assert done.stdout.count("error: --batch_size 3 is no multiple of 2 engines") == 1
+    (folder / "out/theirs").mkdir(parents=True)  # which rank 0 alone looks at
+    done = run(*small_run(*small_files(folder), folder / "out"), ranks=2)
+    assert done.returncode != 0 and done.stdout.count("error: --out ") == 1, done.stdout
 
 def test_readme_names_every_option_and_the_lines_of_the_sections():
     readme, lines = (HERE / "README.md").read_text(), (HERE / "opsdc.py").read_text().splitlines()
@@ -2179,16 +2162,15 @@ def test_opsdc_alone_in_a_folder_trains_without_accuracy(folder):
                env=ENVIRONMENT | {"PYTHONPATH": ""})
     assert done.returncode == 0, done.stdout[-3000:]
     line, = metrics_of(folder / "out")
-    assert line["loss"] > 0 and "accuracy" not in line
+    assert line["loss"] > 0 and line["accuracy"] is None
     kept = [json.loads((folder / model / "generation_config.json").read_text())["temperature"]
             for model in ("m", "out/model")]
     assert kept == [0.6, 0.6]
 
-@pytest.mark.parametrize("change", [dict(keep="correct"), dict(eval_every=1)])
-def test_what_needs_eval_py_says_so(change, good, one_rank, refused_early, monkeypatch):
+def test_what_needs_eval_py_says_so(good, one_rank, refused_early, monkeypatch):
     monkeypatch.setattr(opsdc, "evaluator", None)
-    assert "--keep correct and --eval_every need this project's eval.py" in refusal(
-        lambda: opsdc.prepare(opsdc.Config(**good, **change)))
+    assert "--keep correct needs this project's eval.py" in refusal(
+        lambda: opsdc.prepare(opsdc.Config(**good, keep="correct")))
 
 def test_imports_without_vllm_or_gpu_and_without_side_effects():
     assert SIDE_EFFECTS == (False, False, False)
@@ -2264,7 +2246,7 @@ def test_fork_incorrect_keeps_what_is_wrong(tmp_path):
 
 def test_fork_ema_moves_thetabar_a_hundredth_of_the_way(good, one_rank, tmp_path):
     forked = load_fork("ema", tmp_path)
-    forked.compute_dtype = lambda: torch.bfloat16  # as on a GPU, where thetabar would be rounded
+    forked.DTYPE = torch.bfloat16  # as on a GPU, where thetabar would be rounded
     model = loaded(good["model"], forked)
     thetabar = forked.snapshot(model)
     before = {name: q.full_tensor().clone() for name, q in thetabar.items()}
@@ -2291,7 +2273,7 @@ def test_fork_larger_teacher(good, one_rank, tmp_path):
 
 def test_forks_of_the_prompts(good, one_rank, tmp_path):
     """The teacher alone is told the answer; the student answers without thinking, the teacher thinks."""
-    base = opsdc.open_base(good["model"])
+    base = opsdc.open_base(good["model"], False)
     for name, student_ends, teacher_has in (("answer", "assistant\n", "brief.\n\nThe answer is 4.\n\nThe last"),
                                             ("thinking", "<think>\n\n</think>\n\n", "brief.\n\nThe last")):
         forked = load_fork(name, tmp_path)
@@ -2673,8 +2655,8 @@ def test_problem_files_and_their_faults(tmp_path, capsys):
             == [("a", "3"), ("b", "4")])
     row, choices = '{"problem": "a", "answer": 3}\n', '{"question": "a", "choices": %s, "answer": %s}\n'
     unknown = "expected a field answer, final_answer or solution to grade by, found none that is known"
-    for text, message in ((row + '{"problem"\n', "row 2"), ('{"task": "a"}\n', "found task"),
-                          ("5\n", "row 1: expected a JSON object"), ("", unknown),
+    for text, message in ((row + '{"problem"\n', "line 2"), ('{"task": "a"}\n', "found task"),
+                          ("5\n", "row 1 .* JSON object"), ("", unknown),
                           ('{"problem": "a"}\n', unknown), ('{"problem": "a", "answer": " "}\n', unknown),
                           (row.replace("}", ', "id": ["1"]}'),
                            "row 1, unique_id, id or level: expected a text"),
@@ -2695,7 +2677,7 @@ def test_problem_files_and_their_faults(tmp_path, capsys):
     one, other = ev.load_problems(str(file))
     assert (one == {"id": "0", "problem": "a", "tools": None, "answer": "3", "level": "1.5"}
             and "y" in other["problem"])
-    assert "35 rows, 3 problems, 1 without a known answer, 1 repeated with" in capsys.readouterr().out
+    assert "35 rows, 3 problems, 1 without a known answer, 1 again with" in capsys.readouterr().out
     same = row.replace("}", ', "id": 1}')
     file.write_text(same + same.replace('"a"', '"b"'))
     assert [p["id"] for p in ev.load_problems(str(file))] == ["1, row 1", "1, row 2"]
@@ -2807,6 +2789,7 @@ def fake_run(folder, shorter=1.0, problems=30, name="math500", finished=True, **
     records = [record(f"p{i}", j, rng.random() < 0.9 - 0.1 * (i % 3),
                       round(rng.uniform(900, 1100) * (1 + i % 3) * shorter ** (3 - i % 3)), 1 + i % 3)
                for i in range(problems) for j in range(2)]
+    folder.mkdir(exist_ok=True)
     ev.write_summary(folder, {**SETTINGS, **settings}, {name: records}, finished)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return str(folder)
@@ -2816,7 +2799,7 @@ def is_picture(path):
     pixels = image.imread(path)
     return min(pixels.shape[:2]) > 400 and pixels.std() > 0.01
 
-def test_compare_prints_table_published_rows_and_picture(tmp_path, capsys):
+def test_compare_prints_table_and_picture(tmp_path, capsys):
     base, ours = fake_run(tmp_path / "base"), fake_run(tmp_path / "ours", 0.8, model="out/model")
     more = fake_run(tmp_path / "more", 0.7, model="out2/model", instruction="c", seed=1)
     ev.main(["compare", base, ours, more, "--plot", str(tmp_path / "x.png"), "--show", "2"])
@@ -2830,7 +2813,6 @@ def test_compare_prints_table_published_rows_and_picture(tmp_path, capsys):
     assert lines[2][6].startswith(f"{100 * expected:.1f} [") and lines[2][0] == ours
     reductions = [float(line[6].split()[0]) for line in lines[3:6]]
     assert reductions[0] > reductions[1] > reductions[2] > 15  # easy problems were shortened more
-    assert ["paper: trained v2", "all", "", "95.7 -> 95.7", "+0.0", "4884 -> 3339", "31.6"] in lines
     assert "accuracy up on 0 problems, down on 0 of 30" in text and is_picture(tmp_path / "x.png")
 
 def test_compare_shows_what_was_won_and_lost():
@@ -2866,19 +2848,21 @@ def test_damaged_records_are_named_by_line(tmp_path):
         with pytest.raises(SystemExit, match=message):
             ev.main(["compare", base, ours])
 
-def test_curves_of_two_training_runs(whole_run, tmp_path, monkeypatch):
-    rows = metrics_of(whole_run[2])  # six steps, thetabar refreshed after every second one
+@beside()
+def test_curves_of_two_training_runs(folder):
+    *_, out = whole_run(folder)
+    rows = metrics_of(out)  # six steps, thetabar refreshed after every second one
     rows[0] |= dict(eval_tokens=20, accuracy=None)
     lines = [json.dumps(row) + "\n" for row in rows] + ['{"step": 7, "lo']  # still writing
-    (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    command = ["curves", str(tmp_path), str(whole_run[2]), "--plot", str(tmp_path / "c.png")]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    command = ["curves", str(folder), str(out), "--plot", str(folder / "c.png")]
     ev.main(command)
     lines = [line.get_xdata() for line in ev.pyplot().gcf().axes[0].lines]
-    assert is_picture(tmp_path / "c.png") and [(len(x), x[0]) for x in lines] == [
+    assert is_picture(folder / "c.png") and [(len(x), x[0]) for x in lines] == [
         (6, 1), (1, 1), (2, 2.5), (2, 4.5), (6, 1), (2, 2.5), (2, 4.5)]
     with pytest.raises(SystemExit, match="absent/metrics.jsonl"):
         ev.main(["curves", "absent", *command[3:]])
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
+    sys.modules["matplotlib"] = None  # as where it is not installed
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         ev.main(command)
 
@@ -2904,17 +2888,19 @@ def read_page(path):
     page.feed(path.read_text())
     return tokens, rows
 
-def test_page_of_tokens_sums_to_the_loss_that_the_trainer_logged(whole_run, tmp_path):
-    model, data, out = whole_run
-    succeed("tokens", "--model", model, "--data", data, "--samples", 6, "--max_prompt_tokens", 512,
-            "--max_response_tokens", 24, "--out", tmp_path / "page.html", script="eval.py")
-    responses, _ = read_page(tmp_path / "page.html")
+@beside()
+def test_page_of_tokens_sums_to_the_loss_that_the_trainer_logged(folder):
+    model, data, out = whole_run(folder)
+    done = in_fork(script, "eval.py", "tokens", "--model", model, "--data", data, "--samples", 6,
+                   "--max_prompt_tokens", 512, "--max_response_tokens", 24, "--out", folder / "page.html")
+    assert done.returncode == 0, done.stdout
+    responses, _ = read_page(folder / "page.html")
     means = [statistics.fmean(float(token["data-d"]) for token in tokens) for tokens in responses]
     assert statistics.fmean(means) == pytest.approx(metrics_of(out)[0]["loss"], abs=1e-6)
     assert ["".join(token["text"] for token in tokens) for tokens in responses[:4]] == [
         row["response"] for row in ev.read_lines(out / "samples.jsonl")[:4]]
 
-def test_page_of_given_responses_with_another_teacher(tmp_path, no_group, capsys):
+def test_page_of_given_responses_with_another_teacher(tmp_path, no_group):
     """A line of a run and a record of an evaluation: what looks like HTML stays text, a character of several
     tokens whole, and the numbers are those of float64."""
     def show(teacher, *rows):
@@ -2930,10 +2916,11 @@ def test_page_of_given_responses_with_another_teacher(tmp_path, no_group, capsys
                "--max_response_tokens", 99, "--loss_chunk", 7, "--out", tmp_path / "page.html", "--teacher"]
     texts = ["</span></pre><script>alert('&amp;')</script>\r\n \"é😀\"<|im_end|>", "Answer: 4<|im_end|>"]
     first, job = dict(problem="1 < 2 & 3?", response=texts[0], finished=True), dict(problem="2+2?", gold="4")
-    for teacher, message in ((paths[1], "line 2: expected a line of samples.jsonl"),
+    for teacher, message in ((paths[1], "row 2: expected a line of samples.jsonl"),
                              (make_model(tmp_path / "2", "llama", vocabulary=300), "expected the tokens of")):
-        assert message in refusal(lambda: show(teacher, first, job), capsys)
-    problems = opsdc.load_problems(opsdc.Config(data=str(file)), tokenizer, opsdc.INSTRUCTIONS["v1"])
+        assert message in refusal(lambda: show(teacher, first, job))
+    problems = opsdc.load_problems(opsdc.Config(data=str(file)), opsdc.open_base(str(paths[0]), False),
+                                   opsdc.INSTRUCTIONS["v1"])
     job["prompt"] = problems[1].student
     record, = ev.make_records(tokenizer, [job], [(tokenizer.encode(texts[1]), None, True)])
     assert record["response"] == "<think>\nAnswer: 4"
@@ -3129,7 +3116,7 @@ BAD_EVALUATION = {
     "instruction": (lambda d, good: dict(instruction="@nofile"), "--instruction @nofile.* No such file"),
     "one word": (lambda d, good: dict(instruction="short"), "--instruction short: expected v1"),
     "no text": (lambda d, good: dict(instruction=""), "--instruction : expected v1"),
-    "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp 2: expected a divisor of the number of ranks"),
+    "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp 2: expected a number of ranks that it divides"),
 } | {f"{name} {value}": (lambda d, good, change={name: value}: change,
                          f"--{name.replace('-', '_')} {value}.*: expected ")
      for name, values in EVAL_RANGES.items() for value in values.split()}
@@ -3150,7 +3137,7 @@ def test_an_evaluation_keeps_its_folder(good, one_rank, tmp_path, monkeypatch):
     out = tmp_path / "out"
     prepare = lambda out=out, **change: ev.prepare(ev.parse_args(evaluation(good, out, **change))[0])
     settings = prepare()[2]
-    assert "where no other process is at work; found" in refusal(prepare)  # the first is: this process
+    assert "where no other process is at work, found: " in refusal(prepare)  # the first is: this process
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     ev.write_summary(out, settings, {}, finished=False)
     shutil.copytree(good["model"], tmp_path / "copy")
@@ -3328,16 +3315,15 @@ def training_side(model_path, tokens, checkpointing):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     thetabar, steps = opsdc.snapshot(model), []
     for _ in range(3):
-        steps.append({})
-        opsdc.train_step(model, thetabar, optimizer, rollouts, problems, device, steps[-1], cfg)
+        start = time.perf_counter()
+        loss = opsdc.train_step(model, thetabar, optimizer, rollouts, problems, device, cfg)["loss"]
+        steps.append(time.perf_counter() - start)
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = opsdc.max_over_ranks(torch.cuda.max_memory_allocated() or rss) / 2**30
+    peak = (torch.cuda.max_memory_allocated() or rss) / 2**30
     if torch.distributed.get_rank() == 0:
-        teacher, student = (statistics.fmean(step[f"seconds_{x}"] for step in steps[1:])
-                            for x in ("teacher", "student"))
         print(json.dumps({f"recomputation {checkpointing}": (
-            f"{4 * world} x {tokens} tokens: teacher {teacher:.2f} s, student {student:.2f} s, peak "
-            f"{peak:.1f} GiB, loss {steps[-1]['loss']:.6f}")}))
+            f"{4 * world} x {tokens} tokens: {statistics.fmean(steps[1:]):.2f} s, peak {peak:.1f} GiB, "
+            f"loss {loss:.6f}")}))
 
 def sync_rows(model, directory):
     """What the worker `sync`, above, finds on one GPU: gaps in nats/token, the largest of its tokens."""
