@@ -27,7 +27,7 @@ sampled it), LoRA, schedules, several rollouts a prompt, asynchronous rollouts. 
 Other than in the authors' code (A) or the paper's text (P), here
  1. logits are float32 whatever the model's dtype: A's bfloat16 drowns the small KL (see THE OBJECTIVE);
  2. a token weighs 1 / (B |y|), as in P, however the batch is cut into micro-batches;
- 3. the sampled ids are trained on: A tokenises their text again, and has "Remember ..." twice for the teacher;
+ 3. the sampled ids are trained on: A tokenises their text again, and has "Remember ..." twice in a prompt;
  4. thetabar is in the checkpoint, so that --resume goes on as if the run had not stopped;
  5. the data's wrapper is taken off and put on (P keeps it), and problems with long prompts are dropped.
 """
