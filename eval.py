@@ -67,7 +67,6 @@ class Verdict(NamedTuple):
     either_full_text: bool
     truncated: bool         # cut at the token limit, or still inside a think block
     no_answer: bool         # ended by itself, but in neither format
-    vote: str | None        # in majority@k: one string for equal wrong answers, however spelled
 
 def last_answer_line(text):
     """(start of the last `Answer:` that has a value, the value), or (-1, None)."""
@@ -159,14 +158,12 @@ RULES = {
         (r"\\(sqrt|log_)" + ARGUMENT, r"\\\1{\2\3}", r"2\sqrt3 -> \sqrt{12}"),
         (r"\*\*(?=[\w({\\-])", "^", "2**3 -> 8"),
         (r"\^ ?(?:\(([^()]*)\)|(\\frac\{[^{}]*\}\{[^{}]*\}))", r"^{\1\2}", "e^(2x) -> e^{2x}"),
-        (r"^.*\\choose .*", r"{\g<0>}", r"n \choose 2 -> \binom{n}{2}"),
         (r"\(?\\?(?<![a-z])p?mod ?\{?(\w+)\}?\)?", r"\\pmod{\1}", r"n \equiv 4 (mod 9) -> n \equiv 4 \pmod9"),
         (r"(?<![\\a-zA-Z_])(?<!_\{)i(?![a-zA-Z])", r"\\sqrt{-1}", "(1+i)^2 -> 2i"),
         (r"(?<=\\\\) ?\[[-\d. ]+[a-z]{2}\]", "", r"1\\[2pt] 2 -> 1 \\ 2"),
         (r"\\varnothing", r"\\emptyset", r"\varnothing -> \emptyset")],
     "numbers": [
         (r"\{([,:])\}", r"\1", "3{:}45 -> 3:45"),
-        (r"\((\d+)\)_", r"\1_", "(121)_3 -> 121_3"),
         (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot ", r"6 x 10^{23} -> 6 \cdot 10^{23}"),
         (r"(?<=\d)[eE]\+?(-?\d{1,3})(?![\d.]|[\dA-F]*_)", r"\\cdot 10^{\1}", "3.2e-5 -> 0.000032"),
         (r"(?<![\d./^_{}])(\d+) (\d+)/ ?(\d+)(?![\d./])", r"\1\\frac{\2}{\3}", "2 1/2 -> 2.5"),
@@ -179,8 +176,6 @@ RULES = {
         (r"\^\{?\\circ\}?|\\degree|º", "°", r"30\degree -> 30"),
         (r"(\\(?:sin|cos|tan|cot|sec|csc)[ ({]*)([\d.]+)°", r"\1\\frac{\2\\pi}{180}", r"\sin 30° -> 1/2"),
         (r"°(?: ?(?:\\text\{[CF]\}|[CF](?![a-zA-Z])))?", " ", "20° C -> 20"),
-        (r"^(\d+)' ?(\d\d?)(?:''|\")?$", r"\1 ft \2 in", "5'3 -> 5 ft 3 in"),
-        (r"(\d) ?h ?(\d+) ?m(?![a-z])", r"\1 hr \2 min", "1h 5m -> 1 hr 5 min"),
         (r"(?<=\d) ?(?:\\text\{)?" + MEASURE + r"[., }and]*(?=[\d.]+ ?(?:\\text\{)?(?!\1)" + MEASURE + ")",
          lambda m: rf"\text{{{MEASURES[m[1]]}}}", "2 hours and 30 minutes -> 2 hr 30 min"),
         (r"(\\text\{\w+\}[\d.]+) ?" + MEASURE + "$", lambda m: rf"{m[1]}\text{{{MEASURES[m[2]]}}}",
@@ -308,7 +303,7 @@ MEMORY = 4 << 30  # bytes of address space of a worker: a huge power must not ta
 IDLE = []         # started workers, waiting
 
 def ask_worker(pair):
-    """[equal, vote of a wrong answer] of (answer, gold). What takes too long or ends the worker is wrong."""
+    """Are (answer, gold) equal? What takes too long or ends the worker is wrong."""
     worker, reply = IDLE.pop() if IDLE else None, ""
     if worker is None or worker.poll() is not None:
         worker = subprocess.Popen([sys.executable, os.path.abspath(__file__), "worker"], text=True, stdin=-1,
@@ -323,7 +318,7 @@ def ask_worker(pair):
     worker.kill()
     if worker.wait() > 0 or reply is None:  # not killed, or stands still: no fault of the answer
         raise RuntimeError("a grading worker did not start (see above); is math-verify installed?")
-    return [False, ""]
+    return False
 
 def worker_main():
     import logging
@@ -339,13 +334,10 @@ def worker_main():
     for line in sys.stdin:  # ends when the parent does
         # CPU time: a verdict must not depend on the load. The kernel kills, in C code and orphans too.
         signal.setitimer(signal.ITIMER_PROF, limit)
-        answer, gold = map(tidy, json.loads(line))
-        right, poll = False, key(answer)
+        right = False
         with contextlib.suppress(Exception):  # what sympy cannot read is not the answer
-            right = bool(equal(answer, gold))
-        with contextlib.suppress(Exception):
-            poll = poll if right else vote(answer, gold)
-        print(json.dumps([right, poll]), file=replies, flush=True)
+            right = bool(equal(*map(tidy, json.loads(line))))
+        print(json.dumps(right), file=replies, flush=True)
 
 def grade_all(responses, golds, finished=None, workers=2):
     """Verdicts of many responses. Each distinct pair (answer, gold) is compared once."""
@@ -357,15 +349,15 @@ def grade_all(responses, golds, finished=None, workers=2):
         whole = find_answers(response)
         by_rule = (None,) * 3 if cut else whole if tail == response else find_answers(tail)
         found.append((gold, cut, *by_rule, *whole[1:]))
-    told = {(x, gold): [x == gold, ""] for gold, _, *answers in found for x in answers}
-    asked = sorted(pair for pair in told if pair[0] and not told[pair][0] and max(map(len, pair)) <= LONGEST)
+    told = {(x, gold): x == gold for gold, _, *answers in found for x in answers}
+    asked = sorted(pair for pair in told if pair[0] and not told[pair] and max(map(len, pair)) <= LONGEST)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         told.update(zip(asked, pool.map(ask_worker, asked)))
     verdicts = []
     for gold, cut, answer, *others in found:
-        right, line, box, full_line, full_box = (told[x, gold][0] for x in (answer, *others))
+        right, line, box, full_line, full_box = (told[x, gold] for x in (answer, *others))
         verdicts.append(Verdict(right, answer, line, box, full_line or full_box, cut,
-                                answer is None and not cut, told[answer, gold][1] or answer))
+                                answer is None and not cut))
     return verdicts
 
 def grade(response, gold, finished=True):
@@ -541,27 +533,6 @@ def clustered_error(groups, column):  # of the mean over problems, whose samples
 def pass_at_k(n, c, k):  # chance that k of n samples hold one of the c right ones: unbiased
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
-def vote(answer, gold):
-    """What all spellings of a wrong answer share: its letter, value, simplest form or key (in a worker)."""
-    import sympy
-    letter = OPTION.fullmatch(key(gold)) and CHOICE.fullmatch(TEXT.sub(r" \1", answer))
-    answer = UNIT.sub("", answer).strip()
-    number = NUMBER.fullmatch(key(answer))
-    if letter or not number and (UNREAD.search(answer) or key(answer).isalpha()):
-        return letter[1] if letter else key(answer)
-    value = sympy.Rational(number[0].replace(",", "")) if number else read(answer)
-    value = sympy.simplify(value.xreplace({x: sympy.Rational(str(x)) for x in value.atoms(sympy.Float)}))
-    value = value.rhs if isinstance(value, sympy.Eq) and value.lhs.is_Symbol else value  # x = 3 votes for 3
-    value = value.expand() if isinstance(value, sympy.Expr) else value
-    exact = isinstance(value, sympy.Expr) and value.is_number and value.is_real and value.is_finite
-    return str(sympy.Rational(str(value.evalf(30))).limit_denominator(10**12) if exact else value)
-
-def majority(group):
-    """1 if the most frequent answer is right, 1/m if m answers tie. Equal answers are one vote."""
-    votes = collections.Counter(r["correct"] or r["vote"] for r in group if r["answer"] is not None)
-    right, most = votes[True], max(votes.values(), default=0)
-    return 1 / list(votes.values()).count(most) if right and right == most else 0.0
-
 def summarise(records, k=None):
     """Statistics of records with equally many samples of each problem. Shares are fractions."""
     groups = [*grouped(records, "id").values()]
@@ -574,7 +545,6 @@ def summarise(records, k=None):
         "problems": len(groups), "samples": len(groups[0]), "k": k,
         "accuracy": mean(records, "correct"), "accuracy_se": clustered_error(groups, "correct"),
         "pass_at_k": statistics.fmean(pass_at_k(len(g), sum(r["correct"] for r in g), k) for g in groups),
-        "majority_at_k": statistics.fmean(majority(g[:k]) for g in groups),
         **{column: mean(records, column) for column in (
             "answer_only", "boxed_only", "either_full_text", "truncated", "no_answer", "think_tokens",
             "answer_tokens", "tokens")},
@@ -989,7 +959,7 @@ def parse_args(argv):
     add("--out", help="directory of the records and the summary")
     add("--instruction", help="as of opsdc.py: the concise prompt baseline")
     add("--wrapper", choices=("math", "none"), default="math", help="as of opsdc.py")
-    add("--k", type=int, help="of pass@k and majority@k; default: samples")
+    add("--k", type=int, help="of pass@k; default: samples")
     add("--thinking", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args([re.sub(r"^--\w+", lambda m: m[0].replace("_", "-"), a) for a in argv])
     return args, lambda args: opsdc().run_and_exit(lambda: evaluate(args))
