@@ -10,12 +10,10 @@ What counts as right decides the figures: one model reads 54.5 on MATH-500 by it
 either format. The rules here, of the text after the last </think> (or another family's closing tag):
     formats    the later of the last `Answer:` line that is not empty and the last \\boxed{} (an empty one
                hides those before it; \\boxed{2} and \\boxed{3} is a list); neither, or cut, is wrong
-    text       must agree (7 million is not 7, nor is 42 because ...), but a unit may go; 2m is not 2, nor is
-               7 cm 7 m; 2 hours 30 minutes is only that
+    text       must agree (7 million is not 7, nor 42 because ...); a unit may go (2m is not 2, 7 cm not 7 m)
     numbers    equal to 1e-6 where one side is a decimal (0.333 is not 1/3); 25% is 0.25 and 1/4, not 25
     letters    their case counts (c is not C), but not in words; a choice names one letter
-    lists      in any order, each item as often; (1, 2), 1, 2 and [1, 2) differ, 1, 2 and {1, 2} do not;
-               "and" and "or" are both commas, but not between inequalities
+    lists      in any order, each item as often; (1, 2), 1, 2 and [1, 2) differ, 1, 2 and {1, 2} do not
 Each record also holds the verdict of three other rules, to compare published figures like for like:
 `answer_only`, `boxed_only`, and `either_full_text` (the paper's: either format, think block included).
 Left out: models as graders, code and proofs, conversion of units and bases.
@@ -391,8 +389,7 @@ def load_problems(source, wrapper="math"):
         check(re.search("[./]", source) or Path(source).exists(),
               f"{source}: expected {', '.join(BENCHMARKS)}, a file, a folder or a hub ID")
         problems = [p for p in opsdc().read_problems(source, wrapper) if p["answer"] is not None]
-        check(problems, f"{source}: expected a field answer, final_answer or solution to grade by, found none"
-              " that is known")
+        check(problems, f"{source}: expected a field answer, final_answer or solution, found none")
         for p in problems:
             row = p.pop("row")
             with opsdc().blaming(f"{source}, row {p['number']}, unique_id, id or level"):
@@ -530,29 +527,23 @@ def clustered_error(groups, column):  # of the mean over problems, whose samples
     means = [mean(group, column) for group in groups]
     return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
-def pass_at_k(n, c, k):  # chance that k of n samples hold one of the c right ones: unbiased
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-def summarise(records, k=None):
+def summarise(records):
     """Statistics of records with equally many samples of each problem. Shares are fractions."""
     groups = [*grouped(records, "id").values()]
     sizes = sorted({len(group) for group in groups})
-    check(len(sizes) == 1 and 1 <= (k or 1) <= sizes[0], "expected equally many samples of each problem, at "
-          f"least k = {k}; found {len(records)} records with {' or '.join(map(str, sizes)) or 'no'} samples")
-    k = k or sizes[0]
+    check(len(sizes) == 1, "expected equally many samples of each problem, found "
+          f"{len(records)} records with {' or '.join(map(str, sizes)) or 'no'} samples")
     right = [r["tokens"] for r in records if r["correct"]]
     return {
-        "problems": len(groups), "samples": len(groups[0]), "k": k,
+        "problems": len(groups), "samples": len(groups[0]),
         "accuracy": mean(records, "correct"), "accuracy_se": clustered_error(groups, "correct"),
-        "pass_at_k": statistics.fmean(pass_at_k(len(g), sum(r["correct"] for r in g), k) for g in groups),
         **{column: mean(records, column) for column in (
             "answer_only", "boxed_only", "either_full_text", "truncated", "no_answer", "think_tokens",
             "answer_tokens", "tokens")},
         "tokens_se": clustered_error(groups, "tokens"),
         "tokens_median": statistics.median(r["tokens"] for r in records),
         "tokens_correct": statistics.fmean(right) if right else None,
-        "tokens_correct_median": statistics.median(right) if right else None,
-        "levels": {str(level): summarise([r | {"level": None} for r in group], k)
+        "levels": {str(level): summarise([r | {"level": None} for r in group])
                    for level, group in grouped(records, "level").items()}}
 
 def paired(base, ours, draws=4000):
@@ -571,7 +562,7 @@ def paired(base, ours, draws=4000):
             for name, found in (("reduction", 1 - tokens / was), ("change", our_right - right))}
 
 # --------------------------------------------------------------------------------------------- COMPARING RUNS
-MAY_DIFFER = ("model", "weights", "instruction", "template", "seed", "k")  # in two comparable runs
+MAY_DIFFER = ("model", "weights", "instruction", "template", "seed")  # in two comparable runs
 
 def check(condition, message):  # opsdc.py's, without torch
     if not condition:
@@ -608,8 +599,7 @@ def refuse_unless_comparable(base, ours, names):
     for name in base[1].keys() & ours[1].keys():
         a, b = ({(r["id"], r["problem_hash"]) for r in run[1][name]} for run in (base, ours))
         if a != b:
-            differ.append(f"{name} has {len(a - b)} problems only in the first and {len(b - a)} only in the "
-                          f"second, e.g. {min(a ^ b)[0]}")
+            differ.append(f"{name} has {len(a - b)} and {len(b - a)} problems of its own: {min(a ^ b)[0]}")
     check(not differ, f"{names[0]} and {names[1]} cannot be compared: " + "; ".join(differ))
 
 def markdown(header, rows):
@@ -627,15 +617,6 @@ def contrast(base, ours):  # [(level or "all", statistics of base, of ours, pair
     parts = [("all", base, ours)] + [(x, a, by_level.get(x, [])) for x, a in grouped(base, "level").items()]
     return [(level, summarise(a), summarise(b), paired(a, b)) for level, a, b in parts]
 
-def won_and_lost(base, ours, show):
-    base, ours = grouped(base, "id"), grouped(ours, "id")
-    gain = {i: mean(ours[i], "correct") - mean(base[i], "correct") for i in base}
-    up, down = ([i for i in sorted(gain, key=gain.get) if sign * gain[i] > 0] for sign in (1, -1))
-    return "\n".join([f"accuracy up on {len(up)} problems, down on {len(down)} of {len(gain)}"] + [
-        f"  {percent(gain[i], sign='+')} points, {mean(base[i], 'tokens'):.0f} -> "
-        f"{mean(ours[i], 'tokens'):.0f} tokens: {i} (gold {base[i][0]['gold']})"
-        for i in up[::-1][:show] + down[:show]])
-
 def compare(args):
     check(len(args.directories) > 1, "compare needs the directories of at least two evaluations")
     base_dir, *directories = args.directories
@@ -644,15 +625,14 @@ def compare(args):
         refuse_unless_comparable(base_run, run, (base_dir, directory))
     contrasts = {}
     for name, base in base_run[1].items():
-        rows, notes = [], []
+        rows = []
         for label, (_, ours) in zip(directories, runs):
             contrasts[name, label] = contrast(base, ours[name])
             rows += [[label, level, a["problems"], f"{percent(a['accuracy'])} -> {percent(b['accuracy'])}",
                       percent(*versus["change"], sign="+"), f"{a['tokens']:.0f} -> {b['tokens']:.0f}",
                       percent(*versus["reduction"])] for level, a, b, versus in contrasts[name, label]]
-            notes.append(f"{label}: {won_and_lost(base, ours[name], args.show)}")
         header = [name, "level", "problems", "accuracy, %", "change, points", "mean tokens", "reduction, %"]
-        print(markdown(header, rows), *notes, "", sep="\n")
+        print(markdown(header, rows), end="\n\n")
     print(f"Base: {base_dir}. In brackets: 95 % paired bootstrap intervals over problems.")
     if args.plot:
         plot_compare(args.plot, contrasts)
@@ -678,22 +658,19 @@ def plot_compare(path, contrasts):  # a line from the base to each run, thin one
     figure.legend(loc="outside lower center")
     figure.savefig(path, dpi=150)
 
-PANELS = (("response_tokens", "eval_tokens"), ("loss",), ("student_entropy", "teacher_entropy"),
-          ("accuracy", "eval_accuracy"), ("grad_norm",), ("truncated", "eval_truncated"))
+PANELS = "response_tokens", "loss", "student_entropy", "accuracy", "grad_norm", "truncated"
 
 def curves(args):  # metrics of training runs over steps; a dotted line where thetabar was refreshed
     figure, axes = pyplot().subplots(2, 3, figsize=(14, 7), layout="constrained")
     for i, directory in enumerate(args.directories):
         rows = read_lines(Path(directory, "metrics.jsonl"))
-        for ax, metrics in zip(axes.flat, PANELS):
-            for metric, line in zip(metrics, ("-", "--")):
-                known = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
-                ax.plot(*zip(*known), color=f"C{i}", linestyle=line, marker="." * metric.startswith("eval_"),
-                        label=directory if metric == PANELS[0][0] else None)
+        for ax, metric in zip(axes.flat, PANELS):
+            known = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+            ax.plot(*zip(*known), color=f"C{i}", label=directory if metric == PANELS[0] else None)
             for row, following in zip(rows, rows[1:]):
                 if following["teacher_age"] < row["teacher_age"]:
                     ax.axvline(row["step"] + 0.5, color=f"C{i}", linewidth=0.8, linestyle=":")
-            ax.set(title=", dashed: ".join(metrics), xlabel="step")
+            ax.set(title=metric, xlabel="step")
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(args.plot, dpi=90)
     print(f"wrote {args.plot}; dotted lines: thetabar <- theta")
@@ -729,8 +706,7 @@ def token_options(argv):  # opsdc.py's and three more
     return parser.parse_args(argv)
 
 def read_responses(cfg, problems, tokenizer):
-    """Rollouts of the first --samples rows of --data, with the ids sampled or, of an evaluation's records,
-    the text's: where those are others, so are their values."""
+    """Rollouts of the first --samples rows of --data: the ids sampled, of records those of the text."""
     places, rollouts = {digest(p.text): i for i, p in enumerate(problems)}, []
     for _, (where, row) in zip(range(cfg.samples), opsdc().read_rows(cfg.data)):
         with opsdc().blaming(f"{where}: expected a line of samples.jsonl or a record of eval.py, found no"):
@@ -744,8 +720,7 @@ def read_responses(cfg, problems, tokenizer):
     return rollouts
 
 def score(student, teacher, batch, tokenizer, cfg):
-    """Of each token: itself, divergence in nats, p, q, and the teacher's three likeliest with their q. Logits
-    exist for --loss_chunk tokens at a time."""
+    """Of each token, --loss_chunk at a time: itself, divergence, p, q, the three likeliest of the teacher."""
     hidden, heads, found = [], [], []
     for model, inputs in ((student, batch.student), (teacher, batch.teacher)):
         hidden.append(model(*inputs).split(cfg.loss_chunk))  # [n, d] each
@@ -798,9 +773,8 @@ def page(tokenizer, problems, rollouts, scores, about):  # responses, and what c
 def show_tokens(cfg):  # samples as the trainer's first step does, or reads; scores as it does
     trainer, device, out = opsdc(), opsdc().start_processes(), Path(cfg.out)
     trainer.check_settings(vars(cfg))
-    a_page = not out.exists() or out.read_text("utf-8", "replace").startswith(PAGE.partition("<style>")[0])
-    check(out.parent.is_dir() and a_page, f"--out {out}: expected a new file or an older page, in a folder "
-          "that exists")
+    check(not out.exists() or PAGE[:200] == out.read_text("utf-8", "replace")[:200],
+          f"--out {out}: expected a new file, or an older page")
     bases = [trainer.open_base(name, to_train=True) for name in (cfg.model, cfg.teacher) if name]
     tokenizer, told = bases[0].tokenizer, trainer.read_instruction(cfg.instruction)
     check(bases[-1].tokenizer.get_vocab() == tokenizer.get_vocab(), f"--teacher {cfg.teacher}: expected the "
@@ -827,7 +801,7 @@ def show_tokens(cfg):  # samples as the trainer's first step does, or reads; sco
 # ----------------------------------------------------------------------------------------------- COMMAND LINE
 def write_summary(out, settings, benchmarks, finished):
     summary = {"settings": settings, "finished": finished, "benchmarks": {
-        name: summarise(records, settings["k"]) for name, records in benchmarks.items()}}
+        name: summarise(records) for name, records in benchmarks.items()}}
     opsdc().replace_file(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 
@@ -846,9 +820,7 @@ def read_parts(out, name, jobs, merge=False):
     return records, [job for job in jobs if key_of(job) not in found]
 
 def prepare(args):  # all checks -> base, {benchmark: jobs}, settings, folder, {benchmark: jobs left}, Config
-    args.k = args.samples if args.k is None else args.k
     opsdc().check_settings(vars(args))
-    check(args.k <= args.samples, f"--k {args.k}: expected at most --samples {args.samples}")
     args.instruction = None if args.instruction is None else opsdc().read_instruction(args.instruction)
     base, jobs = opsdc().open_base(args.model, to_train=False), {}
     out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if args.instruction else ""))
@@ -862,14 +834,13 @@ def prepare(args):  # all checks -> base, {benchmark: jobs}, settings, folder, {
     opsdc().say(f"the first prompt:\n{base.tokenizer.decode(prompts[0][0])}")
     longest, worst = max((len(prompt), name) for prompt, name in prompts)
     context = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)
-    lower = f"lower --max-tokens from {args.max_tokens} to {context - longest}"
-    check(longest + args.max_tokens <= context, f"the prompt of problem {worst} has {longest} tokens, "
-          f"{args.model} holds {context}: {lower if longest < context else 'leave that problem out'}")
+    check(longest + args.max_tokens <= context, f"the prompt of problem {worst} has {longest} tokens, and "
+          f"{args.model} holds {context}: lower --max-tokens {args.max_tokens}, or leave that problem out")
     cfg = opsdc().Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,
                          seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=0.9)  # no trainer beside it
     settings = {"version": VERSION, "model": args.model, "weights": base.weights,
                 "template": digest(base.tokenizer.chat_template), **{name: getattr(args, name) for name in (
-                    *SAMPLING, "max_tokens", "samples", "k", "seed", "thinking", "wrapper", "instruction")}}
+                    *SAMPLING, "max_tokens", "samples", "seed", "thinking", "wrapper", "instruction")}}
     if opsdc().dist.get_rank() == 0:
         opsdc().claim_folder(out, True, "eval.lock")
     found = read_summary(out)["settings"] if (out / "summary.json").is_file() else settings
@@ -883,9 +854,8 @@ def sample_and_write(engine, tokenizer, jobs, path, settings, block):
     kill loses little however long the responses are. No path: a rank that helps another's engine."""
     from vllm import SamplingParams
     sampling = {name: settings[name] for name in (*SAMPLING, "max_tokens")}
-    queued = engine.llm.enqueue([{"prompt_token_ids": job["prompt"]} for job in jobs], [
-        SamplingParams(**sampling, seed=job["seed"], logprobs=0, detokenize=False) for job in jobs],
-                                use_tqdm=False)
+    params = [SamplingParams(**sampling, seed=job["seed"], logprobs=0, detokenize=False) for job in jobs]
+    queued = engine.llm.enqueue([{"prompt_token_ids": job["prompt"]} for job in jobs], params, use_tqdm=False)
     job_of = {name.partition("-")[0]: job for name, job in zip(queued, jobs)}  # vLLM adds a suffix in between
     pending, since, count = [], time.monotonic(), 0
     while engine.llm.llm_engine.has_unfinished_requests():
@@ -947,7 +917,6 @@ def parse_args(argv):
         add("command")
         add("directories", nargs="+")
         add("--plot", required=argv[0] == "curves", help="FILE.png")
-        add("--show", type=int, default=0, help="number of wins and losses to print")
         return parser.parse_args(argv), {"compare": compare, "curves": curves}[argv[0]]
     if argv[:1] == ["tokens"]:
         return token_options(argv[1:]), lambda cfg: opsdc().run_and_exit(lambda: show_tokens(cfg))
@@ -959,7 +928,6 @@ def parse_args(argv):
     add("--out", help="directory of the records and the summary")
     add("--instruction", help="as of opsdc.py: the concise prompt baseline")
     add("--wrapper", choices=("math", "none"), default="math", help="as of opsdc.py")
-    add("--k", type=int, help="of pass@k; default: samples")
     add("--thinking", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args([re.sub(r"^--\w+", lambda m: m[0].replace("_", "-"), a) for a in argv])
     return args, lambda args: opsdc().run_and_exit(lambda: evaluate(args))
