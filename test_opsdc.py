@@ -534,20 +534,20 @@ FORKS = {
     # rollouts from the head of the distribution, as models are used
     "topp": [("temperature=cfg.temperature)", "temperature=cfg.temperature, top_p=0.95, top_k=20)")],
     # the student learns to answer at once what the teacher is told to think about in brief
-    "thinking": [("ask(p[\"problem\"], tools=p[\"tools\"])",
-                  "ask(p[\"problem\"], tools=p[\"tools\"], thinking=False)")],
+    "thinking": [("prompt(p[\"problem\"], tools=p[\"tools\"])",
+                  "prompt(p[\"problem\"], tools=p[\"tools\"], thinking=False)")],
     # the metrics on wandb too: begun before the engine, as a missing login would end the run after a step
     "wandb": [
         ("import torch\n", "import torch\nimport wandb\n"),
-        ("    engine, model = ",
+        ("    engine = RolloutEngine(base, cfg)",
          "    if dist.get_rank() == 0:\n"
          "        wandb.init(project=\"opsdc\", config=asdict(cfg))\n"
-         "    engine, model = "),
+         "    engine = RolloutEngine(base, cfg)"),
         ("    say(\"  \".join(", "    wandb.log(metrics, step=metrics[\"step\"])\n    say(\"  \".join("),
         ("    os._exit(status)", "    wandb.finish(status)\n    os._exit(status)")],
     # the teacher is told the answer
-    "answer": [("ask(p[\"problem\"], instruction,",
-                "ask(p[\"problem\"], f\"{instruction}\\n\\nThe answer is {p['answer']}.\",")],
+    "answer": [("prompt(p[\"problem\"], instruction,",
+                "prompt(p[\"problem\"], f\"{instruction}\\n\\nThe answer is {p['answer']}.\",")],
 }
 
 def fork(names, file):
@@ -1077,7 +1077,7 @@ def test_files_of_all_formats_read_alike(tmp_path):
     ("x.jsonl", "[" * 100000, "expected a JSON object"),
     ("x.jsonl", '{"problem": "\u00e9"}'.encode("latin-1"), "x.jsonl: expected .* encoding UTF-8"),
     ("x.csv", "problem\n\u00e9\n".encode("utf-16"), "x.csv: expected .* encoding UTF-8"),
-    ("x.csv", "problem,answer\nx,1,2\n", "x.csv: expected .* row 1 .* cell for each column"),
+    ("x.csv", "problem,answer\nx,1,2\n", "x.csv: expected .* row 1 .* more cells than columns"),
     ("x.parquet", "version https://git-lfs", "x.parquet: expected a file"),
     ("x.parquet", "", "x.parquet: expected a file"),
 ])
@@ -1616,7 +1616,7 @@ SPOILED = {  # family, what is done to it, the refusal; HyperCLOVA X multiplies 
     "tied": ("Qwen2", lambda folder: spoil_config(folder, tie_word_embeddings=True),
              "two tensors for embedding and head"),
     "missing": ("Qwen2", lambda folder: spoil_weights(folder, lambda weights: {
-        name: w for name, w in weights.items() if "q_proj" not in name}), "expected the weights of its config.json, found.*q_proj"),
+        name: w for name, w in weights.items() if "q_proj" not in name}), "its config.json, found.*q_proj"),
     "NaN": ("Qwen2", lambda folder: spoil_weights(folder, lambda weights: weights | {
         "model.norm.weight": weights["model.norm.weight"] * math.nan}), "NaN or infinity"),
     "half": ("Qwen2", lambda folder: os.truncate(folder / "model.safetensors", 9999), "half a file"),
@@ -1966,7 +1966,7 @@ BAD_INPUT = {
     "conversation": (lambda d, good: broken_data(d, json.dumps(dict(prompt=turns("user", "assistant")))),
                      "row 1, field prompt: expected the user's turn last"),
     "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "no problem with a prompt of at most 5"),
-    "context": (lambda d, good: dict(max_response_tokens=4000), "= 4512: expected at most the model's context of 2048"),
+    "context": (lambda d, good: dict(max_response_tokens=4000), "expected at most the model's context, 2048"),
     "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a number of ranks that it divides"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
                    "for --keep correct, a known answer"),
@@ -2274,8 +2274,9 @@ def test_fork_larger_teacher(good, one_rank, tmp_path):
 def test_forks_of_the_prompts(good, one_rank, tmp_path):
     """The teacher alone is told the answer; the student answers without thinking, the teacher thinks."""
     base = opsdc.open_base(good["model"], False)
-    for name, student_ends, teacher_has in (("answer", "assistant\n", "brief.\n\nThe answer is 4.\n\nThe last"),
-                                            ("thinking", "<think>\n\n</think>\n\n", "brief.\n\nThe last")):
+    for name, student_ends, teacher_has in (
+            ("answer", "assistant\n", "brief.\n\nThe answer is 4.\n\nThe last"),
+            ("thinking", "<think>\n\n</think>\n\n", "brief.\n\nThe last")):
         forked = load_fork(name, tmp_path)
         problem = forked.load_problems(forked.Config(**good), base, "Be brief.")[2]
         student, teacher = map(base.tokenizer.decode, (problem.student, problem.teacher))
@@ -2654,7 +2655,7 @@ def test_problem_files_and_their_faults(tmp_path, capsys):
     assert ([(p["problem"], p["answer"]) for p in ev.load_problems(str(file))]
             == [("a", "3"), ("b", "4")])
     row, choices = '{"problem": "a", "answer": 3}\n', '{"question": "a", "choices": %s, "answer": %s}\n'
-    unknown = "expected a field answer, final_answer or solution to grade by, found none that is known"
+    unknown = "expected a field answer, final_answer or solution, found none"
     for text, message in ((row + '{"problem"\n', "line 2"), ('{"task": "a"}\n', "found task"),
                           ("5\n", "row 1 .* JSON object"), ("", unknown),
                           ('{"problem": "a"}\n', unknown), ('{"problem": "a", "answer": " "}\n', unknown),
@@ -2692,7 +2693,7 @@ def test_problem_files_and_their_faults(tmp_path, capsys):
 
 def record(problem, sample, correct, tokens, level=None, answer="7", **more):
     return {"id": problem, "sample": sample, "correct": correct, "tokens": tokens, "level": level,
-            "answer": answer, "vote": answer, "gold": "5",
+            "answer": answer, "gold": "5",
             "think_tokens": tokens - 2, "answer_tokens": 2, "truncated": False,
             "no_answer": answer is None, "answer_only": correct, "boxed_only": False,
             "either_full_text": correct, "problem_hash": ev.digest(problem), **more}
@@ -2702,16 +2703,13 @@ def test_summary_against_values_worked_out_by_hand():
                record("b", 1, True, 40, 2), record("c", 0, False, 60, 2, answer=None),
                record("c", 1, False, 80, 2, truncated=True)]
     s = ev.summarise(records)
-    assert (s["problems"], s["samples"], s["k"]) == (3, 2, 2)
+    assert (s["problems"], s["samples"]) == (3, 2)
     # means 0.5, 1, 0
     assert s["accuracy"] == pytest.approx(0.5) and s["accuracy_se"] == pytest.approx(0.5 / math.sqrt(3))
-    assert ((s["tokens"], s["tokens_median"], s["tokens_correct"], s["tokens_correct_median"])
-            == (40, 35, 70 / 3, 20))
+    assert (s["tokens"], s["tokens_median"], s["tokens_correct"]) == (40, 35, 70 / 3)
     assert (s["think_tokens"], s["answer_tokens"]) == (38, 2)
-    assert s["truncated"] == s["no_answer"] == pytest.approx(1 / 6) and s["pass_at_k"] == pytest.approx(2 / 3)
-    assert s["majority_at_k"] == pytest.approx((0.5 + 1 + 0) / 3)  # a: one vote each
+    assert s["truncated"] == s["no_answer"] == pytest.approx(1 / 6)
     assert s["levels"]["1"]["accuracy"] == 0.5 and s["levels"]["2"]["tokens"] == 50
-    assert ev.summarise(records, 1)["pass_at_k"] == pytest.approx(0.5)  # pass@1 is the accuracy
 
 def test_clustered_error_grows_when_samples_agree():
     """Eight samples that agree are one observation, eight independent ones are eight."""
@@ -2721,36 +2719,11 @@ def test_clustered_error_grows_when_samples_agree():
     assert ev.summarise(same)["accuracy_se"] == pytest.approx(math.sqrt(0.25 / 200), rel=0.05)
     assert ev.summarise(free)["accuracy_se"] == pytest.approx(math.sqrt(0.25 / 1600), rel=0.15)
 
-def test_pass_at_k_equals_the_count_over_all_subsets():
-    for n, c, k in ((8, 3, 4), (8, 0, 2), (8, 8, 1), (5, 2, 5), (6, 1, 3)):
-        subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
-        assert ev.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-
-def test_majority_counts_equal_answers_as_one_vote_however_spelled():
-    def share(*votes):
-        verdicts = ev.grade_all([f"Answer: {v}" if v else "none" for v in votes], ["5"] * len(votes))
-        return ev.majority([v._asdict() for v in verdicts])
-    assert share("5", "7", "5") == 1 and share("7", "7", "5") == 0 and share("5", "7") == 0.5
-    assert share(None, None, "5") == 1 and share(None) == 0
-    assert share("5", "\\frac{10}{2}", "7", "7", "5.0") == 1
-    for wrong in (("3", "3.0", "\\frac{6}{2}"), ("\\frac12", "\\frac{1}{2}", "0.5"), ("x=3", "3"),
-                  ("2\\sqrt3", "\\sqrt{12}"),
-                  ("(x+1)^2", "x^2+2x+1"), ("1, 2", "2,1.0"), ("(1,2)", "(1, \\frac{4}{2})"),
-                  ("7 cm", "7\\text{ cm}"), ("\\text{No}", "no"), ("12_7", "12_{7}"),
-                  ("9" * 1200, "9" * 1200)):
-        assert share(*wrong, "5") == (0 if len(wrong) > 1 else 0.5) and share(wrong[0], "5") == 0.5, wrong
-        assert share(*wrong, *["5"] * len(wrong)) == 0.5, wrong
-    assert share("(1,2)", "(2,1)", "5", "5") == share("3", "-3", "5", "5") == share("2x", "2y", "5", "5") == 1
-    # choices: one vote for B, however it is argued
-    told = ev.grade_all([f"Answer: {a}" for a in ("B", "(B) 7", "B because", "C", "C")], ["C"] * 5)
-    assert ev.majority([v._asdict() for v in told]) == 0
-
 def test_statistics_refuse_what_has_no_meaning():
     a, b = [record("a", i, True, 10) for i in range(2)], [record("b", 0, False, 20)]
-    for records, k, found in ((a + b, None, "3 records with 1 or 2 samples"), (a, 3, "2 records with 2"),
-                              ([], None, "0 records with no samples")):
+    for records, found in ((a + b, "3 records with 1 or 2 samples"), ([], "0 records with no samples")):
         with pytest.raises(ValueError, match=found):
-            ev.summarise(records, k)
+            ev.summarise(records)
     for base, ours in ((a, b), ([], [])):
         with pytest.raises(ValueError, match="on the same problems"):
             ev.paired(base, ours)
@@ -2802,7 +2775,7 @@ def is_picture(path):
 def test_compare_prints_table_and_picture(tmp_path, capsys):
     base, ours = fake_run(tmp_path / "base"), fake_run(tmp_path / "ours", 0.8, model="out/model")
     more = fake_run(tmp_path / "more", 0.7, model="out2/model", instruction="c", seed=1)
-    ev.main(["compare", base, ours, more, "--plot", str(tmp_path / "x.png"), "--show", "2"])
+    ev.main(["compare", base, ours, more, "--plot", str(tmp_path / "x.png")])
     text = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
              if line.startswith("|")]
@@ -2813,20 +2786,13 @@ def test_compare_prints_table_and_picture(tmp_path, capsys):
     assert lines[2][6].startswith(f"{100 * expected:.1f} [") and lines[2][0] == ours
     reductions = [float(line[6].split()[0]) for line in lines[3:6]]
     assert reductions[0] > reductions[1] > reductions[2] > 15  # easy problems were shortened more
-    assert "accuracy up on 0 problems, down on 0 of 30" in text and is_picture(tmp_path / "x.png")
-
-def test_compare_shows_what_was_won_and_lost():
-    base, ours = ([record(problem, 0, right, tokens) for problem, right, tokens in zip("abcd", *run)]
-                  for run in (((True, False, True, False), (10, 20, 30, 40)),
-                              ((False, True, True, False), (5, 6, 7, 8))))
-    assert ev.won_and_lost(base, ours, 1).splitlines() == [
-        "accuracy up on 1 problems, down on 1 of 4", "  +100.0 points, 20 -> 6 tokens: b (gold 5)",
-        "  -100.0 points, 10 -> 5 tokens: a (gold 5)"]
+    assert is_picture(tmp_path / "x.png")
 
 @pytest.mark.parametrize("change, message", [
     ({"temperature": 1.0}, "temperature is 0.6 and 1.0"),
     ({"max_tokens": 50, "top_k": 1}, "max_tokens is 100 and 50; top_k"),
-    ({"problems": 29}, "1 problems only in the first.*p29"), ({"name": "aime24"}, "math500.*aime24"),
+    ({"problems": 29}, "math500 has 1 and 0 problems of its own: p29"),
+    ({"name": "aime24"}, "math500.*aime24"),
     ({"version": 0}, "version 0"), ({"finished": False}, "not finished")])
 def test_compare_refuses(tmp_path, change, message):
     base, ours = fake_run(tmp_path / "base"), fake_run(tmp_path / "ours", **change)
@@ -2852,14 +2818,14 @@ def test_damaged_records_are_named_by_line(tmp_path):
 def test_curves_of_two_training_runs(folder):
     *_, out = whole_run(folder)
     rows = metrics_of(out)  # six steps, thetabar refreshed after every second one
-    rows[0] |= dict(eval_tokens=20, accuracy=None)
+    rows[0] |= dict(accuracy=None)
     lines = [json.dumps(row) + "\n" for row in rows] + ['{"step": 7, "lo']  # still writing
     (folder / "metrics.jsonl").write_text("".join(lines))
     command = ["curves", str(folder), str(out), "--plot", str(folder / "c.png")]
     ev.main(command)
     lines = [line.get_xdata() for line in ev.pyplot().gcf().axes[0].lines]
     assert is_picture(folder / "c.png") and [(len(x), x[0]) for x in lines] == [
-        (6, 1), (1, 1), (2, 2.5), (2, 4.5), (6, 1), (2, 2.5), (2, 4.5)]
+        (6, 1), (2, 2.5), (2, 4.5)] * 2
     with pytest.raises(SystemExit, match="absent/metrics.jsonl"):
         ev.main(["curves", "absent", *command[3:]])
     sys.modules["matplotlib"] = None  # as where it is not installed
@@ -3095,12 +3061,12 @@ def test_eval_end_to_end_killed_resumed_compared(folder):
     assert untouched == (file.read_bytes(), (base / "summary.json").read_bytes())
 
 EVAL_RANGES = {"samples": "0 -1", "max-tokens": "0", "temperature": "-1 nan", "top-p": "0 -1",
-               "top-k": "-5", "seed": "-1", "vllm-tp": "0", "block": "0", "k": "0 3 -1"}
+               "top-k": "-5", "seed": "-1", "vllm-tp": "0", "block": "0"}
 BAD_EVALUATION = {
     "benchmark": (lambda d, good: dict(data="", benchmarks="math501"), "math501: expected math500, .*aime25"),
     "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl: .* No such file"),
     "empty": (lambda d, good: broken_data(d, ""), "rows.jsonl: expected a field answer"),
-    "no answer": (lambda d, good: broken_data(d, '{"problem": "x"}\n'), "rows.jsonl: .*none that is known"),
+    "no answer": (lambda d, good: broken_data(d, '{"problem": "x"}\n'), "rows.jsonl: expected a field .* found none"),
     "list": (lambda d, good: broken_data(d, '{"problem": "x", "answer": ["2", "3"]}\n'),
              "row 1, field answer: exp"),
     "conversation": (lambda d, good: broken_data(d, json.dumps(dict(
@@ -3109,7 +3075,7 @@ BAD_EVALUATION = {
     "model": (lambda d, good: dict(model=d / "no"), "--model .*no: expected a folder with a chat model"),
     "template that raises": (bad_template, "chat template fails on .*: the system only"),
     "long responses": (lambda d, good: {"max-tokens": 100000},
-                       "prompt of problem 39 .*lower --max-tokens from 100000"),
+                       "prompt of problem 39 .*lower --max-tokens 100000"),
     "long problem": (lambda d, good: broken_data(d, json.dumps(dict(
                          problem="x " * 3000, answer=1, id="huge"))),
                      "prompt of problem huge has .* tokens.*leave that problem out"),
