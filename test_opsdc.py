@@ -3066,7 +3066,7 @@ BAD_EVALUATION = {
     "benchmark": (lambda d, good: dict(data="", benchmarks="math501"), "math501: expected math500, .*aime25"),
     "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl: .* No such file"),
     "empty": (lambda d, good: broken_data(d, ""), "rows.jsonl: expected a field answer"),
-    "no answer": (lambda d, good: broken_data(d, '{"problem": "x"}\n'), "rows.jsonl: expected a field .* found none"),
+    "no answer": (lambda d, good: broken_data(d, '{"problem": "x"}\n'), "expected a field .* found none"),
     "list": (lambda d, good: broken_data(d, '{"problem": "x", "answer": ["2", "3"]}\n'),
              "row 1, field answer: exp"),
     "conversation": (lambda d, good: broken_data(d, json.dumps(dict(
