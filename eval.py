@@ -10,12 +10,10 @@ What counts as right decides the figures: one model reads 54.5 on MATH-500 by it
 either format. The rules here, of the text after the last </think> (or another family's closing tag):
     formats    the later of the last `Answer:` line that is not empty and the last \\boxed{} (an empty one
                hides those before it; \\boxed{2} and \\boxed{3} is a list); neither, or cut, is wrong
-    text       must agree (7 million is not 7, nor is 42 because ...), but a unit may go; 2m is not 2, nor is
-               7 cm 7 m; 2 hours 30 minutes is only that
+    text       must agree (7 million is not 7, nor 42 because ...); a unit may go (2m is not 2, 7 cm not 7 m)
     numbers    equal to 1e-6 where one side is a decimal (0.333 is not 1/3); 25% is 0.25 and 1/4, not 25
     letters    their case counts (c is not C), but not in words; a choice names one letter
-    lists      in any order, each item as often; (1, 2), 1, 2 and [1, 2) differ, 1, 2 and {1, 2} do not;
-               "and" and "or" are both commas, but not between inequalities
+    lists      in any order, each item as often; (1, 2), 1, 2 and [1, 2) differ, 1, 2 and {1, 2} do not
 Each record also holds the verdict of three other rules, to compare published figures like for like:
 `answer_only`, `boxed_only`, and `either_full_text` (the paper's: either format, think block included).
 Left out: models as graders, code and proofs, conversion of units and bases.
@@ -24,12 +22,10 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import fractions
 import functools
 import hashlib
 import html
-import itertools
 import json
 import math
 import os
@@ -69,7 +65,6 @@ class Verdict(NamedTuple):
     either_full_text: bool
     truncated: bool         # cut at the token limit, or still inside a think block
     no_answer: bool         # ended by itself, but in neither format
-    vote: str | None        # in majority@k: one string for equal wrong answers, however spelled
 
 def last_answer_line(text):
     """(start of the last `Answer:` that has a value, the value), or (-1, None)."""
@@ -161,14 +156,12 @@ RULES = {
         (r"\\(sqrt|log_)" + ARGUMENT, r"\\\1{\2\3}", r"2\sqrt3 -> \sqrt{12}"),
         (r"\*\*(?=[\w({\\-])", "^", "2**3 -> 8"),
         (r"\^ ?(?:\(([^()]*)\)|(\\frac\{[^{}]*\}\{[^{}]*\}))", r"^{\1\2}", "e^(2x) -> e^{2x}"),
-        (r"^.*\\choose .*", r"{\g<0>}", r"n \choose 2 -> \binom{n}{2}"),
         (r"\(?\\?(?<![a-z])p?mod ?\{?(\w+)\}?\)?", r"\\pmod{\1}", r"n \equiv 4 (mod 9) -> n \equiv 4 \pmod9"),
         (r"(?<![\\a-zA-Z_])(?<!_\{)i(?![a-zA-Z])", r"\\sqrt{-1}", "(1+i)^2 -> 2i"),
         (r"(?<=\\\\) ?\[[-\d. ]+[a-z]{2}\]", "", r"1\\[2pt] 2 -> 1 \\ 2"),
         (r"\\varnothing", r"\\emptyset", r"\varnothing -> \emptyset")],
     "numbers": [
         (r"\{([,:])\}", r"\1", "3{:}45 -> 3:45"),
-        (r"\((\d+)\)_", r"\1_", "(121)_3 -> 121_3"),
         (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot ", r"6 x 10^{23} -> 6 \cdot 10^{23}"),
         (r"(?<=\d)[eE]\+?(-?\d{1,3})(?![\d.]|[\dA-F]*_)", r"\\cdot 10^{\1}", "3.2e-5 -> 0.000032"),
         (r"(?<![\d./^_{}])(\d+) (\d+)/ ?(\d+)(?![\d./])", r"\1\\frac{\2}{\3}", "2 1/2 -> 2.5"),
@@ -181,10 +174,10 @@ RULES = {
         (r"\^\{?\\circ\}?|\\degree|º", "°", r"30\degree -> 30"),
         (r"(\\(?:sin|cos|tan|cot|sec|csc)[ ({]*)([\d.]+)°", r"\1\\frac{\2\\pi}{180}", r"\sin 30° -> 1/2"),
         (r"°(?: ?(?:\\text\{[CF]\}|[CF](?![a-zA-Z])))?", " ", "20° C -> 20"),
-        (r"^(\d+)' ?(\d\d?)(?:''|\")?$", r"\1 ft \2 in", "5'3 -> 5 ft 3 in"),
-        (r"(\d) ?h ?(\d+) ?m(?![a-z])", r"\1 hr \2 min", "1h 5m -> 1 hr 5 min"),
         (r"(?<=\d) ?(?:\\text\{)?" + MEASURE + r"[., }and]*(?=[\d.]+ ?(?:\\text\{)?(?!\1)" + MEASURE + ")",
          lambda m: rf"\text{{{MEASURES[m[1]]}}}", "2 hours and 30 minutes -> 2 hr 30 min"),
+        (r"(\\text\{\w+\}[\d.]+) ?" + MEASURE + "$", lambda m: rf"{m[1]}\text{{{MEASURES[m[2]]}}}",
+         "5 min 20 s -> 5 minutes 20 seconds"),
         (r"(?i)\b([ap])\.(?=m)", r"\1", r"7:20 p.m -> 7:20 \text{ PM}")],
     "lists": [
         (r"^.*(?:[<>]|\\[lg]eq?|\\neq?)(?![a-z]).*", lambda m: re.sub(  # between inequalities the word counts
@@ -225,7 +218,7 @@ def tidy(text):
     for rules in RULES.values():
         for pattern, by, _ in rules:
             text = re.sub(pattern, by, text)
-    return text.strip()
+    return " ".join(text.split())
 
 def key(text):
     """Canonical string of a tidied value: equal keys, equal answers. "3 5" keeps its space: it is not 35."""
@@ -300,13 +293,15 @@ def sympy_equal(a, g):
 
 # math-verify runs in processes that can be killed: its alarm works in the main thread only and stops no C
 # code (9^9^9^9). They start by exec, not by fork of a trainer with CUDA and NCCL, and are kept: it is slow.
-PATIENCE = 15     # times a worker's own start (0.4 s of CPU time): as slow as the processor. Comparing takes
-WALL_SECONDS = 1000  # 0.01 to 0.6 s. This one is for starts on a busy machine: CPU time bounds the rest
+# A comparison, which takes 0.01 to 0.6 s, may take 15 times the CPU time of the worker's own start, 0.4 s: in
+# seconds the limit would make verdicts depend on the processor.
+PATIENCE = 15
+WALL_SECONDS = 1000  # room to start on a busy machine; later no answer takes as long: its CPU time is bounded
 MEMORY = 4 << 30  # bytes of address space of a worker: a huge power must not take the trainer's memory
 IDLE = []         # started workers, waiting
 
 def ask_worker(pair):
-    """[equal, vote of a wrong answer] of (answer, gold). What takes too long or ends the worker is wrong."""
+    """Are (answer, gold) equal? What takes too long or ends the worker is wrong."""
     worker, reply = IDLE.pop() if IDLE else None, ""
     if worker is None or worker.poll() is not None:
         worker = subprocess.Popen([sys.executable, os.path.abspath(__file__), "worker"], text=True, stdin=-1,
@@ -321,7 +316,7 @@ def ask_worker(pair):
     worker.kill()
     if worker.wait() > 0 or reply is None:  # not killed, or stands still: no fault of the answer
         raise RuntimeError("a grading worker did not start (see above); is math-verify installed?")
-    return [False, ""]
+    return False
 
 def worker_main():
     import logging
@@ -337,13 +332,10 @@ def worker_main():
     for line in sys.stdin:  # ends when the parent does
         # CPU time: a verdict must not depend on the load. The kernel kills, in C code and orphans too.
         signal.setitimer(signal.ITIMER_PROF, limit)
-        answer, gold = map(tidy, json.loads(line))
-        right, poll = False, key(answer)
+        right = False
         with contextlib.suppress(Exception):  # what sympy cannot read is not the answer
-            right = bool(equal(answer, gold))
-        with contextlib.suppress(Exception):
-            poll = poll if right else vote(answer, gold)
-        print(json.dumps([right, poll]), file=replies, flush=True)
+            right = bool(equal(*map(tidy, json.loads(line))))
+        print(json.dumps(right), file=replies, flush=True)
 
 def grade_all(responses, golds, finished=None, workers=2):
     """Verdicts of many responses. Each distinct pair (answer, gold) is compared once."""
@@ -355,15 +347,15 @@ def grade_all(responses, golds, finished=None, workers=2):
         whole = find_answers(response)
         by_rule = (None,) * 3 if cut else whole if tail == response else find_answers(tail)
         found.append((gold, cut, *by_rule, *whole[1:]))
-    told = {(x, gold): [x == gold, ""] for gold, _, *answers in found for x in answers}
-    asked = sorted(pair for pair in told if pair[0] and not told[pair][0] and max(map(len, pair)) <= LONGEST)
+    told = {(x, gold): x == gold for gold, _, *answers in found for x in answers}
+    asked = sorted(pair for pair in told if pair[0] and not told[pair] and max(map(len, pair)) <= LONGEST)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         told.update(zip(asked, pool.map(ask_worker, asked)))
     verdicts = []
     for gold, cut, answer, *others in found:
-        right, line, box, full_line, full_box = (told[x, gold][0] for x in (answer, *others))
+        right, line, box, full_line, full_box = (told[x, gold] for x in (answer, *others))
         verdicts.append(Verdict(right, answer, line, box, full_line or full_box, cut,
-                                answer is None and not cut, told[answer, gold][1] or answer))
+                                answer is None and not cut))
     return verdicts
 
 def grade(response, gold, finished=True):
@@ -378,37 +370,38 @@ BENCHMARKS = {  # name: hub id, configuration, split
     "gpqa_diamond": "Idavidrein/gpqa:gpqa_diamond:train",
     "mmlu": "cais/mmlu:all:test"}
 
-SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # the paper's; opsdc.py evaluates with it too
+SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # the paper's
 
 def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 def load_problems(source, wrapper="math"):
-    """Problems (id, problem, tools, answer, level or None) of a benchmark, a copy of it (math500=DIR), or what
-    opsdc.py's --data is. Those without a known answer are left out; opsdc.py says how many there are."""
-    name, _, copy = where, *_ = source.partition("=")
+    """Problems (id, problem, tools, answer, level or None) of a benchmark, a copy of it (math500=DIR), or
+    what opsdc.py's --data is. Those without a known answer are left out; opsdc.py says how many there are."""
+    name, _, copy = source.partition("=")
+    blamed = contextlib.nullcontext()  # opsdc.py names a file itself
     if name in BENCHMARKS:
         hub_id, _, rest = BENCHMARKS[name].partition(":")
         source = f"{copy or hub_id}:{rest}"
-        where = f"benchmark {name} (if gated, accept its terms on its hub page; offline a copy: {name}=DIR)"
-    with opsdc().blaming(where):
+        blamed = opsdc().blaming(f"benchmark {name} (if gated, accept its terms on its hub page; offline a "
+                                 f"copy: {name}=DIR)")
+    with blamed:
         check(re.search("[./]", source) or Path(source).exists(),
-              f"expected {', '.join(BENCHMARKS)}, a file, a folder or a hub ID")
-        rows = [p for p in opsdc().read_problems(source, wrapper) if p["answer"] is not None]
-        check(rows, "expected a field answer, final_answer or solution to grade by, found none that is known")
-        problems = []
-        for p in rows:
-            row = p["row"]
-            with opsdc().blaming(f"row {p['number']}, unique_id, id or level"):
-                level = row["level"] if isinstance(row.get("level"), int) else as_text(row.get("level")) or None
-                identity = as_text(row.get("unique_id")) or as_text(row.get("id")) or str(p["number"] - 1)
-            problems.append({"id": identity, "level": level, **{k: p[k] for k in ("problem", "tools", "answer")}})
+              f"{source}: expected {', '.join(BENCHMARKS)}, a file, a folder or a hub ID")
+        problems = [p for p in opsdc().read_problems(source, wrapper) if p["answer"] is not None]
+        check(problems, f"{source}: expected a field answer, final_answer or solution, found none")
+        for p in problems:
+            row = p.pop("row")
+            with opsdc().blaming(f"{source}, row {p['number']}, unique_id, id or level"):
+                level = row.get("level")
+                p["level"] = level if isinstance(level, int) else as_text(level) or None
+                p["id"] = as_text(row.get("unique_id")) or as_text(row.get("id")) or str(p["number"] - 1)
     often = collections.Counter(p["id"] for p in problems)
-    return [q if often[q["id"]] == 1 else q | {"id": f"{q['id']}, row {p['number']}"}
-            for q, p in zip(problems, rows)]
+    for p in problems:
+        p["id"] += f", row {p.pop('number')}" * (often[p["id"]] > 1)
+    return problems
 
-def as_text(value):
-    """A text, number or boolean as text; "" if it is missing or blank."""
+def as_text(value):  # of a text, number or boolean; "" if it is missing or blank
     check(isinstance(value, (str, int, float, type(None))), f"expected a text, found {value!r:.60}")
     if value is None or value != value:  # NaN: a table's missing number
         return ""
@@ -434,15 +427,16 @@ def read_answer(row, where):
                 value = opsdc().load_json(value)
             text = as_text(value[0] if isinstance(value, list) and len(value) == 1 else value)
         value = last_box(text)[1] or text.rpartition("####")[2].strip()
-        if value and not NO_VALUE.fullmatch(value) and (field != "solution" or value != text or " " not in text):
+        unmarked = field == "solution" and value == text and " " in text  # its last words may be any step's
+        if value and not unmarked and not NO_VALUE.fullmatch(value):
             return row, field, value
     return row, None, None
 
 LETTERS = "ABCDEFGHIJ"
 
 def letter_options(row, where):
-    """A row as it is or, of a multiple choice, one whose problem has the options lettered and whose answer is a
-    letter. As in MMLU and MMLU-Pro (the gold is an index or a letter), or in GPQA."""
+    """A row as it is or, of a multiple choice, one whose problem has the options lettered and whose answer is
+    a letter. As in MMLU and MMLU-Pro (the gold is an index or a letter), or in GPQA."""
     options, gold = row.get("options") or row.get("choices"), row.get("answer")
     if row.get("Correct Answer") is not None:  # GPQA
         options, gold = [row["Correct Answer"], *(row.get(f"Incorrect Answer {i}") for i in (1, 2, 3))], 0
@@ -456,23 +450,21 @@ def letter_options(row, where):
               f"expected a question and two to ten texts to choose from, found {field}, {options!r:.80}")
         order = list(range(len(options)))
         random.Random(digest(row[field])).shuffle(order)  # GPQA lists the correct answer first
-        head = [row[field].strip(), "", "Answer with the letter of the correct option."]
-        lines = [f"({letter}) {options[i].strip()}" for letter, i in zip(LETTERS, order)]
+        lines = [row[field].strip(), "", "Answer with the letter of the correct option.",
+                 *(f"({letter}) {options[i].strip()}" for letter, i in zip(LETTERS, order))]
         answer = as_text(gold) and LETTERS[order.index(place_of(gold, options))]
     rest = {name: value for name, value in row.items() if name not in ("options", "choices", "Question")}
-    return rest | {field.lower(): "\n".join(head + lines), "answer": answer}
+    return rest | {field.lower(): "\n".join(lines), "answer": answer}
 
-def place_of(gold, options):
-    """The place of the right option, which `gold` names by its letter, its text or, from 0, its place."""
-    names = [*LETTERS[:len(options)], *options, *map(str, range(len(options)))]
-    text = as_text(gold).strip("(). ") if isinstance(gold, str) else as_text(gold)
-    names = names[-len(options):] if isinstance(gold, int) else names
+def place_of(gold, options):  # of the right option, which `gold` names by letter, text or, from 0, place
+    places = [str(place) for place in range(len(options))]
+    names = places if isinstance(gold, int) else [*LETTERS[:len(options)], *options, *places]
+    text = as_text(gold).strip("(). ")
     check(text in names, f"expected as answer the letter or the place of an option, found {gold!r}")
     return names.index(text) % len(options)
 
 # ------------------------------------------------------------------------------------------------- GENERATION
-def opsdc():
-    """The trainer's module. Imported nowhere else, and late: grading and comparing do without its torch."""
+def opsdc():  # the trainer's module; imported late: grading and comparing do without its torch
     import opsdc
     return opsdc
 
@@ -481,22 +473,20 @@ def make_jobs(tokenizer, problems, samples, seed, instruction=None, thinking=Tru
     jobs = []
     for p in problems:
         prompt = opsdc().prompt_ids(tokenizer, p["problem"], instruction, thinking, wrapper, p.get("tools"))
-        hashes = {"problem_hash": digest(p["problem"], p["answer"]), "prompt_hash": digest(prompt)}
-        jobs += [{"id": p["id"], "problem": p["problem"], "sample": i, "seed": int(digest(seed, p["id"], i), 16), "level": p["level"],
-                  "gold": p["answer"], **hashes, "prompt": prompt} for i in range(samples)]
+        job = {name: p[name] for name in ("id", "problem", "level")} | {
+            "gold": p["answer"], "prompt": prompt, "prompt_hash": digest(prompt),
+            "problem_hash": digest(p["problem"], p["answer"])}
+        jobs += [job | {"sample": i, "seed": int(digest(seed, p["id"], i), 16)} for i in range(samples)]
     return jobs
 
-def make_records(tokenizer, jobs, outputs):
-    """The graded record of each job, given what the engine sampled for it: (ids, logprobs, finished)."""
+def make_records(tokenizer, jobs, outputs):  # one of each job, graded; outputs: (ids, logprobs, finished)
     texts = [readable(tokenizer, job["prompt"], ids) for job, (ids, *_) in zip(jobs, outputs, strict=True)]
     verdicts = grade_all(texts, [job["gold"] for job in jobs], [done for *_, done in outputs])
-    records = []
-    for job, (ids, _, done), text, verdict in zip(jobs, outputs, texts, verdicts):
-        think = think_length(tokenizer, ids, text)
-        records.append({name: value for name, value in job.items() if name != "prompt"} | {
-            "tokens": len(ids), "think_tokens": think, "answer_tokens": len(ids) - think, "response": text,
-            "finish_reason": "stop" if done else "length", **verdict._asdict()})
-    return records
+    thinks = [think_length(tokenizer, ids, text) for (ids, *_), text in zip(outputs, texts)]
+    return [{name: value for name, value in job.items() if name != "prompt"} | {
+        "tokens": len(ids), "think_tokens": think, "answer_tokens": len(ids) - think, "response": text,
+        "finish_reason": "stop" if done else "length", **verdict._asdict()}
+        for job, (ids, _, done), text, think, verdict in zip(jobs, outputs, texts, thinks, verdicts)]
 
 def grade_rollouts(rollouts, problems, tokenizer):
     known = [r for r in rollouts if problems[r.index].answer is not None]
@@ -524,74 +514,43 @@ def think_length(tokenizer, ids, text):
     return len(tokenizer.encode(text[:closed[-1].end()], add_special_tokens=False))
 
 # ------------------------------------------------------------------------------------------------- STATISTICS
-def by_problem(records):
-    problem = lambda record: record["id"]
-    return {name: list(group) for name, group in itertools.groupby(sorted(records, key=problem), problem)}
-
-def levels(records):
-    return sorted({r["level"] for r in records} - {None}, key=str)
+def grouped(records, column):  # {value: its records} in the order of values; those without one are left out
+    found = collections.defaultdict(list)
+    for record in sorted(records, key=lambda r: str(r[column])):
+        found[record[column]].append(record)
+    return {value: group for value, group in found.items() if value is not None}
 
 def mean(records, column):
     return statistics.fmean(r[column] for r in records)
 
-def clustered_error(groups, column):
-    """Standard error of the mean over problems, whose samples depend on each other; None for a single one."""
+def clustered_error(groups, column):  # of the mean over problems, whose samples depend on each other, or None
     means = [mean(group, column) for group in groups]
     return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
-def pass_at_k(n, c, k):
-    """Chance that k of n samples drawn without replacement hold one of the c right ones: unbiased."""
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-def vote(answer, gold):
-    """What all spellings of a wrong answer share: its letter, value, simplest form or key (in a worker)."""
-    import sympy
-    letter = OPTION.fullmatch(key(gold)) and CHOICE.fullmatch(TEXT.sub(r" \1", answer))
-    answer = UNIT.sub("", answer).strip()
-    number = NUMBER.fullmatch(key(answer))
-    if letter or not number and (UNREAD.search(answer) or key(answer).isalpha()):
-        return letter[1] if letter else key(answer)
-    value = sympy.Rational(number[0].replace(",", "")) if number else read(answer)
-    value = sympy.simplify(value.xreplace({x: sympy.Rational(str(x)) for x in value.atoms(sympy.Float)}))
-    value = value.rhs if isinstance(value, sympy.Eq) and value.lhs.is_Symbol else value  # x = 3 votes for 3
-    value = value.expand() if isinstance(value, sympy.Expr) else value
-    exact = isinstance(value, sympy.Expr) and value.is_number and value.is_real and value.is_finite
-    return str(sympy.Rational(str(value.evalf(30))).limit_denominator(10**12) if exact else value)
-
-def majority(group):
-    """1 if the most frequent answer is right, 1/m if m answers tie. Equal answers are one vote."""
-    votes = collections.Counter(r["correct"] or r["vote"] for r in group if r["answer"] is not None)
-    right, most = votes[True], max(votes.values(), default=0)
-    return 1 / list(votes.values()).count(most) if right and right == most else 0.0
-
-def summarise(records, k=None):
+def summarise(records):
     """Statistics of records with equally many samples of each problem. Shares are fractions."""
-    groups = list(by_problem(records).values())
+    groups = [*grouped(records, "id").values()]
     sizes = sorted({len(group) for group in groups})
-    check(len(sizes) == 1 and 1 <= (k or 1) <= sizes[0], "expected equally many samples of each problem, at "
-          f"least k = {k}; found {len(records)} records with {' or '.join(map(str, sizes)) or 'no'} samples")
-    k = k or sizes[0]
+    check(len(sizes) == 1, "expected equally many samples of each problem, found "
+          f"{len(records)} records with {' or '.join(map(str, sizes)) or 'no'} samples")
     right = [r["tokens"] for r in records if r["correct"]]
     return {
-        "problems": len(groups), "samples": len(groups[0]), "k": k,
+        "problems": len(groups), "samples": len(groups[0]),
         "accuracy": mean(records, "correct"), "accuracy_se": clustered_error(groups, "correct"),
-        "pass_at_k": statistics.fmean(pass_at_k(len(g), sum(r["correct"] for r in g), k) for g in groups),
-        "majority_at_k": statistics.fmean(majority(g[:k]) for g in groups),
+        **{column: mean(records, column) for column in (
+            "answer_only", "boxed_only", "either_full_text", "truncated", "no_answer", "think_tokens",
+            "answer_tokens", "tokens")},
         "tokens_se": clustered_error(groups, "tokens"),
         "tokens_median": statistics.median(r["tokens"] for r in records),
         "tokens_correct": statistics.fmean(right) if right else None,
-        "tokens_correct_median": statistics.median(right) if right else None,
-        **{column: mean(records, column) for column in (
-            "tokens", "think_tokens", "answer_tokens", "truncated", "no_answer", "answer_only", "boxed_only",
-            "either_full_text")},
-        "levels": {str(level): summarise([{**r, "level": None} for r in records if r["level"] == level], k)
-                   for level in levels(records)}}
+        "levels": {str(level): summarise([r | {"level": None} for r in group])
+                   for level, group in grouped(records, "level").items()}}
 
 def paired(base, ours, draws=4000):
     """Token reduction (1 - ratio of means), accuracy change: (value, low, high), 95 % bootstrap intervals.
     Problems are drawn, each with all its samples in both runs: what is long in one is long in the other."""
     import numpy
-    base, ours = by_problem(base), by_problem(ours)
+    base, ours = grouped(base, "id"), grouped(ours, "id")
     check(base and base.keys() == ours.keys(), "expected two runs on the same problems")
     means = numpy.array([[mean(run[problem], column) for problem in base]
                          for column in ("tokens", "correct") for run in (base, ours)])  # [4, problems]
@@ -603,14 +562,13 @@ def paired(base, ours, draws=4000):
             for name, found in (("reduction", 1 - tokens / was), ("change", our_right - right))}
 
 # --------------------------------------------------------------------------------------------- COMPARING RUNS
-MAY_DIFFER = ("model", "weights", "instruction", "template", "seed", "k")  # in two comparable runs
+MAY_DIFFER = ("model", "weights", "instruction", "template", "seed")  # in two comparable runs
 
 def check(condition, message):  # opsdc.py's, without torch
     if not condition:
         raise ValueError(message)
 
-def read_lines(path):
-    """Objects of a .jsonl file. A last line without its end is what a kill left of a write: dropped."""
+def read_lines(path):  # of a .jsonl file; a last line without its end, which a kill left, is dropped
     rows = []
     for at, line in enumerate(path.read_text().split("\n")[:-1], 1):
         try:
@@ -629,8 +587,7 @@ def read_summary(directory):
         raise ValueError(f"{directory}: expected the --out directory of an evaluation, with its summary.json;"
                          f" found {type(error).__name__}: {error}") from None
 
-def read_run(directory):
-    """(settings, {benchmark: records}) of a finished evaluation."""
+def read_run(directory):  # (settings, {benchmark: records}) of a finished evaluation
     summary = read_summary(directory)
     check(summary["finished"], f"{directory}: not finished; repeat its command, it goes on where it stopped")
     return summary["settings"], {
@@ -642,8 +599,7 @@ def refuse_unless_comparable(base, ours, names):
     for name in base[1].keys() & ours[1].keys():
         a, b = ({(r["id"], r["problem_hash"]) for r in run[1][name]} for run in (base, ours))
         if a != b:
-            differ.append(f"{name} has {len(a - b)} problems only in the first and {len(b - a)} only in the "
-                          f"second, e.g. {min(a ^ b)[0]}")
+            differ.append(f"{name} has {len(a - b)} and {len(b - a)} problems of its own: {min(a ^ b)[0]}")
     check(not differ, f"{names[0]} and {names[1]} cannot be compared: " + "; ".join(differ))
 
 def markdown(header, rows):
@@ -656,21 +612,10 @@ def percent(value, *interval, sign=""):
     text = "" if value is None else f"{100 * value:{sign}.1f}"
     return text + (f" [{100 * interval[0]:{sign}.1f}, {100 * interval[1]:{sign}.1f}]" if interval else "")
 
-def contrast(base, ours):
-    """[(level or "all", statistics of base, of ours, paired differences)], "all" first."""
-    parts = [("all", base, ours)] + [
-        (level, *([r for r in run if r["level"] == level] for run in (base, ours))) for level in levels(base)]
+def contrast(base, ours):  # [(level or "all", statistics of base, of ours, paired differences)], "all" first
+    by_level = grouped(ours, "level")
+    parts = [("all", base, ours)] + [(x, a, by_level.get(x, [])) for x, a in grouped(base, "level").items()]
     return [(level, summarise(a), summarise(b), paired(a, b)) for level, a, b in parts]
-
-def won_and_lost(base, ours, show):
-    base, ours = by_problem(base), by_problem(ours)
-    gain = {i: mean(ours[i], "correct") - mean(base[i], "correct") for i in base}
-    up, down = ([i for i in sorted(gain, key=gain.get) if sign * gain[i] > 0] for sign in (1, -1))
-    lines = [f"accuracy up on {len(up)} problems, down on {len(down)} of {len(gain)}"]
-    return "\n".join(lines + [
-        f"  {percent(gain[i], sign='+')} points, {mean(base[i], 'tokens'):.0f} -> "
-        f"{mean(ours[i], 'tokens'):.0f} tokens: {i} (gold {base[i][0]['gold']})"
-        for i in up[::-1][:show] + down[:show]])
 
 def compare(args):
     check(len(args.directories) > 1, "compare needs the directories of at least two evaluations")
@@ -680,15 +625,14 @@ def compare(args):
         refuse_unless_comparable(base_run, run, (base_dir, directory))
     contrasts = {}
     for name, base in base_run[1].items():
-        rows, notes = [], []
+        rows = []
         for label, (_, ours) in zip(directories, runs):
             contrasts[name, label] = contrast(base, ours[name])
             rows += [[label, level, a["problems"], f"{percent(a['accuracy'])} -> {percent(b['accuracy'])}",
                       percent(*versus["change"], sign="+"), f"{a['tokens']:.0f} -> {b['tokens']:.0f}",
                       percent(*versus["reduction"])] for level, a, b, versus in contrasts[name, label]]
-            notes.append(f"{label}: {won_and_lost(base, ours[name], args.show)}")
         header = [name, "level", "problems", "accuracy, %", "change, points", "mean tokens", "reduction, %"]
-        print(markdown(header, rows), *notes, "", sep="\n")
+        print(markdown(header, rows), end="\n\n")
     print(f"Base: {base_dir}. In brackets: 95 % paired bootstrap intervals over problems.")
     if args.plot:
         plot_compare(args.plot, contrasts)
@@ -700,8 +644,7 @@ def pyplot():
     pyplot.switch_backend("Agg")  # a file, no screen
     return pyplot
 
-def plot_compare(path, contrasts):
-    """Accuracy against tokens: a line from the base to each run, thin ones by level; 95 % error bars."""
+def plot_compare(path, contrasts):  # a line from the base to each run, thin ones by level; 95 % error bars
     figure, ax = pyplot().subplots(figsize=(8, 6), layout="constrained")
     for i, ((name, label), parts) in enumerate(contrasts.items()):
         for level, *runs, _ in parts:
@@ -715,23 +658,19 @@ def plot_compare(path, contrasts):
     figure.legend(loc="outside lower center")
     figure.savefig(path, dpi=150)
 
-PANELS = (("response_tokens", "eval_tokens"), ("loss",), ("student_entropy", "teacher_entropy"),
-          ("accuracy", "eval_accuracy"), ("grad_norm",), ("truncated", "eval_truncated"))
+PANELS = "response_tokens", "loss", "student_entropy", "accuracy", "grad_norm", "truncated"
 
-def curves(args):
-    """Metrics of training runs over steps; a dotted line where thetabar was refreshed."""
+def curves(args):  # metrics of training runs over steps; a dotted line where thetabar was refreshed
     figure, axes = pyplot().subplots(2, 3, figsize=(14, 7), layout="constrained")
     for i, directory in enumerate(args.directories):
         rows = read_lines(Path(directory, "metrics.jsonl"))
-        for ax, metrics in zip(axes.flat, PANELS):
-            for metric, line in zip(metrics, ("-", "--")):
-                known = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
-                ax.plot(*zip(*known), color=f"C{i}", linestyle=line, marker="." * metric.startswith("eval_"),
-                        label=directory if metric == PANELS[0][0] else None)
+        for ax, metric in zip(axes.flat, PANELS):
+            known = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+            ax.plot(*zip(*known), color=f"C{i}", label=directory if metric == PANELS[0] else None)
             for row, following in zip(rows, rows[1:]):
                 if following["teacher_age"] < row["teacher_age"]:
                     ax.axvline(row["step"] + 0.5, color=f"C{i}", linewidth=0.8, linestyle=":")
-            ax.set(title=", dashed: ".join(metrics), xlabel="step")
+            ax.set(title=metric, xlabel="step")
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(args.plot, dpi=90)
     print(f"wrote {args.plot}; dotted lines: thetabar <- theta")
@@ -757,21 +696,20 @@ differ, by <span style=--shade:.1>0.02</span> <span style=--shade:.5>0.5</span> 
 nats</span>.
 """
 
-def token_options(argv):
-    """opsdc.py's Config from its command line, with four fields more."""
-    own = {"out": ("tokens.html", "the page"), "samples": (4, "number of responses"),
-           "given": (False, "show responses in --data, a run's samples.jsonl or an evaluation's records"),
-           "teacher": ("", "hub id or folder of the teacher's weights; default: --model")}
-    fields = [(name, type(values[0]), opsdc().setting(*values)) for name, values in own.items()]
-    options = dataclasses.make_dataclass("Options", fields, bases=(opsdc().Config,))
-    return opsdc().HfArgumentParser(options).parse_args_into_dataclasses(argv)[0]
+def token_options(argv):  # opsdc.py's and three more
+    parser = opsdc().HfArgumentParser(opsdc().Config)
+    parser.add_argument("--samples", type=int, default=4, help="number of responses")
+    parser.add_argument("--given", action="store_true", help="show the responses in --data, which is a run's "
+                        "samples.jsonl or an evaluation's records")
+    parser.add_argument("--teacher", help="hub id or folder of the teacher's weights; default: --model")
+    parser.set_defaults(out="tokens.html")
+    return parser.parse_args(argv)
 
 def read_responses(cfg, problems, tokenizer):
-    """Rollouts of the first --samples rows of --data, with the ids sampled or, of an evaluation's records, the
-    text's: where those are others, so are their values."""
+    """Rollouts of the first --samples rows of --data: the ids sampled, of records those of the text."""
     places, rollouts = {digest(p.text): i for i, p in enumerate(problems)}, []
-    for where, row in itertools.islice(opsdc().read_rows(cfg.data), cfg.samples):
-        with opsdc().blaming(f"{where}: expected a line of samples.jsonl or an evaluation's record, found no"):
+    for _, (where, row) in zip(range(cfg.samples), opsdc().read_rows(cfg.data)):
+        with opsdc().blaming(f"{where}: expected a line of samples.jsonl or a record of eval.py, found no"):
             place = places[digest(opsdc().read_problem(row, where, cfg.wrapper)[1])]
             text, finished = row["response"], row.get("finished", row.get("finish_reason") == "stop")
         if "finish_reason" in row:  # a record: undo `readable`
@@ -782,8 +720,7 @@ def read_responses(cfg, problems, tokenizer):
     return rollouts
 
 def score(student, teacher, batch, tokenizer, cfg):
-    """Of each token: itself, divergence in nats, p, q, and the teacher's three likeliest with their q. Logits
-    exist for --loss_chunk tokens at a time."""
+    """Of each token, --loss_chunk at a time: itself, divergence, p, q, the three likeliest of the teacher."""
     hidden, heads, found = [], [], []
     for model, inputs in ((student, batch.student), (teacher, batch.teacher)):
         hidden.append(model(*inputs).split(cfg.loss_chunk))  # [n, d] each
@@ -795,13 +732,12 @@ def score(student, teacher, batch, tokenizer, cfg):
                         for h, head in zip(parts, heads))
         p, q = log_p.exp(), log_q.exp()
         nats, _ = opsdc().divergence_and_gradient(p, log_p, q, log_q, cfg.divergence)
-        chances, likeliest = (x.tolist() for x in q.topk(3))
-        best = [list(zip(quoted(ids), row)) for ids, row in zip(likeliest, chances)]
-        found += zip(quoted(y), nats.tolist(), *(x.gather(-1, y[:, None])[:, 0].tolist() for x in (p, q)), best)
+        best = [list(zip(quoted(ids), row)) for row, ids in zip(*(x.tolist() for x in q.topk(3)))]
+        chances = (x.gather(-1, y[:, None])[:, 0].tolist() for x in (p, q))
+        found += zip(quoted(y), nats.tolist(), *chances, best)
     return found
 
-def pieces(tokenizer, ids):
-    """What each token adds to the text: "" inside a character of several tokens, whose last one brings it."""
+def pieces(tokenizer, ids):  # each token's text: "" in a character of several, whose last one brings it
     found, before, since = [], 0, 0
     for at in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[before:at])[len(tokenizer.decode(ids[before:since])):]
@@ -810,35 +746,35 @@ def pieces(tokenizer, ids):
         before, since = (since, at) if whole else (before, since)
     return found
 
-def page(tokenizer, problems, rollouts, scores, about):
-    """All responses, and a table of the 20 tokens that carry most of the loss."""
+def page(tokenizer, problems, rollouts, scores, about):  # responses, and what carries most of the loss
     escape = lambda text: html.escape(str(text), quote=False).replace("'", "&#39;").replace("\r", "&#13;")
-    found, parts = [PAGE, f"<p>{escape(about)}\n"], collections.Counter()
-    times, wanted = collections.Counter(), collections.defaultdict(collections.Counter)
+    found, nats_of = [PAGE, f"<p>{escape(about)}\n"], collections.defaultdict(list)
+    wanted = collections.defaultdict(collections.Counter)  # token: its part of the loss, by the likeliest
     for rollout, weights, tokens in zip(rollouts, opsdc().token_weights(rollouts), scores):
         verdict = {None: "not graded", True: "right", False: "wrong"}[rollout.correct]
         found.append(f"<h2>{escape(problems[rollout.index].text)}</h2>{len(tokens)} tokens, "
                      f"{statistics.fmean(nats for _, nats, *_ in tokens):.4g} nats/token, {verdict}\n<pre>")
         for text, weight, (token, nats, p, q, best) in zip(pieces(tokenizer, rollout.ids), weights, tokens):
-            parts[token] += weight * nats
-            times[token] += 1
-            wanted[token][best[0][0]] += nats
+            nats_of[token].append(nats)
+            wanted[token][best[0][0]] += weight * nats
             best = ", ".join(f"{token} {chance:.3g}" for token, chance in best)
             found.append(f"<span style=--shade:{min(1, math.sqrt(nats / 2)):.2f} data-d={nats:.6g} "
                          f"data-p={p:.3g} data-q={q:.3g} data-best='{escape(best)}'>{escape(text)}</span>")
         found.append("</pre>\n")
-    found.append(f"<h2>What carries most of the loss, {parts.total():.6g} nats/token</h2><table><tr><th>token"
-                 "<th>times<th>mean nats<th>% of the loss<th>the teacher's likeliest there\n")
-    for token, part in parts.most_common(20):
-        row = (token, times[token], f"{wanted[token].total() / times[token]:.3g}",
-               percent(part / parts.total()), " ".join(best for best, _ in wanted[token].most_common(3)))
+    loss = sum(those.total() for those in wanted.values())
+    found.append(f"<h2>What carries most of the loss, {loss:.6g} nats/token</h2><table><tr><th>token<th>times"
+                 "<th>mean nats<th>% of the loss<th>the teacher's likeliest there\n")
+    for token, those in sorted(wanted.items(), key=lambda item: -item[1].total())[:20]:
+        row = (token, len(nats_of[token]), f"{statistics.fmean(nats_of[token]):.3g}",
+               percent(those.total() / (loss or 1)), " ".join(best for best, _ in those.most_common(3)))
         found.append(f"<tr><td>{'<td>'.join(map(escape, row))}\n")
     return "".join(found) + "</table>\n"
 
-def show_tokens(cfg):
-    """Samples as the trainer's first step does, or reads; scores as it does; writes the page."""
-    trainer, device = opsdc(), opsdc().start_processes()
+def show_tokens(cfg):  # samples as the trainer's first step does, or reads; scores as it does
+    trainer, device, out = opsdc(), opsdc().start_processes(), Path(cfg.out)
     trainer.check_settings(vars(cfg))
+    check(not out.exists() or PAGE[:200] == out.read_text("utf-8", "replace")[:200],
+          f"--out {out}: expected a new file, or an older page")
     bases = [trainer.open_base(name, to_train=True) for name in (cfg.model, cfg.teacher) if name]
     tokenizer, told = bases[0].tokenizer, trainer.read_instruction(cfg.instruction)
     check(bases[-1].tokenizer.get_vocab() == tokenizer.get_vocab(), f"--teacher {cfg.teacher}: expected the "
@@ -854,134 +790,116 @@ def show_tokens(cfg):
         indices = trainer.batch_at(len(problems), 0, cfg.samples, cfg.seed)
         rollouts = trainer.sample_rollouts(engine, problems, indices, 1, tokenizer, cfg)
         engine.sleep()
-    batches = [trainer.make_micro_batches([r], problems, device, cfg)[0] for r in rollouts]
     with trainer.torch.no_grad():
-        scores = [score(models[0], models[-1], batch, tokenizer, cfg) for batch in batches]
+        scores = [score(models[0], models[-1], batch, tokenizer, cfg) for r in rollouts
+                  for batch in trainer.make_micro_batches([r], problems, device, cfg)]
     about = f"Student: {cfg.model}. Teacher: {cfg.teacher or 'the same'}, told: {told}"
     if trainer.dist.get_rank() == 0:
-        Path(cfg.out).write_text(page(tokenizer, problems, rollouts, scores, about), "utf-8")
-        print(f"wrote {cfg.out}")
+        out.write_text(page(tokenizer, problems, rollouts, scores, about), "utf-8")
+        print(f"wrote {out}")
 
 # ----------------------------------------------------------------------------------------------- COMMAND LINE
 def write_summary(out, settings, benchmarks, finished):
-    found = {name: summarise(records, settings["k"]) for name, records in benchmarks.items()}
-    summary = {"settings": settings, "finished": finished, "benchmarks": found}
+    summary = {"settings": settings, "finished": finished, "benchmarks": {
+        name: summarise(records) for name, records in benchmarks.items()}}
     opsdc().replace_file(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 
 def read_parts(out, name, jobs, merge=False):
-    """Records of `jobs` in a benchmark's file and in a killed run's parts. merge: into one file, in order."""
-    at = {(job["id"], job["sample"], job["problem_hash"]): place for place, job in enumerate(jobs)}
+    """(records, jobs without one) of a benchmark's file and a killed run's parts, on any number of ranks, in
+    the order of `jobs`. merge: into one file."""
+    key_of = lambda r: (r["id"], r["sample"], r["problem_hash"])
     paths = [p for p in out.glob("*.jsonl") if re.fullmatch(re.escape(name) + r"(\.rank-\d+)?", p.stem)]
-    found = {at.get((r["id"], r["sample"], r["problem_hash"])): r for path in paths for r in read_lines(path)}
-    check(None not in found, f"--out {out}: {name}.jsonl holds other problems; give another directory")
-    records = [found[place] for place in sorted(found)]
+    found, file = {key_of(r): r for path in paths for r in read_lines(path)}, out / f"{name}.jsonl"
+    check(found.keys() <= {*map(key_of, jobs)}, f"--out {out}: {file.name} has other problems; give another")
+    records = [found[key_of(job)] for job in jobs if key_of(job) in found]
     if merge:
-        opsdc().replace_file(out / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
-        for part in {*paths} - {out / f"{name}.jsonl"}:
+        opsdc().replace_file(file, "".join(json.dumps(r) + "\n" for r in records))
+        for part in {*paths} - {file}:
             part.unlink()
-    return records
+    return records, [job for job in jobs if key_of(job) not in found]
 
-def done_before(out, settings, jobs):
-    """{benchmark: records} of a killed run, on any number of ranks; ValueError if they are of another run."""
+def prepare(args):  # all checks -> base, {benchmark: jobs}, settings, folder, {benchmark: jobs left}, Config
+    opsdc().check_settings(vars(args))
+    args.instruction = None if args.instruction is None else opsdc().read_instruction(args.instruction)
+    base, jobs = opsdc().open_base(args.model, to_train=False), {}
+    out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if args.instruction else ""))
+    for source in [args.data] if args.data else args.benchmarks.replace(" ", "").split(","):
+        name = Path(source.partition("=")[0]).stem
+        name += f"-{len(jobs) + 1}" * (name in jobs)  # two sources of one name are two
+        jobs[name] = make_jobs(base.tokenizer, load_problems(source, args.wrapper), args.samples, args.seed,
+                               args.instruction, args.thinking, args.wrapper)
+    prompts = [(job["prompt"], job["id"]) for those in jobs.values() for job in those]
+    opsdc().check_ids(base, [prompt for prompt, _ in prompts])
+    opsdc().say(f"the first prompt:\n{base.tokenizer.decode(prompts[0][0])}")
+    longest, worst = max((len(prompt), name) for prompt, name in prompts)
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)
+    check(longest + args.max_tokens <= context, f"the prompt of problem {worst} has {longest} tokens, and "
+          f"{args.model} holds {context}: lower --max-tokens {args.max_tokens}, or leave that problem out")
+    cfg = opsdc().Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,
+                         seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=0.9)  # no trainer beside it
+    settings = {"version": VERSION, "model": args.model, "weights": base.weights,
+                "template": digest(base.tokenizer.chat_template), **{name: getattr(args, name) for name in (
+                    *SAMPLING, "max_tokens", "samples", "seed", "thinking", "wrapper", "instruction")}}
+    if opsdc().dist.get_rank() == 0:
+        opsdc().claim_folder(out, True, "eval.lock")
     found = read_summary(out)["settings"] if (out / "summary.json").is_file() else settings
     differ = [f"{k}: there {found.get(k)!r}, here {v!r}" for k, v in settings.items()
               if k != "model" and found.get(k) != v]  # a copy elsewhere is the same model: its weights are
     check(not differ, f"--out {out} holds another run ({'; '.join(differ)}); give another directory")
-    return {name: read_parts(out, name, those) for name, those in jobs.items()}
-
-def prepare(args):
-    """All checks -> the model, {benchmark: jobs}, settings, folder, {benchmark: records}, Config."""
-    args.k = args.samples if args.k is None else args.k
-    opsdc().check_settings(vars(args))
-    check(args.k <= args.samples, f"--k {args.k}: expected at most --samples {args.samples}")
-    args.instruction = None if args.instruction is None else opsdc().read_instruction(args.instruction)
-    base = opsdc().open_base(args.model, to_train=False)
-    out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if args.instruction else ""))
-    how, jobs = (args.samples, args.seed, args.instruction, args.thinking, args.wrapper), {}
-    for source in [args.data] if args.data else args.benchmarks.replace(" ", "").split(","):
-        name = Path(source.partition("=")[0]).stem
-        name += f"-{len(jobs) + 1}" * (name in jobs)  # two sources of one name are two
-        jobs[name] = make_jobs(base.tokenizer, load_problems(source, args.wrapper), *how)
-    opsdc().check_ids(base, [job["prompt"] for those in jobs.values() for job in those])
-    opsdc().say(f"the first prompt:\n{base.tokenizer.decode([*jobs.values()][0][0]['prompt'])}")
-    longest, worst = max((len(job["prompt"]), job["id"]) for those in jobs.values() for job in those)
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)
-    lower = f"lower --max-tokens from {args.max_tokens} to {context - longest}"
-    check(longest + args.max_tokens <= context, f"the prompt of problem {worst} has {longest} tokens, "
-          f"{args.model} holds {context}: {lower if longest < context else 'leave that problem out'}")
-    cfg = opsdc().Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,
-                         seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=0.9)  # no trainer beside it
-    settings = {"version": VERSION, "model": args.model, "weights": base.weights,
-                "template": digest(base.tokenizer.chat_template)}
-    for name in (*SAMPLING, "max_tokens", "samples", "k", "seed", "thinking", "wrapper", "instruction"):
-        settings[name] = getattr(args, name)
-    if opsdc().dist.get_rank() == 0:
-        opsdc().claim_folder(out, True, "eval.lock")
-    return base, jobs, settings, out, done_before(out, settings, jobs), cfg
+    return base, jobs, settings, out, {name: read_parts(out, name, jobs[name])[1] for name in jobs}, cfg
 
 def sample_and_write(engine, tokenizer, jobs, path, settings, block):
-    """Appends the records of `jobs` to `path` as they come: once `block` are there, or after two minutes, so
-    that a kill loses little however long the responses are. No path: a rank that helps another's engine."""
-    pending, since = [], time.monotonic()
-    for count, sample in enumerate(stream(engine, jobs, settings), 1):
-        pending.append(sample)
-        if path and (len(pending) >= block or count == len(jobs) or time.monotonic() - since > 120):
+    """Appends the records of `jobs` to `path` as they end: once `block` have, or after two minutes, so that a
+    kill loses little however long the responses are. No path: a rank that helps another's engine."""
+    from vllm import SamplingParams
+    sampling = {name: settings[name] for name in (*SAMPLING, "max_tokens")}
+    params = [SamplingParams(**sampling, seed=job["seed"], logprobs=0, detokenize=False) for job in jobs]
+    queued = engine.llm.enqueue([{"prompt_token_ids": job["prompt"]} for job in jobs], params, use_tqdm=False)
+    job_of = {name.partition("-")[0]: job for name, job in zip(queued, jobs)}  # vLLM adds a suffix in between
+    pending, since, count = [], time.monotonic(), 0
+    while engine.llm.llm_engine.has_unfinished_requests():
+        for output in engine.llm.llm_engine.step():
+            pending.append((job_of[output.request_id], opsdc().sampled(output.outputs[0])))
+        last = not engine.llm.llm_engine.has_unfinished_requests()
+        if path and pending and (len(pending) >= block or last or time.monotonic() - since > 120):
             records = make_records(tokenizer, *zip(*pending))
             with path.open("a") as file:
-                file.write("".join(json.dumps(r) + "\n" for r in records))
-            pending, since = [], time.monotonic()
+                file.writelines(json.dumps(r) + "\n" for r in records)
+            pending, since, count = [], time.monotonic(), count + len(records)
             opsdc().say(f"{path.stem}: {count} of {len(jobs)} samples; the last {len(records)}: accuracy "
                         f"{percent(mean(records, 'correct'))} %, {mean(records, 'tokens'):.0f} tokens")
 
-def stream(engine, jobs, settings):
-    """(job, sample) of each job, as they end: a kill loses little."""
-    from vllm import SamplingParams
-    sampling = {name: settings[name] for name in (*SAMPLING, "max_tokens")}
-    queued = engine.llm.enqueue(
-        [{"prompt_token_ids": job["prompt"]} for job in jobs],
-        [SamplingParams(**sampling, seed=job["seed"], logprobs=0, detokenize=False) for job in jobs], use_tqdm=False)
-    job_of = {name.partition("-")[0]: job for name, job in zip(queued, jobs)}  # vLLM adds a suffix in between
-    while engine.llm.llm_engine.has_unfinished_requests():
-        for output in engine.llm.llm_engine.step():
-            yield job_of[output.request_id], opsdc().sampled(output.outputs[0])
-
 def evaluate(args):
     opsdc().start_processes()
-    base, jobs, settings, out, done, cfg = prepare(args)
-    rank, engine = opsdc().dist.get_rank(), None
-    opsdc().dist.barrier()  # all have read before one writes
+    base, jobs, settings, out, todo, cfg = prepare(args)
+    rank, barrier, engine, done = opsdc().dist.get_rank(), opsdc().dist.barrier, None, {}
+    barrier()  # all have read before one writes
     if rank == 0:
         write_summary(out, settings, {}, finished=False)
-        for name, wanted in jobs.items():
-            read_parts(out, name, wanted, merge=True)
-    opsdc().dist.barrier()
-    for name, wanted in jobs.items():
-        held = {(r["id"], r["sample"]) for r in done[name]}
-        todo = [job for job in wanted if (job["id"], job["sample"]) not in held]
-        opsdc().say(f"{name}: {len(todo)} of {len(wanted)} samples to make"
-                    + f", the others are in {out}" * (len(todo) < len(wanted)))
-        if todo:
+    for name, left in todo.items():
+        if rank == 0:  # a killed run's part may end in half a line: nothing is appended to it
+            read_parts(out, name, jobs[name], merge=True)
+        barrier()
+        opsdc().say(f"{name}: {len(left)} of {len(jobs[name])} samples are left to make")
+        if left:
             engine = engine or opsdc().RolloutEngine(base, cfg, load_format="auto")
             path = out / f"{name}.rank-{rank}.jsonl" if rank % cfg.vllm_tp == 0 else None
-            sample_and_write(engine, base.tokenizer, engine.share(todo), path, settings, args.block)
-        opsdc().dist.barrier()  # all have written before one reads
+            sample_and_write(engine, base.tokenizer, engine.share(left), path, settings, args.block)
+        barrier()  # all have written before one reads
         if rank == 0:
-            done[name] = read_parts(out, name, wanted, merge=True)
+            done[name], _ = read_parts(out, name, jobs[name], merge=True)
     if rank == 0:
         print_table(write_summary(out, settings, done, finished=True))
         print(f"wrote {out}/summary.json")
 
-def print_table(summary):
-    k = summary["settings"]["k"]
-    heads = {"tokens": "tokens", "tokens_median": "median", "tokens_correct": "if correct",
-             "think_tokens": "think", "answer_tokens": "answer", "pass_at_k": f"pass@{k}",
-             "majority_at_k": f"maj@{k}", "truncated": "truncated", "no_answer": "no answer",
-             "answer_only": "Answer: only", "boxed_only": "boxed only", "either_full_text": "either anywhere"}
-    rows = [[name, s["problems"], f"{percent(s['accuracy'])} ± {percent(s['accuracy_se'])}",
-             *(percent(s[c]) if "tokens" not in c else "" if s[c] is None else round(s[c]) for c in heads)]
-            for name, s in summary["benchmarks"].items()]
-    print(markdown(["in %, or tokens", "problems", "accuracy", *heads.values()], rows))
+def print_table(summary):  # a column for each benchmark, as in summary.json; shares in %
+    found = summary["benchmarks"]
+    names = [name for name in next(iter(found.values())) if name != "levels"]
+    is_plain = lambda name, x: isinstance(x, int) or "tokens" in name and x is not None
+    print(markdown(["in %, or tokens", *found], [
+        [name, *(round(s[name], 1) if is_plain(name, s[name]) else percent(s[name]) for s in found.values())]
+        for name in names]))
 
 NUMBERS = {  # option: default, help
     "samples": (8, "per problem"), "max-tokens": (30000, "of a response"),
@@ -999,7 +917,6 @@ def parse_args(argv):
         add("command")
         add("directories", nargs="+")
         add("--plot", required=argv[0] == "curves", help="FILE.png")
-        add("--show", type=int, default=0, help="number of wins and losses to print")
         return parser.parse_args(argv), {"compare": compare, "curves": curves}[argv[0]]
     if argv[:1] == ["tokens"]:
         return token_options(argv[1:]), lambda cfg: opsdc().run_and_exit(lambda: show_tokens(cfg))
@@ -1011,7 +928,6 @@ def parse_args(argv):
     add("--out", help="directory of the records and the summary")
     add("--instruction", help="as of opsdc.py: the concise prompt baseline")
     add("--wrapper", choices=("math", "none"), default="math", help="as of opsdc.py")
-    add("--k", type=int, help="of pass@k and majority@k; default: samples")
     add("--thinking", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args([re.sub(r"^--\w+", lambda m: m[0].replace("_", "-"), a) for a in argv])
     return args, lambda args: opsdc().run_and_exit(lambda: evaluate(args))
@@ -1019,6 +935,7 @@ def parse_args(argv):
 def main(argv):
     if argv == ["worker"]:
         return worker_main()
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     try:
         args, command = parse_args(argv)
         command(args)

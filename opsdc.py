@@ -24,12 +24,12 @@ Axes: B sequences of a batch, b of a micro-batch, T positions, N response tokens
 Left out on purpose: rewards and advantages, importance ratios (at a given prefix the loss is exact, whoever
 sampled it), LoRA, schedules, several rollouts a prompt, asynchronous rollouts. README: forks that add them.
 
-What is done here where the paper's text (P) or the authors' code (A) does otherwise:
- 1. A: logits are float32 whatever the model's dtype; bfloat16 drowns the small KL (see THE OBJECTIVE).
- 2. A: a token weighs 1 / (B |y|), as in P, however the batch is cut into micro-batches.
- 3. A: the sampled ids are trained on, not the response's text tokenised again.
- 4. A: "Remember to put your answer ..." stands once in the teacher's prompt; a resumed run has its thetabar.
- 5. P: the data's wrapper is taken off and put on here; too long a teacher's prompt drops its problem.
+Other than in the authors' code (A) or the paper's text (P), here
+ 1. logits are float32 whatever the model's dtype: A's bfloat16 drowns the small KL (see THE OBJECTIVE);
+ 2. a token weighs 1 / (B |y|), as in P, however the batch is cut into micro-batches;
+ 3. the sampled ids are trained on: A tokenises their text again, and has "Remember ..." twice in a prompt;
+ 4. thetabar is in the checkpoint, so that --resume goes on as if the run had not stopped;
+ 5. the data's wrapper is taken off and put on (P keeps it), and problems with long prompts are dropped.
 """
 import contextlib
 import csv
@@ -68,12 +68,12 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.utils import cached_file
 
-# The seam to whatever grades, eval.py beside this file or a fork's; only --keep correct needs it.
+# An optional plug-in that grades: eval.py beside this file, or a fork's. Without it no accuracy is known.
 #     read_answer(row, where) -> (row, field, answer)    options lettered; None twice where no answer is known
 #     grade_rollouts(rollouts, problems, tokenizer)      fills in .correct where the problem's answer is known
 sys.modules.setdefault("opsdc", sys.modules[__name__])  # else eval.py imports a second copy of this script
-evaluator, beside = None, importlib.machinery.PathFinder.find_spec("eval")
-if beside and "def grade_rollouts(" in Path(beside.origin).read_text(errors="replace"):
+evaluator, spec = None, importlib.machinery.PathFinder.find_spec("eval")
+if spec and spec.origin and "def grade_rollouts(" in Path(spec.origin).read_text(errors="replace"):
     import eval as evaluator  # not a user's own script of that name
 
 # ---------------------------------------------------------------------------------------------------- CONFIG
@@ -139,7 +139,7 @@ def prompt_ids(tokenizer, problem, instruction=None, thinking=True, wrapper="mat
         head = f"{instruction}\n\n" + TEACHER_HEAD * (wrapper == "math")
     messages = problem if isinstance(problem, list) else [{"role": "user", "content": problem}]
     messages = edit_last_user(messages, lambda text: head + text + tail)
-    with blaming(f"the model's chat template fails on {str(problem):.80}"):  # it may ignore thinking
+    with blaming(f"the model's chat template fails on {str(problem):.80}"):
         check(not tools or "tools" in str(tokenizer.chat_template), "it has no place for tools")
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
                                              return_dict=False, tools=tools, enable_thinking=thinking)
@@ -153,13 +153,13 @@ def edit_last_user(messages, edit):
 #     KL = sum_v p_v a_v                             dKL/ds_v = p_v (a_v - sum_u p_u a_u)
 #        = sum_v p_v (a_v + exp(-a_v) - 1)           as sum_v p_v = sum_v q_v = sum_v p_v exp(-a_v) = 1
 # The second sum is taken, whose terms are never negative: those of the first have both signs and cancel to
-# second order, which leaves the rounding of float32, 1.5e-4 of a KL of 1e-4 nats/token. Logits are float32 if
+# second order, which in float32 leaves an error of 1.5e-4 of a KL of 1e-4 nats/token. Logits are float32 if
 # hidden states and heads are bfloat16 too: at a KL of 0.0016 nats/token, bfloat16 logits put an error of 20 %
 # on the loss and of 63 % on the head's gradient (README, The objective).
 
 def kl_divergence(p, q, a):  # KL(p || q) [n] in nats, given a = log p - log q [n, V]
-    near = torch.neg(a).expm1_().add_(a).mul_(p)  # p (expm1(-a) + a), in place: on a CPU memory is the cost
-    far = torch.sub(q, p).addcmul_(p, a)  # q - p + p a, the same where exp(-a) may overflow
+    near = torch.neg(a).expm1_().add_(a).mul_(p)  # p (expm1(-a) + a), in place: writing memory takes the time
+    far = torch.sub(q, p).addcmul_(p, a)  # q - p + p a: the same where exp(-a) may overflow, worse near 0
     return torch.where(a > -1, near, far).sum(-1)  # any threshold from -80 to -1 would do
 
 def divergence_and_gradient(p, log_p, q, log_q, kind):
@@ -230,7 +230,7 @@ def finish_logits(raw, scale, cap):  # raw = h W^T [n, V] -> cap tanh(scale raw 
 
 def float32_product(a, b, out, add=False):
     """out [n, m] = a [n, k] @ b [k, m] (+ out), summed in float32. A GPU's tensor cores take bfloat16 as it
-    is: exact for logits; rounding dL/dlogits costs gradients 0.17 %, what their own rounding costs again."""
+    is: exact for logits; rounding dL/dlogits to it costs the gradients 0.17 %, as much as rounding them."""
     if b.is_cuda and b.dtype == torch.bfloat16:
         return torch.addmm(out, a.bfloat16(), b, beta=int(add), out_dtype=torch.float32, out=out)
     return torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)  # beta 0: what out held is not read
@@ -245,9 +245,8 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
     ids = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
     loss, per_token = ChunkedDivergence.apply(student_hidden, student_head, teacher_hidden, teacher_head,
                                               weights, ids, divergence, chunk, scale, cap)
-    kl, student_entropy, teacher_entropy, logprob, _ = per_token
-    stats = dict(kl=kl.mean(), student_entropy=student_entropy.mean(), teacher_entropy=teacher_entropy.mean())
-    return loss, stats if tokens is None else stats | dict(logprob=logprob)
+    stats = dict(zip(("kl", "student_entropy", "teacher_entropy"), per_token[:3].mean(-1)))
+    return loss, stats if tokens is None else stats | dict(logprob=per_token[3])
 
 # --------------------------------------------------------------------------------------- STUDENT AND TEACHER
 # One sharded module serves both: thetabar is a second set of shards, copied into the first for one pass.
@@ -263,7 +262,7 @@ class SelfDistillation(nn.Module):
         self.lm, self.logit_options = lm, logit_scale_and_cap(lm.config)
         self.eval()  # no dropout whatever the config says: the engine has none
         for layer in lm.get_decoder().layers:
-            layer.training = True  # the layer's own flag: in training mode alone transformers recomputes it
+            layer.training = True  # else transformers does not recompute it, for gradient checkpointing
 
     def forward(self, inputs, predicts, *loss_inputs, **loss_options):
         """inputs [b, T], predicts [N] of right_pad; padding is behind, where no token sees it. Returns hidden
@@ -310,8 +309,8 @@ def shard(model, device):
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 def checkpoint_weights(lm, dtype, both_names=False):
-    """(name, gathered tensor) as in a checkpoint, for engine and export; collective. A layer at a time, in
-    which fused experts come apart. Tied weights come once, or under both names."""
+    """(name, gathered tensor) as in a checkpoint, for engine and export; collective. A layer at a time, whose
+    experts, which transformers fuses, come apart. Tied weights come once, or under both names."""
     tied, layer_of = lm.all_tied_weights_keys, lambda item: re.sub(r"(\.\d+\.).*", r"\1", item[0])
     for _, layer in itertools.groupby(lm.state_dict(keep_vars=True).items(), layer_of):
         weights = {name: p.detach().to(dtype) for name, p in layer if name not in tied}
@@ -320,7 +319,7 @@ def checkpoint_weights(lm, dtype, both_names=False):
             yield name, w
             yield from ((other, w) for other, source in tied.items() if both_names and source == name)
 
-def snapshot(model, dtype=None):  # theta's shards by name: thetabar at first and after a refresh
+def snapshot(model, dtype=None):  # a copy of theta's shards by name
     model.reshard()
     return {name: p.detach().to(dtype or DTYPE, copy=True) for name, p in model.lm.named_parameters()}
 
@@ -357,7 +356,7 @@ class Rollout:
     correct: bool | None = None  # None where no answer is known
 
 class RolloutEngine:
-    """vLLM in this rank's process; `vllm_tp` consecutive ranks are one engine, with a share of the batch. On a
+    """vLLM in this rank's process; `vllm_tp` consecutive ranks are one engine with a share of the batch. On a
     GPU it sleeps while we train. load_format "dummy": `sync` brings weights; "auto": base's own (eval.py)."""
 
     def __init__(self, base, cfg, load_format="dummy"):
@@ -385,8 +384,8 @@ class RolloutEngine:
         self.sleep()
 
     def sync(self, model):
-        """theta into the engine's own tensors (CUDA graphs stay valid), a layer at a time; collective. A head
-        of vLLM's own stays stale unless it is sent, tied or not."""
+        """theta into the engine's own tensors (CUDA graphs stay valid), a layer at a time; collective. Where
+        the engine has a head of its own it gets one, even if the trainer's is tied to the embedding."""
         model.reshard()
         has_head, = self.llm.apply_model(lambda engine: any(
             name.endswith("lm_head") for name, _ in engine.named_modules(remove_duplicate=False)))
@@ -450,8 +449,8 @@ def token_weights(rollouts):  # of each token in the loss: 1 / (B |y|), B rollou
 
 def plan_micro_batches(lengths, budget, rank, world):
     """Indices of `lengths` for `rank` to compute, in groups of at most `budget` padded tokens (or one
-    sequence), a twentieth of it padding. The longest first, they are dealt out `world` at a time: all ranks
-    have equally many groups. Lengths [9, 3, 9, 8, 8, 3], world 2, budget 20: rank 0 has [[0, 3], [1]]."""
+    sequence), a twentieth of it padding. Longest first, each rank gets one in turn: all have equally many
+    groups. Lengths [9, 3, 9, 8, 8, 3], world 2, budget 20: rank 0 has [[0, 3], [1]]."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups = []
     for deal in (order[k:k + world] for k in range(0, len(order), world)):  # a sequence a rank, longest first
@@ -497,12 +496,12 @@ def teacher_pass(model, thetabar, batches):
     with torch.no_grad():
         hidden = [model(*batch.teacher) for batch in batches]
     model.reshard()
-    head = model.lm.get_output_embeddings().weight.detach().to(DTYPE, copy=True)  # from theta's
+    head = model.lm.get_output_embeddings().weight.detach().to(DTYPE, copy=True)  # thetabar's still
     copy_into(model, theta)
     return hidden, head.full_tensor()
 
-# Engine and trainer are two implementations of one model. By so much may their log-probabilities of the
-# sampled tokens differ on average, nats/token; working syncs have 1e-2 and 3e-7, stale weights 0.2.
+# How far engine and trainer, two implementations of one model, may be apart in a sampled token's
+# log-probability, nats, on average. Working syncs have 1e-2 and 3e-7, stale weights 0.2.
 MAX_GAP = {torch.bfloat16: 0.1, torch.float32: 1e-3}
 
 def student_pass(model, batches, hidden, head, cfg):
@@ -519,10 +518,10 @@ def student_pass(model, batches, hidden, head, cfg):
         gap_max = gap_max.maximum(gap.max())
     dist.all_reduce(sums)
     dist.all_reduce(gap_max, op=dist.ReduceOp.MAX)
-    loss, means = sums[0].item(), sums[1:4] / sums[4].clamp(min=1)
-    student_entropy, teacher_entropy, gap = means.tolist()
+    sums[1:4] /= sums[4].clamp(min=1)
+    loss, student_entropy, teacher_entropy, gap, _ = sums.tolist()
     limit = MAX_GAP[engine_dtype(model.lm.config)]
-    if math.isfinite(loss) and not gap <= limit:  # nor if the gap is NaN; a loss that is NaN `update` sees to
+    if math.isfinite(loss) and not gap <= limit:  # a NaN gap stops too; a NaN loss is dropped by `update`
         raise RuntimeError(f"engine and trainer differ by {gap:.4f} nats/token, expected at most {limit}: no "
                            "update. See README, Families; checkpoint_weights; the version of vLLM")
     return dict(loss=loss, student_entropy=student_entropy, teacher_entropy=teacher_entropy, logprob_gap=gap,
@@ -538,28 +537,29 @@ def update(model, optimizer, cfg):  # drops a gradient that is not finite; retur
 def train_step(model, thetabar, optimizer, rollouts, problems, device, cfg):  # one update -> its metrics
     batches = make_micro_batches(rollouts, problems, device, cfg)
     hidden, head = teacher_pass(model, thetabar, batches)
-    return student_pass(model, batches, hidden, head, cfg) | dict(grad_norm=update(model, optimizer, cfg))
+    metrics = student_pass(model, batches, hidden, head, cfg)
+    return metrics | dict(grad_norm=update(model, optimizer, cfg))
 
 # ------------------------------------------------------------------------------------------------------ MAIN
 def main():
     device = start_processes()
     cfg, = HfArgumentParser(Config).parse_args_into_dataclasses()
     base, problems, out = prepare(cfg)
-    engine, model = RolloutEngine(base, cfg), load_model(base, device, cfg)
+    engine = RolloutEngine(base, cfg)  # first: it asks how much of the GPU's memory is free
+    model = load_model(base, device, cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     thetabar = snapshot(model)
     done = resume(out, model, optimizer, thetabar, cfg) if cfg.resume else 0  # fills the three in place
     skipped = idle = 0  # steps in a row without a finite gradient, and without a rollout kept
-
     for step in range(done + 1, cfg.steps + 1):
         start = time.perf_counter()
         metrics = dict(step=step, lr=optimizer.param_groups[0]["lr"],
                        teacher_age=(step - 1) % (cfg.refresh_every or cfg.steps))
         engine.sync(model)
         indices = batch_at(len(problems), step - 1, cfg.batch_size, cfg.seed)
-        asked = time.perf_counter()
+        begun = time.perf_counter()
         rollouts = sample_rollouts(engine, problems, indices, step, base.tokenizer, cfg)
-        metrics["seconds_generate"] = time.perf_counter() - asked
+        metrics["seconds_generate"] = time.perf_counter() - begun
         engine.sleep()
         kept = keep_rollouts(rollouts, cfg)
         if kept:
@@ -592,7 +592,7 @@ def save_checkpoint(out, step, model, optimizer, thetabar):
         return
     dcp.save(training_state(model, optimizer, thetabar), checkpoint_id=out / UNFINISHED)
     if dist.get_rank() == 0:
-        shutil.rmtree(out / f"checkpoint-{step}", ignore_errors=True)  # one that was skipped
+        shutil.rmtree(out / f"checkpoint-{step}", ignore_errors=True)  # damaged: `resume` skipped it
         (out / UNFINISHED).rename(out / f"checkpoint-{step}")
         for _, old in checkpoints(out)[2:]:
             shutil.rmtree(old, onerror=lambda *_: say(f"{old} is not needed, but could not be removed"))
@@ -631,8 +631,8 @@ def replace_file(path, text):  # written beside and renamed: a kill never leaves
 def export(model, base, out):
     """out/model/: theta in bfloat16, gathered in rank 0's memory, and the base's other files as they came."""
     model.reshard()
-    weights = checkpoint_weights(model.lm, torch.bfloat16)
-    weights = {name: w.cpu() for name, w in weights if dist.get_rank() == 0}
+    gathered = checkpoint_weights(model.lm, torch.bfloat16)
+    weights = {name: w.cpu() for name, w in gathered if dist.get_rank() == 0}
     if dist.get_rank() == 0:
         folder, text = out / UNFINISHED, base.empty.config
         shutil.rmtree(folder, ignore_errors=True)
@@ -656,7 +656,7 @@ def export(model, base, out):
     dist.barrier()
 
 # ------------------------------------------------------------------------------------------------------ DATA
-# Strict: str() of a list, or a text cut off a conversation, would be trained on without a sign.
+# Strict: the str() of a list, or one turn of a conversation, would be trained on without a sign.
 def load_json(text, where=""):
     with blaming(f"{where}expected a JSON object, found {text[:60]!r}"):
         return json.loads(text)
@@ -674,29 +674,29 @@ def read_rows(source):  # (where, row) of every row of a file, a folder of files
                 load_json(text) if text.lstrip().startswith("[") else parsed)
         else:
             import datasets
-            formats = {file.suffix: file.name for file in path.rglob("*.*[vlt]")}  # csv, jsonl, parquet
-            check(len(formats) < 2, f"several formats, {' and '.join(formats.values())}; name one file")
-            where = (str(path.parent), None, None, path.name) if path.is_file() else (name, config or None)
-            rows = datasets.load_dataset(*where, split=split or "train")
+            kinds = {file.suffix for file in path.rglob("*")} & {".jsonl", ".csv", ".parquet"}
+            check(len(kinds) < 2, f"files {' and '.join(sorted(kinds))}; name one of them")
+            place = (str(path.parent), None, None, path.name) if path.is_file() else (name, config or None)
+            rows = datasets.load_dataset(*place, split=split or "train")
         for n, row in enumerate(rows, 1):
             check(isinstance(row, dict) and None not in row,
-                  f"in row {n} no JSON object, or no cell for each column: {str(row):.60}")
+                  f"in row {n} no JSON object, or more cells than columns: {str(row):.60}")
             yield f"{source}, row {n}", row
 
 def as_problem(value, wrapper):
-    """The text of an only turn, else messages; for --wrapper math without DAPO's. None: no user's text."""
+    """A text, or messages if several, less the wrapper that --wrapper will put on; None if blank."""
     if isinstance(value, str):
         is_chat = re.fullmatch(r"(?s)\[?\s*\{.*[\"'](role|from)[\"']\s*:.*\}\s*\]?", value.strip())
         value = load_json(value) if is_chat else [{"role": "user", "content": value}]
     value = [] if value is None else value
     is_turn = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and (
-        isinstance(m.get("content"), str) or m.get("tool_calls"))
+        isinstance(m.get("content"), str) or m["role"] == "assistant" and m.get("tool_calls"))
     check(isinstance(value, list) and all(map(is_turn, value)),
           f"expected a text, or messages with the texts role and content, found {value!r:.60}")
     json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
     roles = [m["role"] for m in value]
     check(roles[-1:] != ["assistant"], f"expected the user's turn last, found {', '.join(roles)}")
-    if not any(m["role"] == "user" and m["content"].strip() for m in value):
+    if not "".join([m["content"] for m in value if m["role"] == "user"][-1:]).strip():
         return None
     if wrapper == "math":
         bare = lambda text: text.strip().removeprefix(STUDENT_HEAD).removesuffix(TAIL).strip()
@@ -707,11 +707,11 @@ def read_problem(row, where, wrapper="math"):
     """(field, problem, tools): {"prompt": STUDENT_HEAD + "1+1?" + TAIL} gives ("prompt", "1+1?", None)."""
     unread = [name for name in row if re.fullmatch("(image|video|audio|option|choice)s?", name) and row[name]]
     check(not unread, f"{where}: expected a problem in words, found {', '.join(unread)}; take such rows out")
-    for field in ("problem", "prompt", "question"):
-        with blaming(f"{where}, field {field}"):
-            if problem := as_problem(row.get(field), wrapper):
+    for name in ("problem", "prompt", "question"):
+        with blaming(f"{where}, field {name}"):
+            if problem := as_problem(row.get(name), wrapper):
                 tools = row.get("tools") or None
-                return field, problem, load_json(tools) if isinstance(tools, str) else tools
+                return name, problem, load_json(tools) if isinstance(tools, str) else tools
     raise ValueError(f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
 
 def read_problems(source, wrapper="math"):
@@ -733,9 +733,9 @@ def read_problems(source, wrapper="math"):
     return list(found.values())
 
 def load_problems(cfg, base, instruction):  # in the data's order, once each, without those of long prompts
-    ask = partial(prompt_ids, base.tokenizer, thinking=cfg.thinking, wrapper=cfg.wrapper)
-    problems = [Problem(p["problem"], p["answer"], ask(p["problem"], tools=p["tools"]),
-                        ask(p["problem"], instruction, tools=p["tools"]))
+    prompt = partial(prompt_ids, base.tokenizer, thinking=cfg.thinking, wrapper=cfg.wrapper)
+    problems = [Problem(p["problem"], p["answer"], prompt(p["problem"], tools=p["tools"]),
+                        prompt(p["problem"], instruction, tools=p["tools"]))
                 for p in read_problems(cfg.data, cfg.wrapper)]
     check_ids(base, [p.student + p.teacher for p in problems])
     short = [p for p in problems if max(len(p.student), len(p.teacher)) <= cfg.max_prompt_tokens]
@@ -757,7 +757,7 @@ class Base:  # the model that a run starts from, opened and checked once
     loaded: nn.Module | None = None  # the whole model, on rank 0 until it is in shards
 
 def open_base(name, to_train):
-    """A Base without its weights. ValueError: no chat model or, to_train, one whose fault would not show."""
+    """A Base without its weights. ValueError: no chat model or, to_train, one that would train wrongly."""
     files = [path for path in sorted(Path(name).glob("*")) if path.suffix in (".safetensors", ".bin")]
     with blaming(f"--model {name}: expected a folder with a chat model, or the id of one on the hub, found"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # else it asks on the terminal
@@ -778,7 +778,7 @@ def open_base(name, to_train):
             check(plain, "quantised weights")
             with torch.device("meta"):
                 base.empty = AutoModelForCausalLM.from_config(text_config(config), dtype=torch.float32)
-            SelfDistillation(base.empty)
+            SelfDistillation(base.empty)  # fails where there are no .layers
     return base
 
 def digest_weights(path):  # of all content: a copy is the same model, one trained further another
@@ -822,9 +822,9 @@ def logit_scale_and_cap(config):  # for finish_logits; check_weights sees whethe
 
 @torch.no_grad()
 def check_weights(base, lm, missing):
-    """Are they whole, and is theirs the model whose logits the loss computes? For that, the likeliest next
-    token after each of eight: the model's own forward sees these eight, ours four more behind them, and takes
-    the logits apart. What logit_scale_and_cap leaves out shows, and so does a token that sees later ones."""
+    """Are they whole, and does the loss compute this model's logits? Its own forward gets eight tokens, ours
+    the same eight and four more. Where the likeliest next tokens' log-probabilities differ, there is more to
+    the logits than logit_scale_and_cap knows, or a token sees later ones."""
     eight, twelve, head = torch.arange(8), torch.arange(12)[None], lm.get_output_embeddings().weight
     own, likeliest = lm.eval()(eight[None], use_cache=False).logits[0].log_softmax(-1).max(-1)
     ours = SelfDistillation(lm)
@@ -879,8 +879,8 @@ def claim_folder(out, resume, mark):  # new, empty or a run's, for this process 
     with blaming(f"--out {out}: expected a new or empty folder or, with --resume, a run's, where no other "
                  "process is at work, found"):
         out.mkdir(parents=True, exist_ok=True)
-        found = {path.name for path in out.iterdir()}
-        check(out.name and (found <= {mark} or resume and mark in found), f"{', '.join(sorted(found)[:4])}")
+        found = {path.name for path in out.iterdir()} if out.name else {"the present folder"}
+        check(found <= {mark} or resume and mark in found, ", ".join(sorted(found)[:4]))
         # the mark is a file, locked and never closed: the lock ends with the process
         fcntl.flock(os.open(out / mark, os.O_CREAT | os.O_WRONLY, 0o666), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -890,10 +890,9 @@ IDENTITY = ("weights", "template", "instruction", "wrapper", "thinking", "proble
 def prepare(cfg):  # all checks -> the base model, on rank 0 with its weights, problems, the run's folder
     check_settings(asdict(cfg))
     instruction, base, out = read_instruction(cfg.instruction), open_base(cfg.model, True), Path(cfg.out)
-    length = cfg.max_prompt_tokens + cfg.max_response_tokens
     context = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)
-    check(length <= context, f"--max_prompt_tokens + --max_response_tokens = {length}: expected at most the "
-          f"model's context of {context}; lower one")
+    check(cfg.max_prompt_tokens + cfg.max_response_tokens <= context,
+          f"--max_prompt_tokens + --max_response_tokens: expected at most the model's context, {context}")
     check(evaluator or cfg.keep == "all", f"--keep correct needs this project's eval.py beside {__file__}")
     problems = load_problems(cfg, base, instruction)
     if dist.get_rank() == 0:
@@ -901,7 +900,7 @@ def prepare(cfg):  # all checks -> the base model, on rank 0 with its weights, p
             instruction=instruction, weights=base.weights, template=digest(base.tokenizer.chat_template),
             problems=digest([(p.text, p.answer) for p in problems])))
         say(f"the first teacher's prompt:\n{base.tokenizer.decode(problems[0].teacher)}")
-    dist.barrier()  # rank 0 has refused nothing
+    dist.barrier()  # the others wait for rank 0's checks
     return base, problems, out
 
 def start_run(base, out, settings):  # rank 0's checks: the folder, the run to go on with, the weights
@@ -952,8 +951,8 @@ def start_processes():  # join torchrun's group, or make one of a single rank ->
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    waiting = threading.Timer(8, print, ["rank {RANK} waits for the others of WORLD_SIZE={WORLD_SIZE} at "
-                                         "{MASTER_ADDR}; to run alone unset both".format_map(os.environ)])
+    waits = "rank {RANK} waits for the others of WORLD_SIZE={WORLD_SIZE}; to run alone unset both"
+    waiting = threading.Timer(4, partial(print, flush=True), [waits.format_map(os.environ)])
     waiting.start()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
     waiting.cancel()
@@ -967,7 +966,7 @@ def run_and_exit(main):
         main()
         status = 0
     except SystemExit as stop:  # --help
-        status = stop.code
+        status = stop.code or 0
     except BaseException as error:  # KeyboardInterrupt and torch's CheckpointException are no Exceptions
         if not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("failed", 1) == 1:
             if isinstance(error, (ValueError, OSError)) and "vllm" not in sys.modules:

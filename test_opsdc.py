@@ -42,6 +42,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
@@ -120,7 +121,7 @@ def all_beside(request, tmp_path_factory):
     if not names:
         return (yield)
     process = subprocess.Popen([sys.executable, str(HERE / "test_opsdc.py"), "run_beside", str(directory),
-                                *names], env=ENVIRONMENT, start_new_session=True)
+                                *names], env=ENVIRONMENT, start_new_session=True, stdin=subprocess.PIPE)
 
     def finished(name):
         status, since = folder_of(directory, name) / "status", time.monotonic()
@@ -131,15 +132,15 @@ def all_beside(request, tmp_path_factory):
         assert status.read_text() == "0"
         return status.parent
     yield finished
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # and its children
+    process.stdin.close()
     process.wait()
 
 def folder_of(directory, name):
     return Path(directory) / re.sub(r"\W+", "-", name)  # vLLM finds no weights below a folder with brackets
 
 def run_beside(directory, *names):
-    """Worker: the tests of these names."""
+    """Worker: the tests of these names. Its process group ends when the other end of stdin does."""
+    threading.Thread(target=lambda: sys.stdin.read() or os.killpg(0, signal.SIGKILL), daemon=True).start()
     import_vllm()
 
     def test(name):
@@ -506,7 +507,7 @@ FORKS = {
          "            for r in rollouts]")],
     # thetabar follows theta at every step; float32, since bfloat16 would round a hundredth away
     "ema": [
-        ("p.detach().to(dtype, copy=True)", "p.detach().clone()"),
+        ("p.detach().to(dtype or DTYPE, copy=True)", "p.detach().clone()"),
         ("    due = cfg.refresh_every and step % cfg.refresh_every == 0\n"
          "    return snapshot(model) if due else thetabar",
          "    theta = snapshot(model)\n"
@@ -516,12 +517,12 @@ FORKS = {
         ("    theta = snapshot(model, torch.float32)\n    copy_into(model, thetabar)\n",
          "    model = larger  # a module of its own, never swapped\n"),
         ("    copy_into(model, theta)\n", ""),
-        ("    model = load_model(base, device, cfg)\n",
-         "    model = load_model(base, device, cfg)\n"
-         "    other = open_base(\"Qwen/Qwen3-14B\")\n"
-         "    make_empty(other)\n"
+        ("    thetabar = snapshot(model)\n    done",
+         "    thetabar = snapshot(model)\n"
+         "    other = open_base(\"Qwen/Qwen3-14B\", True)\n"
          "    other.loaded = read_weights(other) if dist.get_rank() == 0 else None\n"
-         "    globals()[\"larger\"] = load_model(other, device, cfg)\n")],
+         "    globals()[\"larger\"] = load_model(other, device, cfg)\n"
+         "    done")],
     # arXiv 2606.00755: a teacher with a temperature of its own, above 1 against a collapse of the entropy
     "temperature": [("t_block.log_softmax(-1)", "(t_block / 1.5).log_softmax(-1)")],
     # arXiv 2601.18734 (OPSD): no entry of the vocabulary gives more than 0.05 nats, nor then a gradient
@@ -538,10 +539,10 @@ FORKS = {
     # the metrics on wandb too: begun before the engine, as a missing login would end the run after a step
     "wandb": [
         ("import torch\n", "import torch\nimport wandb\n"),
-        ("    engine = RolloutEngine(base, cfg)\n",
+        ("    engine, model = ",
          "    if dist.get_rank() == 0:\n"
          "        wandb.init(project=\"opsdc\", config=asdict(cfg))\n"
-         "    engine = RolloutEngine(base, cfg)\n"),
+         "    engine, model = "),
         ("    say(\"  \".join(", "    wandb.log(metrics, step=metrics[\"step\"])\n    say(\"  \".join("),
         ("    os._exit(status)", "    wandb.finish(status)\n    os._exit(status)")],
     # the teacher is told the answer
@@ -977,9 +978,8 @@ ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the er
     (dict(prompt=turns("system", "user")), (turns("system", "user"), None)),
     (dict(prompt=json.dumps(turns("system", "user"))), (turns("system", "user"), None)),
     (dict(prompt=turns("user", "assistant", "user")),
-     "field prompt: expected the user's turn last, .* but for --wrapper none, .* assistant, user",
      (turns("user", "assistant", "user"), None)),
-    (dict(text="1+1?"), "here: expected a field problem, prompt or question with text, found text"),
+    (dict(text="1+1?"), "here: expected a field problem, prompt or question, found text"),
     (dict(problem="", question=None), "expected a field problem, .* found problem, question"),
     (dict(problem=" ", answer="3"), "expected a field problem"),
     (dict(prompt=[]), "expected a field problem"),
@@ -1071,14 +1071,13 @@ def test_files_of_all_formats_read_alike(tmp_path):
     assert ev.read_answer(number[1], "here")[2] == "0.5"
 
 @pytest.mark.parametrize("name, content, message", [
-    ("x.jsonl", '{"problem": "x"}\n{"problem"\n',
-     "x.jsonl, .*row 2, expected a JSON object, found '{\"problem\""),
-    ("x.jsonl", "5\n", "x.jsonl, .*row 1: expected a JSON object, .* found 5"),
+    ("x.jsonl", '{"problem": "x"}\n\n{"problem"\n', "line 3, expected a JSON object, found '{\"problem\""),
+    ("x.jsonl", "5\n", "row 1 .* JSON object, .* 5"),
     ("x.json", '[{"problem": "x"}, 5]', "x.json: expected a file"),
     ("x.jsonl", "[" * 100000, "expected a JSON object"),
-    ("x.jsonl", '{"problem": "\u00e9"}'.encode("latin-1"), "x.jsonl, expected the encoding UTF-8"),
-    ("x.csv", "problem\n\u00e9\n".encode("utf-16"), "x.csv, expected the encoding UTF-8"),
-    ("x.csv", "problem,answer\nx,1,2\n", "x.csv, .*row 1: expected .* a cell for each column"),
+    ("x.jsonl", '{"problem": "\u00e9"}'.encode("latin-1"), "x.jsonl: expected .* encoding UTF-8"),
+    ("x.csv", "problem\n\u00e9\n".encode("utf-16"), "x.csv: expected .* encoding UTF-8"),
+    ("x.csv", "problem,answer\nx,1,2\n", "x.csv: expected .* row 1 .* cell for each column"),
     ("x.parquet", "version https://git-lfs", "x.parquet: expected a file"),
     ("x.parquet", "", "x.parquet: expected a file"),
 ])
@@ -1136,8 +1135,7 @@ ANY_GAP = dict.fromkeys(opsdc.MAX_GAP, math.inf)
 
 def opened(path, module=opsdc):
     """The Base of the model in `path`, on rank 0 with its weights."""
-    base = module.open_base(str(path))
-    module.make_empty(base)
+    base = module.open_base(str(path), True)
     base.loaded = module.read_weights(base) if torch.distributed.get_rank() == 0 else None
     return base
 
@@ -1167,7 +1165,7 @@ def gradients(model_path, file, *settings):
     problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(model_path))
     found = []
     for dtype, micro, chunk in (setting.split(",") for setting in settings):
-        opsdc.compute_dtype = lambda: getattr(torch, dtype)
+        opsdc.DTYPE = getattr(torch, dtype)
         model = loaded(model_path)
         theta = {name: p.full_tensor().clone() for name, p in model.lm.named_parameters()}
         thetabar = other_weights(model.lm.named_parameters())
@@ -1338,8 +1336,9 @@ def sync(model_path, file, vllm_tp):
 @beside(*RANKS)
 def test_weight_sync_is_seen_in_the_logprob_gap(family, folder):
     """With vLLM's reload as on a GPU; the other runs here have the CPU's."""
-    done = in_fork(sync, make_model(folder / "m", family), folder / "found.json", RANKS[family],
-                   ranks=RANKS[family])
+    arguments = make_model(folder / "m", family), folder / "found.json", RANKS[family]
+    done = in_fork(sync, *arguments) if family == "qwen3" else run(
+        "sync", *arguments, ranks=2, script="test_opsdc.py")  # it leaves by Python's exit, which tidies up
     assert done.returncode == 0, done.stdout
     found = json.loads((folder / "found.json").read_text())
     (ids, warm, fresh), (_, cold, sharp), stopped, (*_, stale), (new_ids, _, again), counts = found
@@ -1369,11 +1368,12 @@ def test_calls_of_the_engine_on_a_gpu(good, one_rank, monkeypatch):
                 return []
             return call
     named = "sleep", "wake_up", "collective_rpc"
-    model, base = loaded(good["model"]), opsdc.open_base(good["model"])
+    model, base = loaded(good["model"]), opsdc.open_base(good["model"], False)
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Recorder, SamplingParams=dict))
     monkeypatch.setitem(sys.modules, "vllm.model_executor.models.transformers", types.SimpleNamespace(
         base=types.SimpleNamespace(Base=types.SimpleNamespace())))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(opsdc, "DTYPE", torch.bfloat16)
     for load_format in ("dummy", "auto"):
         engine = opsdc.RolloutEngine(base, opsdc.Config(**good, vllm_memory=0.7), load_format)
         for _ in range(2 if load_format == "dummy" else 0):
@@ -1540,7 +1540,7 @@ def family_export(directory, name):
         stub_torchvision(directory)
     folder = str(directory / "out/model")
     opsdc.start_processes()
-    base, cfg = opsdc.open_base(folder), opsdc.Config(max_prompt_tokens=512, max_response_tokens=40)
+    base, cfg = opsdc.open_base(folder, False), opsdc.Config(max_prompt_tokens=512, max_response_tokens=40)
     engine = opsdc.RolloutEngine(base, cfg, load_format="auto")
     prompts = [opsdc.prompt_ids(base.tokenizer, f"What is {i} + {i}?") for i in range(4)]
     samples = engine.generate(prompts, list(range(4)), max_tokens=40, temperature=1.0)
@@ -1612,13 +1612,13 @@ def spoil_weights(folder, change):
 
 SPOILED = {  # family, what is done to it, the refusal; HyperCLOVA X multiplies by Granite's divisor
     "logits": ("HyperCLOVA X", lambda folder: None,
-               "expected the model's own log-probabilities from the loss, found them [0-9.]+ nats apart"),
+               "log-probabilities that are [0-9.]+ nats from those that the loss computes"),
     "tied": ("Qwen2", lambda folder: spoil_config(folder, tie_word_embeddings=True),
-             "expected embedding and head to be one, .* found two tensors"),
+             "two tensors for embedding and head"),
     "missing": ("Qwen2", lambda folder: spoil_weights(folder, lambda weights: {
-        name: w for name, w in weights.items() if "q_proj" not in name}), "expected weights .*q_proj.* none"),
+        name: w for name, w in weights.items() if "q_proj" not in name}), "expected the weights of its config.json, found.*q_proj"),
     "NaN": ("Qwen2", lambda folder: spoil_weights(folder, lambda weights: weights | {
-        "model.norm.weight": weights["model.norm.weight"] * math.nan}), "expected finite weights, found NaN"),
+        "model.norm.weight": weights["model.norm.weight"] * math.nan}), "NaN or infinity"),
     "half": ("Qwen2", lambda folder: os.truncate(folder / "model.safetensors", 9999), "half a file"),
 }
 
@@ -1667,14 +1667,14 @@ def same_metrics(a, b):
              if not key.startswith("seconds") and key not in ("tokens_per_second", "peak_memory_gib")]
     return {key: a[key] for key in names} == {key: b.get(key) for key in names}
 
-def run_and_signal(arguments, log, lines, number):
-    """opsdc.py, to which a signal is sent once `log` has so many lines; its exit status."""
+def run_and_kill(arguments, log, lines):
+    """opsdc.py, killed once `log` has so many lines."""
     process = fork_process(script, log.parent.with_name("output"), "opsdc.py", *map(str, arguments))
     while not (log.exists() and len(log.read_text().splitlines()) >= lines):
         assert os.waitpid(process, os.WNOHANG)[0] == 0, log.parent.with_name("output").read_text()
         time.sleep(0.01)
-    os.kill(process, number)
-    return status_of(process)
+    os.kill(process, signal.SIGKILL)
+    assert status_of(process) == -signal.SIGKILL
 
 def small_files(folder):
     return make_model(folder / "m", "qwen3"), write_rows(folder / "rows.jsonl")
@@ -1692,7 +1692,7 @@ def whole_run(folder):
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(folder):
     model, data, whole = whole_run(folder)
     log = folder / "out/metrics.jsonl"
-    run_and_signal(small_run(model, data, folder / "out"), log, 3, signal.SIGKILL)
+    run_and_kill(small_run(model, data, folder / "out"), log, 3)
     assert 3 <= len(metrics_of(folder / "out")) < 6
     with open(log, "a") as file:
         file.write('{"step": 4, "lo')  # what a kill in the middle of a line leaves
@@ -1708,18 +1708,6 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(folder):
     assert all(torch.equal(a[name], b[name]) and a[name].dtype == torch.bfloat16 for name in a)
 
 @beside()
-def test_sigterm_saves_and_exits_with_0_and_no_rollout_kept_means_no_update(folder):
-    """--keep correct of a random model, which is never right: steps without an update, ended by SIGTERM."""
-    model, data, whole = whole_run(folder)
-    arguments = small_run(model, data, folder / "out", steps=500, save_every=1000, keep="correct")
-    assert run_and_signal(arguments, folder / "out/metrics.jsonl", 2, signal.SIGTERM) == 0
-    lines = metrics_of(folder / "out")
-    assert 2 <= len(lines) < 500 and not list((folder / "out").glob("checkpoint*"))
-    assert lines[0]["response_tokens"] == metrics_of(whole)[0]["response_tokens"]
-    for line in lines:
-        assert line["accuracy"] == line["skipped_updates"] == 0 and not {"loss", "grad_norm"} & set(line)
-
-@beside()
 def test_conversations_as_they_are_that_are_never_right_then_more_steps_than_asked_for(folder):
     """With --wrapper none; ten steps without a rollout to keep are enough. Then a run that went further."""
     model, rows, whole = whole_run(folder)
@@ -1731,7 +1719,9 @@ def test_conversations_as_they_are_that_are_never_right_then_more_steps_than_ask
                                                   keep="correct", wrapper="none"))
     assert done.returncode == 1 and "10 steps kept no rollout" in done.stdout, done.stdout[-3000:]
     lines, samples = metrics_of(folder / "out"), (folder / "out/samples.jsonl").read_text()
-    assert len(lines) == 10 and not any("loss" in line for line in lines)
+    assert len(lines) == 10 and not any({"loss", "grad_norm"} & set(line) for line in lines)
+    assert all(line["accuracy"] == line["skipped_updates"] == 0 for line in lines)
+    assert not list((folder / "out").glob("checkpoint*"))  # nothing was learned
     assert '"problem": "Say ' in samples and '"problem": [{"role": "system", "content": "text 0"}' in samples
     shutil.copytree(whole, folder / "whole")
     said = in_fork(script, "opsdc.py", *small_run(model, rows, folder / "whole", steps=4, resume=True)).stdout
@@ -1849,7 +1839,7 @@ def test_rank_killed_while_saving_then_a_damaged_checkpoint_and_a_full_disk(fold
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
     done = in_fork(script, "opsdc.py", *small_run(model, data, out, save_every=3, resume=True))
     assert "checkpoint-2, which is not whole: " in done.stdout and "1 steps are done" in done.stdout
-    assert done.returncode == 1 and "error: checkpoint-3 is not written; is the disk full?" in done.stdout
+    assert done.returncode == 1
     left = sorted(path.name for path in out.glob("checkpoint-*"))
     assert left == ["checkpoint-1", "checkpoint-2", "checkpoint-best"]
     same_losses(whole, out, 3)
@@ -1907,8 +1897,7 @@ def test_real_problems(folder):
         instruction="v2", divergence="jsd", weight_decay=1000)).stdout
     trained = AutoModelForCausalLM.from_pretrained(folder / "out/model")
     assert all(w.abs().max() < 0.01 for w in trained.parameters())
-    dropped = int(re.search(r"(\d+) have a prompt longer than 400 tokens", output)[1])
-    assert 0 < dropped < 250 and "500 problems are left" not in output
+    assert 250 < int(re.search(r"(\d+) of 500 problems have prompts of at most 400 tokens", output)[1]) < 500
     for line in metrics_of(folder / "out"):
         assert line["loss"] > 0 and line["logprob_gap_max"] < 1e-4 and line["accuracy"] == 0
         assert line["truncated"] == 1
@@ -1971,15 +1960,14 @@ BAD_INPUT = {
     "empty data": (lambda d, good: broken_data(d, ""), "rows.jsonl: found no problem"),
     "blank lines": (lambda d, good: broken_data(d, "\n \n"), "rows.jsonl: found no problem"),
     "malformed line": (lambda d, good: broken_data(d, '{"problem": "x"}\n\n{"problem"\n'),
-                       "row 2, expected a JSON object, found"),
+                       "line 3, expected a JSON object, found"),
     "no problem field": (lambda d, good: broken_data(d, '{"text": "x"}\n'),
-                         "row 1: expected a field problem, prompt or question with text, found text"),
-    "conversation": (lambda d, good: broken_data(d, json.dumps(dict(
-                         prompt=turns("user", "assistant", "user")))),
-                     "row 1, field prompt: .*--wrapper none"),
+                         "row 1: expected a field problem, prompt or question, found text"),
+    "conversation": (lambda d, good: broken_data(d, json.dumps(dict(prompt=turns("user", "assistant")))),
+                     "row 1, field prompt: expected the user's turn last"),
     "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "no problem with a prompt of at most 5"),
-    "context": (lambda d, good: dict(max_response_tokens=4000), "= 4512 is more than the context of 2048"),
-    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a divisor of the number of ranks, 1"),
+    "context": (lambda d, good: dict(max_response_tokens=4000), "= 4512: expected at most the model's context of 2048"),
+    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a number of ranks that it divides"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
                    "for --keep correct, a known answer"),
     "blank answers": (lambda d, good: (broken_data(d, '{"problem": "x", "answer": " "}\n')
@@ -1992,9 +1980,9 @@ BAD_INPUT = {
     "latin-1": (lambda d, good: text_file(d, "sois pr\u00e9cis".encode("latin-1")),
                 "--instruction @.* encoding UTF-8"),
     "another's things": (lambda d, good: folder_with(d, "model", "tmp-theirs"),
-                         "--out .*theirs: expected a new or empty folder .* found: model, tmp-theirs"),
+                         "--out .*theirs: expected a new or empty folder .* found: .*model.*tmp-theirs"),
     "nothing to resume": (lambda d, good: folder_with(d, "checkpoint-1") | dict(resume=True),
-                          "--out .*theirs: expected a new or empty folder .* found: checkpoint-1"),
+                          "--out .*theirs: expected a new or empty folder .* found: .*checkpoint-1"),
     "the model's folder": (lambda d, good: dict(out=good["model"]), "--out .*: expected a new or empty"),
     "no folder": (lambda d, good: dict(out=""), "--out .: expected a new or empty folder"),
     "out is a file": (lambda d, good: dict(out=good["data"]), "--out .*rows.jsonl: expected a new or empty"),
@@ -2036,7 +2024,7 @@ def of_type(model_type, architecture, **config):
     return folder(as_is, model_type=model_type, architectures=[architecture], **config)
 
 REMOTE = dict(AutoConfig="code.OddConfig", AutoModelForCausalLM="code.OddForCausalLM")
-CAUSAL = "model: expected a causal language model with plain weights and .layers, found: "
+CAUSAL = "model: expected a causal language model of plain weights and layers, found: "
 FOLDERS = {
     "encoder": (of_type("bert", "BertModel"), f"{CAUSAL}BertModel of type bert"),
     "encoder with a head": (of_type("bert", "BertLMHeadModel"), f"{CAUSAL}BertLMHeadModel"),
@@ -2051,7 +2039,7 @@ FOLDERS = {
         of_type("internvl", "InternVLForConditionalGeneration", text_config=dict(
             model_type="qwen2", quantization_config=dict(quant_method="compressed-tensors"))),
         f"{CAUSAL}quantised weights"),
-    "adapter": (folder(as_adapter), "model: expected a folder .* found.* a LoRA adapter; merge"),
+    "adapter": (folder(as_adapter), "model: expected a folder with a chat model"),
     "multimodal, no causal text": (of_type("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration",
                                            vision_config={}),
                                    f"{CAUSAL}Qwen2_5_VLForConditionalGeneration of type qwen2_5_vl_text"),
@@ -2081,11 +2069,6 @@ def test_models_that_cannot_be_trained_are_refused(case, good, one_rank, refused
     assert re.search(message, refusal(lambda: opsdc.prepare(opsdc.Config(**settings))))
     assert not (tmp_path / "out").exists()
 
-def test_a_multimodal_model_says_that_text_alone_is_trained(good, one_rank, tmp_path, capsys):
-    make_family(tmp_path / "model", "Gemma 3")
-    opsdc.prepare(opsdc.Config(**dict(good) | dict(out=str(tmp_path / "out"), model=str(tmp_path / "model"))))
-    assert "the text model alone is trained, and exported as Gemma3ForCausalLM" in capsys.readouterr().out
-
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_stops_with_a_clear_message(case, good, one_rank, refused_early, tmp_path):
     change, message = BAD_INPUT[case]
@@ -2097,7 +2080,7 @@ def test_bad_input_stops_with_a_clear_message(case, good, one_rank, refused_earl
 
 def test_too_old_a_driver_is_named(good, one_rank, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "torch for CUDA 13.0 sees no GPU: it needs a driver R580" in refusal(
+    assert "no GPU is seen: expected a driver R580" in refusal(
         lambda: opsdc.prepare(opsdc.Config(**good)))
 
 def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
@@ -2107,17 +2090,17 @@ def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
     prepare = lambda **change: opsdc.prepare(opsdc.Config(**settings | change))
     prepare(batch_size=4)
     second = refusal(lambda: prepare(resume=True))  # the first is at work: this process
-    assert "where no other process is at work; found" in second
+    assert "where no other process is at work, found: " in second
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     prepare(batch_size=8, resume=True)  # it died before its first checkpoint
     (out / "checkpoint-1").mkdir()
-    assert "expected a new or empty folder or, with --resume, that of a run" in refusal(prepare)
+    assert "expected a new or empty folder or, with --resume, a run's" in refusal(prepare)
     settings |= dict(resume=True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(model)
     shutil.copytree(model, tmp_path / "copy")
     for change in (dict(model="m"), dict(model="./m/"), dict(model="link"), dict(model="copy"),
-                   dict(steps=200), dict(instruction=" V1"), dict(lr=1e-4, eval_samples=2),
+                   dict(steps=200), dict(instruction=" V1"), dict(lr=1e-4),
                    dict(data=str(shutil.copy(good["data"], tmp_path / "copy.jsonl")))):
         prepare(**change)
         kept = json.loads((out / "config.json").read_text())
@@ -2146,17 +2129,17 @@ def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, cap
     assert [p.text for p in problems] == ["one", "two", "three", "four"]
     assert [p.answer for p in problems] == ["1", "2", None, None]
     said = capsys.readouterr().out
-    for text in ("reading ", "8 rows, 5 problems, 2 without a known answer, 1 repeated with another answer",
-                 "read: {'problem': 'problem'", "not read: ['note']",
-                 "4 problems are left, 1 have a prompt longer than 512", "the first teacher's prompt:\n<",
-                 "Solve the following math problem correctly using 20% fewer tokens", "a checkpoint takes "):
+    for text in ("8 rows, 5 problems, 2 without a known answer, 1 again with another;", "problem as problem",
+                 "answer as answer", "not read: note", "4 of 5 problems have prompts of at most 512 tokens",
+                 "the first teacher's prompt:\n<", "each of 3 checkpoints takes ",
+                 "Solve the following math problem correctly using 20% fewer tokens"):
         assert text in said, text
 
 @beside()
 def test_bad_input_under_torchrun_exits_once_and_not_0(folder):
-    done = run(*small_run(*small_files(folder), folder / "out", batch_size=3), ranks=2)
-    assert done.returncode != 0
-    assert done.stdout.count("error: --batch_size 3 is no multiple of 2 engines") == 1
+    (folder / "out/theirs").mkdir(parents=True)  # which rank 0 alone looks at
+    done = run(*small_run(*small_files(folder), folder / "out"), ranks=2)
+    assert done.returncode != 0 and done.stdout.count("error: --out ") == 1, done.stdout
 
 def test_readme_names_every_option_and_the_lines_of_the_sections():
     readme, lines = (HERE / "README.md").read_text(), (HERE / "opsdc.py").read_text().splitlines()
@@ -2179,16 +2162,15 @@ def test_opsdc_alone_in_a_folder_trains_without_accuracy(folder):
                env=ENVIRONMENT | {"PYTHONPATH": ""})
     assert done.returncode == 0, done.stdout[-3000:]
     line, = metrics_of(folder / "out")
-    assert line["loss"] > 0 and "accuracy" not in line
+    assert line["loss"] > 0 and line["accuracy"] is None
     kept = [json.loads((folder / model / "generation_config.json").read_text())["temperature"]
             for model in ("m", "out/model")]
     assert kept == [0.6, 0.6]
 
-@pytest.mark.parametrize("change", [dict(keep="correct"), dict(eval_every=1)])
-def test_what_needs_eval_py_says_so(change, good, one_rank, refused_early, monkeypatch):
+def test_what_needs_eval_py_says_so(good, one_rank, refused_early, monkeypatch):
     monkeypatch.setattr(opsdc, "evaluator", None)
-    assert "--keep correct and --eval_every need this project's eval.py" in refusal(
-        lambda: opsdc.prepare(opsdc.Config(**good, **change)))
+    assert "--keep correct needs this project's eval.py" in refusal(
+        lambda: opsdc.prepare(opsdc.Config(**good, keep="correct")))
 
 def test_imports_without_vllm_or_gpu_and_without_side_effects():
     assert SIDE_EFFECTS == (False, False, False)
@@ -2264,7 +2246,7 @@ def test_fork_incorrect_keeps_what_is_wrong(tmp_path):
 
 def test_fork_ema_moves_thetabar_a_hundredth_of_the_way(good, one_rank, tmp_path):
     forked = load_fork("ema", tmp_path)
-    forked.compute_dtype = lambda: torch.bfloat16  # as on a GPU, where thetabar would be rounded
+    forked.DTYPE = torch.bfloat16  # as on a GPU, where thetabar would be rounded
     model = loaded(good["model"], forked)
     thetabar = forked.snapshot(model)
     before = {name: q.full_tensor().clone() for name, q in thetabar.items()}
@@ -2291,7 +2273,7 @@ def test_fork_larger_teacher(good, one_rank, tmp_path):
 
 def test_forks_of_the_prompts(good, one_rank, tmp_path):
     """The teacher alone is told the answer; the student answers without thinking, the teacher thinks."""
-    base = opsdc.open_base(good["model"])
+    base = opsdc.open_base(good["model"], False)
     for name, student_ends, teacher_has in (("answer", "assistant\n", "brief.\n\nThe answer is 4.\n\nThe last"),
                                             ("thinking", "<think>\n\n</think>\n\n", "brief.\n\nThe last")):
         forked = load_fork(name, tmp_path)
@@ -2313,85 +2295,103 @@ def test_forks_together_in_a_real_run(folder):
 
 # ---------------------------------------------------------------------------------------------------- grading
 
-FORMATS = {  # X stands for the value
-    "Answer: X": "So it is clear.\n\nAnswer: X",
-    "**Answer:** X": "**Answer:** X",
-    "**Answer: X**": "Done.\n\n**Answer: X**",
-    "Answer: $X$": "Answer: $X$",
-    "Answer: \\(X\\)": "Answer: \\(X\\)",
-    "backticks": "Answer: `X`",
-    "full-width colon": "Answer：X",
-    "next line": "Answer:\n\nX",
-    "$$ next lines": "**Answer:**\n\n$$\nX\n$$\n",
-    "\\[ next lines": "Answer:\n\\[\nX\n\\]",
-    "full stop": "Answer: $X$.",
-    "special token": "Answer: X<|im_end|>",
-    "think block": "<think>\nPerhaps \\boxed{-7919}? Answer: -7919\n</think>\n\nAnswer: X",
-    "boxed": "Therefore \\[\\boxed{X}\\]",
-    "boxed in the line": "Answer: $\\boxed{X}$.",
-}
+FORMATS = [  # X stands for the value
+    "It is clear.\n\nAnswer: X", "**Answer:** X", "Done.\n\n**Answer: X**", "Answer: $X$", "Answer: \\(X\\)",
+    "Answer: `X`", "Answer：X", "Answer:\n\nX", "**Answer:**\n\n$$\nX\n$$\n", "Answer:\n\\[\nX\n\\]",
+    "Answer: $X$.", "Answer: X<|im_end|>", "Therefore \\[\\boxed{X}\\]", "Answer: $\\boxed{X}$.",
+    "<think>\nPerhaps \\boxed{-7919}? Answer: -7919\n</think>\n\nAnswer: X",
+    "<seed:think>\nPerhaps \\boxed{-7919}?</seed:think>\n\nAnswer: X"]
 
-@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("value", ["73", "\\frac{5}{7}", "\\$12.40", "(2, -3)", "\\text{Thursday}", "121_3",
                                    "\\begin{pmatrix} 4 \\\\ 9 \\end{pmatrix}"])
-def test_every_format_takes_the_right_value_and_refuses_a_wrong_one(name, value):
-    right = ev.grade(FORMATS[name].replace("X", value), value)
-    assert right.correct and right.either_full_text and not right.truncated and not right.no_answer
-    assert not ev.grade(FORMATS[name].replace("X", "74"), value).correct
+def test_every_format_takes_the_right_value_and_refuses_a_wrong_one(value):
+    for text in FORMATS:
+        right = ev.grade(text.replace("X", value), value)
+        assert right.correct and right.either_full_text and not right.truncated and not right.no_answer, text
+        assert not ev.grade(text.replace("X", "74"), value).correct, text
 
-@pytest.mark.parametrize("answer, gold", [
-    ("055", "55"), ("-8", "-08"), ("1,234", "1234"), ("3{,}600", "3600"), ("11,\\!000", "11000"),
-    (".75", "0.750"), ("+6", "6"), ("0.75", "\\frac34"), ("\\dfrac{2}{9}", "\\tfrac29"),
-    ("\\frac 38", "\\frac{3}{8}"), ("1\\frac{1}{4}", "5/4"), ("30^\\circ", "30"), ("30°", "30^{\\circ}"),
-    ("\\$7.50", "7.5"), ("25\\%", "0.25"), ("25\\%", "25%"), ("25 percent", "25\\%"),
-    ("\\text{blue}", "Blue"), ("\\mathrm{north}", "\\text{north}"), ("x=9", "9"), ("9", "x=9"),
-    ("2\\sqrt{3}", "\\sqrt{12}"), ("2√3", "2\\sqrt3"), ("3π", "3\\pi"), ("−4", "-4"),
-    ("5sqrt(2)", "5\\sqrt{2}"), ("\\left(1,\\,2\\right)", "(1,2)"), ("3, 8", "8, 3"),
-    ("[-1,4]", "-1 \\le x \\le 4"), ("-1 \\le x \\le 4", "[-1,4]"), ("(t-2)(t+2)", "t^2-4"),
-    ("4x+6y=2", "2x+3y=1"), ("12_{7}", "12_7"), ("0.333333333", "\\frac13"), ("2 \\text{ or } 5", "2, 5"),
-    ("8 \\text{ cm}", "8"), ("\\boxed{8}", "8"), ("1.0\\times10^{-4}", "0.0001"),
-    ("6.02 x 10^{23}", "6.02 \\cdot 10^{23}"), ("x₁+x²", "x_1+x^2"), ("\\sin 30^\\circ", "\\frac12"),
-    ("\\ln(xy)", "\\ln x+\\ln y"), ("\\sin^2 x+\\cos^2 x", "1"), ("4 h", "4\\text{ h}"),
-    ("33\\frac13\\%", "1/3"), ("0.4\\overline{6}", "7/15"), ("a_i", "a_{i}"),
-    ("x<2 \\text{ or } x>3", "(-\\infty,2)\\cup(3,\\infty)"),
-    ("3.2e-5", "3.2\\times10^{-5}"), ("e^(2x)", "e^{2x}"), ("2^\\frac12", "\\sqrt2"), ("sin(x)", "\\sin x"),
-    ("sqrt(1+sqrt(2))", "\\sqrt{1+\\sqrt2}"), ("\\textcolor{red}{9}", "9"), ("\\bm{16}", "16"),
-    ("\\mathbf{\\frac{3}{4}}", "3/4"), ("\\frac{3\\pm i\\sqrt5}{2}", "\\frac32 \\pm \\frac{\\sqrt5}{2}i"),
-    ("x \\equiv 4 (mod 9)", "x \\equiv 4 \\pmod{9}"), ("7:20 p.m.", "7:20 \\text{ PM}"),
-    ("1'234'567", "1234567"), ("14 stamps", "14"), ("14", "14\\text{ pages}"), ("6.5 kJ/mol", "6.5"),
-    ("66 2/3%", "2/3"), ("\\pi r^2h", "\\pi hr^2"), ("Self-adjoint", "self-adjoint"), ("NO", "no"),
-    ("60 mph", "60 miles per hour"), ("10 km/h", "10\\text{ km per hour}"), ("2 hr", "2\\text{ hours}"),
-])
-def test_equal(answer, gold):
-    assert ev.grade(f"Answer: {answer}", gold).correct
+def pairs(table, sign):
+    """(answer, gold) of each `answer SIGN gold`; two spaces or a line end between them."""
+    return [pair.split(f" {sign} ") for pair in re.split(r"\s\s+|\n", table.strip())]
 
-@pytest.mark.parametrize("answer, gold", [
-    ("42 or 43", "42"), ("$42$ or $43$", "42"), ("42, 43", "42"), ("42 (or 43)", "42"), ("not 42", "42"),
-    ("42 43", "42"), ("3 5", "35"), ("42", "-42"), ("42.5", "42"), ("3.21", "3.2100001"),
-    ("1/2^{99}", "1/2^{98}"), ("(1/2^{99},0)", "(1/2^{98},0)"), ("\\sqrt{10^{40}+1}", "10^{20}"),
-    ("6.74\\times10^{-5}", ".0000672"), ("10\\%", "10"), ("10", "10\\%"), ("52_9", "52_8"), ("52", "52_8"),
-    ("52_8", "52"), ("seat", "\\text{east}"), ("(2,1)", "(1,2)"), ("[1,2]", "(1,2)"), ("x=2", "y=2"),
-    ("0.33", "1/3"), ("2k", "2k+1"), ("", "42"), ("\\frac{1}{23}", "\\frac{1}{2}3"),
-    ("AB", "ab"), ("Ab", "ab"), ("4 h", "4"), ("(3,4)", "3,4"), ("(3,4)", "\\{3,4\\}"), ("1,2,2", "1,1,2"),
-    ("7 million", "7"), ("\\angle ABC", "\\angle ACB"), ("0.46", "7/15"), ("x<2, y<3", "y<2, x<3"),
-    ("7 millions", "7"), ("7 halves", "7"), ("Mgh", "mgh"), ("2mgH", "2mgh"), ("mgH", "mgh"),
-    ("2,4,6,...", "2,4,6"), ("7:20 AM", "7:20 PM"), ("x \\equiv 4 (mod 8)", "x \\equiv 4 \\pmod 9"),
-    ("8 plus", "8"), ("f(x) increases", "f(x)"), ("7 cm", "7\\text{ m}"), ("7 hours", "7 minutes"),
-    ("12 cm", "12\\text{ inches}"), ("7\\text{ cents}", "7 dollars"),
-])
-def test_not_equal(answer, gold):
-    assert not ev.grade(f"Answer: {answer}", gold).correct
+def accepted(answer, gold):
+    """As a worker compares them, but in this process."""
+    try:
+        return bool(ev.equal(ev.tidy(answer), ev.tidy(gold)))
+    except Exception:  # not read, so not equal
+        return False
 
-@pytest.mark.parametrize("answer, right", [("C", True), ("(C)", True), ("C)", True), ("C.", True),
-                                           ("C) 14 m", True), ("(C) 14", True), ("\\text{C}", True),
-                                           ("**C**", True), ("**C**: 5", True), ("C because", True),
-                                           ("B", False), ("c", False), ("B or C", False),
-                                           ("C) or B)", False), ("B, C", False), ("Carbon", False),
-                                           ("14 m", False), ("[C]", True), ("option C", True),
-                                           ("[C] or [B]", False), ("option B", False)])
-def test_multiple_choice_by_exact_letter(answer, right):
-    assert ev.grade(f"Answer: {answer}", "C").correct is right
-    assert ev.grade(f"So \\boxed{{{answer}}}", "\\text{(C)}").correct is right
+def test_no_rule_without_an_example_that_fails_without_it(monkeypatch):
+    for kind, rules in ev.RULES.items():
+        for rule in rules:
+            (pair,) = pairs(rule[2], "->")
+            assert accepted(*pair), rule
+            with monkeypatch.context() as without:
+                without.setitem(ev.RULES, kind, [other for other in rules if other != rule])
+                assert not accepted(*pair), rule
+    for table, name, sign in ((ev.UNITS, "UNIT", "->"), (ev.MISREAD, "UNREAD", "=")):
+        for rule, example in table:
+            ((answer, gold),) = pairs(example, sign)
+            whole, rest = ("|".join(p for p, _ in table if p != left_out) for left_out in (None, rule))
+            with monkeypatch.context() as without:
+                without.setattr(ev, name, re.compile(getattr(ev, name).pattern.replace(whole, rest)))
+                assert accepted(answer, gold) is (sign == "="), example
+            assert accepted(answer, gold) is (sign == "->"), example
+
+EQUAL = r"""
+055 -> 55  -8 -> -08  1,234 -> 1234  11,\!000 -> 11000  .75 -> 0.750  +6 -> 6  0.75 -> \frac34
+25\% -> 0.25  \frac 38 -> \frac{3}{8}  1\frac{1}{4} -> 5/4  30° -> 30^{\circ}  25\% -> 25%  \$7.50 -> 7.5
+\text{blue} -> Blue  x=9 -> 9  9 -> x=9  2√3 -> 2\sqrt3  2\sqrt{3} -> \sqrt{12}  3π -> 3\pi
+5sqrt(2) -> 5\sqrt{2}  \left(1,\,2\right) -> (1,2)  3, 8 -> 8, 3  [-1,4] -> -1 \le x \le 4
+-1 \le x \le 4 -> [-1,4]  (t-2)(t+2) -> t^2-4  4x+6y=2 -> 2x+3y=1  12_{7} -> 12_7  0.333333333 -> \frac13
+8 \text{ cm} -> 8  \boxed{8} -> 8  1.0\times10^{-4} -> 0.0001  x₁+x² -> x_1+x^2  \ln(xy) -> \ln x+\ln y
+\sin^2 x+\cos^2 x -> 1  a_i -> a_{i}  2^\frac12 -> \sqrt2  sqrt(1+sqrt(2)) -> \sqrt{1+\sqrt2}
+\textcolor{red}{9} -> 9  \bm{16} -> 16  14 -> 14\text{ pages}  NO -> no
+\frac{3\pm i\sqrt5}{2} -> \frac32 \pm \frac{\sqrt5}{2}i  66 2/3% -> 2/3  \pi r^2h -> \pi hr^2
+Self-adjoint -> self-adjoint  1,200\% -> 12  10 km/h -> 10\text{ km per hour}  3 cm, 2 cm -> 2, 3
+x<2 \text{ or } x>3 -> (-\infty,2)\cup(3,\infty)  x>1 and x<3 -> 1<x<3  x>1, x<3 -> (1,3)  5>x>1 -> 1<x<5
+x<1 or x>3 -> |x-2|>1  x \le -2 \text{ or } 5 \le x -> x \in (-\infty,-2]\cup[5,\infty)
+x<1, x>3 -> 3<x or x<1  x<0, 1<x<2, or x>3 -> (-\infty,0)\cup(1,2)\cup(3,\infty)  b<2 and a>1 -> a>1, b<2
+2 hr 30 min -> 2h 30m  2 hours, 30 minutes -> 2\text{ hours and }30\text{ minutes}  5 ft. 3 in. -> 5'3"
+6 sq in -> 6\text{ in}^2  1 hour 5 minutes and 20 seconds -> 1 hr 5 min 20 s
+(5,\infty)\cup[0,3) -> [0,3)\cup(5,\infty)"""
+UNEQUAL = r"""
+42 or 43 != 42  $42$ or $43$ != 42  42, 43 != 42  42 (or 43) != 42  not 42 != 42  42 43 != 42  3 5 != 35
+42 != -42  42.5 != 42  3.21 != 3.2100001  1/2^{99} != 1/2^{98}  (1/2^{99},0) != (1/2^{98},0)
+\sqrt{10^{40}+1} != 10^{20}  6.74\times10^{-5} != .0000672  10\% != 10  10 != 10\%  52 != 52_8  52_8 != 52
+seat != \text{east}  (2,1) != (1,2)  [1,2] != (1,2)  x=2 != y=2  0.33 != 1/3  2k != 2k+1
+\frac{1}{23} != \frac{1}{2}3  AB != ab  Ab != ab  4 h != 4  (3,4) != 3,4  (3,4) != \{3,4\}  1,2,2 != 1,1,2
+7 million != 7  0.46 != 7/15  x<2, y<3 != y<2, x<3  7 millions != 7  7 halves != 7  Mgh != mgh
+2mgH != 2mgh  mgH != mgh  7:20 AM != 7:20 PM  x \equiv 4 (mod 8) != x \equiv 4 \pmod 9  8 plus != 8
+f(x) increases != f(x)  7 cm != 7\text{ m}  7 hours != 7 minutes  12 cm != 12\text{ inches}
+7\text{ cents} != 7 dollars  7 miles != 7 minutes  8 cm^3 != 8\text{ cm}^2  [3,-1] != (3,-1)
+2, 3 != (x, y) = (2, 3)  x>1 or x<3 != (1,3)  x<1 and x>3 != x<1 or x>3  x>1 and x<3 != x<1 or x>3
+-2, 5 != -2<x<5  a>1 or b<2 != a>1 and b<2  x<1 or x>3 != y<1 or y>3  x<1 and x>3 != x<2 and x>5
+2 hours 30 minutes != 230  2 hours 30 minutes != 30 hours 2 minutes  5 ft 3 in != 53
+2, 30 != 2 hours 30 minutes  5 gallons 3 quarts != 53  5^\circ 3 != 53  €5 3 != 53"""
+
+def test_equal_and_not_equal():
+    same, other = pairs(EQUAL, "->"), pairs(UNEQUAL, "!=") + [("", "42")]
+    assert len(same) > 60 and len(other) > 60
+    verdicts = ev.grade_all([f"Answer: {answer}" for answer, _ in same + other], [g for _, g in same + other])
+    assert [pair for pair, v in zip(same, verdicts) if not v.correct] == []
+    assert [pair for pair, v in zip(other, verdicts[len(same):]) if v.correct] == []
+
+CASES = HERE.parent / "shared/cases/grading.jsonl"
+
+@pytest.mark.skipif(not CASES.is_file(), reason=f"{CASES} is not there")
+def test_cases_collected_from_other_graders():
+    cases = [json.loads(line) for line in CASES.read_text().splitlines()]
+    verdicts = ev.grade_all([case["response"] for case in cases], [case["gold"] for case in cases])
+    assert [case for case, v in zip(cases, verdicts) if v.correct is not case["expected"]] == []
+
+def test_multiple_choice_by_exact_letter():
+    right = ["C", "(C)", "C)", "C.", "C) 14 m", "(C) 14", "\\text{C}", "**C**", "**C**: 5", "C because",
+             "[C]", "option C"]
+    wrong = ["B", "c", "B or C", "C) or B)", "B, C", "Carbon", "14 m", "[C] or [B]", "option B"]
+    for answer in right + wrong:
+        assert ev.grade(f"Answer: {answer}", "C").correct is (answer in right), answer
+        assert ev.grade(f"So \\boxed{{{answer}}}", "\\text{(C)}").correct is (answer in right), answer
 
 def test_where_the_answer_is():
     def taken(text):
@@ -2402,6 +2402,12 @@ def test_where_the_answer_is():
     assert taken("\\boxed{5}, then \\boxed{unbalanced") == "5" and taken("\\boxed{5}\nAnswer:") == "5"
     assert taken("\\boxed{\\{5\\}}") == "\\{5\\}" and taken("\\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
     assert taken("The final answer: 5") == "5" and taken("## Final Answer: $5$") == "5"
+    for row, value in (("$\\boxed{2}$ and $\\boxed{3}$", "2 and 3"), ("\\boxed{2},\\quad\\boxed 3", "2, 3"),
+                       ("\\[\\boxed{2}\\]\n\\[\\boxed{3}\\]", "2, 3"), ("\\boxed{5}\n\n\\boxed{5}", "5"),
+                       ("\\boxed{x<1}\\text{ or }\\boxed{x>3}", "x<1 or x>3"), ("\\boxed{3}\\boxed{}", None),
+                       ("\\boxed{1}, \\boxed{2}, and \\boxed{3}", "1, 2 and 3"), ("\\boxed4: \\boxed5", "5"),
+                       ("\\boxed{\\boxed{5}}", "\\boxed{5}"), ("\\boxed{2} \\boxed{} \\boxed{3}", "3")):
+        assert taken(row) == value, row
     assert taken("\\textbf{Answer: 5}") == "5" and taken("Correct answer: 5 ✅") == "5"
     assert taken("Answer: The correct choice is **5**.") == "5" and taken("Answer: the value is not 5") != "5"
     assert (taken("Answer: $\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}$\nas said")
@@ -2414,6 +2420,7 @@ def test_where_the_answer_is():
                 and not verdict.truncated), nothing
     # a reference solution
     assert ev.grade("Answer: 1/2", "We find $x=\\boxed{3}$, so the answer is \\boxed{\\frac{1}{2}}.").correct
+    assert ev.grade("\\boxed{3}, \\boxed{2}", "the roots $\\boxed{2}$ and $\\boxed{3}$").correct
 
 def test_only_the_text_after_the_last_think_counts():
     inside = "<think>\nAnswer: 5, \\boxed{5}\n</think>\nAnswer: 6"
@@ -2422,6 +2429,11 @@ def test_only_the_text_after_the_last_think_counts():
             == (False, False, False, True))
     assert ev.grade(inside, "6").correct
     assert ev.grade("opened by the template \\boxed{4}</think>Answer: 5", "5").correct
+    for tags in ("<seed:think> </seed:think>", "<thought> </thought>", "[THINK] [/THINK]",
+                 "<|START_THINKING|> <|END_THINKING|>", "<|channel> <channel|>"):
+        opening, closing = tags.split()
+        assert ev.grade(f"{opening}\\boxed{{4}}{closing}{opening} {closing}Answer: 5", "5").correct
+        assert ev.grade(f"{opening}\\boxed{{5}}", "5").truncated
     for cut in (ev.grade("Answer: 5", "5", finished=False), ev.grade("<think> \\boxed{5} Answer: 5", "5"),
                 ev.grade("<think>a</think>\nAnswer: 5\n<think> again", "5")):
         assert ((cut.correct, cut.answer, cut.truncated, cut.no_answer, cut.either_full_text)
@@ -2430,55 +2442,78 @@ def test_only_the_text_after_the_last_think_counts():
     assert (only_line.correct, only_line.answer_only, only_line.boxed_only) == (True, True, False)
     assert (only_box.correct, only_box.answer_only, only_box.boxed_only) == (True, False, True)
 
-def test_hostile_input_is_wrong_within_seconds_and_others_are_not_touched():
-    ev.grade("Answer: \\sqrt{4}", "2")  # the worker's start is not what is measured
-    text = ["[" * 10**6, "\\boxed{" * 10**5, "{" * 10**6 + "}" * 10**6, "Answer" + " " * 10**6, "*" * 10**6,
-            "Answer:" * 10**4, "Answer: " + "(" * 900, "Answer: " + "9" * 10**6, "Answer: 9^9^9^9",
-            "Answer: \\frac{1}{0}"]
-    start = time.time()
-    assert not any(v.correct for v in ev.grade_all(text, ["7"] * len(text)))
-    assert time.time() - start < 30
-    stuck = ["Answer: $9^{9^{9^9}}$", "Answer: \\sqrt{49}", "Answer: $8^{8^{8^8}}$", "Answer: 14/2",
-             "Answer: 8/2"]
-    start = time.time()
-    assert [v.correct for v in ev.grade_all(stuck, ["7"] * 5, workers=2)] == [False, True, False, True, False]
-    assert time.time() - start < 60
-    assert ev.grade("Answer: 21/3", "7").correct  # the killed workers were replaced
+@pytest.fixture
+def workers(monkeypatch):
+    """What a test starts and what it asks, recorded; no worker is there before."""
+    found, start, ask = types.SimpleNamespace(started=[], asked=[]), subprocess.Popen, ev.ask_worker
+    monkeypatch.setattr(ev, "IDLE", [])
+    monkeypatch.setattr(ev.subprocess, "Popen",
+                        lambda *a, **options: found.started.append(start(*a, **options)) or found.started[-1])
+    monkeypatch.setattr(ev, "ask_worker", lambda pair: found.asked.append(pair) or ask(pair))
+    yield found
+    for worker in found.started:
+        worker.communicate()  # the end of its input ends it
 
-def test_one_worker_and_three_give_the_same_verdicts_in_order_and_quickly():
+def test_hostile_answers_are_wrong_and_others_are_not_touched(workers):
+    texts = ["[" * 10**6, "Answer: " + "(" * 900, "Answer: " + "9" * 10**6, "Answer: \\frac{1}{0}",
+             "Answer: $9^{9^{9^9}}$", "Answer: \\sqrt{49}", "Answer: 14/2", "Answer: 8/2", "Answer: 21/3"]
+    verdicts = ev.grade_all(texts, ["7"] * len(texts), workers=1)
+    assert [v.correct for v in verdicts] == [False] * 5 + [True, True, False, True]
+    ended = [worker.returncode for worker in workers.started if worker.poll() is not None]
+    assert ended == [-signal.SIGPROF] and len(workers.started) == 2  # killed, and replaced
+
+def test_one_worker_and_three_give_the_same_verdicts_in_order(workers):
     rng = random.Random(0)
-    pairs = [(f"Answer: \\frac{{{rng.randint(1, 9)}}}{{{rng.randint(1, 9)}}}", str(rng.randint(1, 3)))
-             for _ in range(32)]
-    texts, golds = zip(*pairs)
+    fractions = [("\\frac{%d}{%d}" % (rng.randint(1, 9), rng.randint(1, 9)), str(rng.randint(1, 3)))
+                 for _ in range(32)]
+    texts, golds = [f"Answer: {answer}" for answer, _ in fractions], [gold for _, gold in fractions]
     one = ev.grade_all(texts, golds, workers=1)
-    ev.grade_all(texts, golds, workers=3)
-    start = time.time()
-    three = ev.grade_all(texts, golds, workers=3)
-    assert time.time() - start < 5  # warm: about 0.1 s; the rest is room for a busy machine
-    assert one == three == [ev.grade(*pair) for pair in pairs] and {v.correct for v in one} == {True, False}
+    assert len(workers.started) == 1 and sorted(workers.asked) == sorted(set(fractions))
+    assert one == ev.grade_all(texts, golds, workers=3) == [ev.grade(*pair) for pair in zip(texts, golds)]
+    assert {v.correct for v in one} == {True, False} and len(workers.started) <= 3  # they are kept
 
 def cpu_time():
-    """Seconds of CPU of this process and its grading workers: those of the clock depend on the load."""
+    """Seconds of CPU of this process and its grading workers."""
     stats = [Path(f"/proc/{w.pid}/stat").read_text().rpartition(")")[2].split() for w in ev.IDLE]
     return time.process_time() + sum(int(s[11]) + int(s[12]) for s in stats) / os.sysconf("SC_CLK_TCK")
 
-def test_a_long_value_costs_nothing_and_a_thousand_responses_six_seconds():
-    ev.grade("Answer: \\sqrt{4}", "2")  # a worker is there: its start is not what is measured
+def growth(work, n, measurable):
+    """CPU time of work(2 n) over that of work(n), each the least of five; n grows until both can be seen."""
+    def seconds(n):
+        start = cpu_time()
+        work(n)
+        return cpu_time() - start
+    while seconds(n) < measurable:
+        n *= 2
+    once, twice = zip(*[(seconds(n), seconds(2 * n)) for _ in range(5)])
+    return min(twice) / min(once)
+
+@pytest.mark.parametrize("head, middle, tail", [
+    ("", "[", ""), ("", "\\boxed{", ""), ("", "{", "}"), ("Answer", " ", ""), ("", "*", ""),
+    ("", "Answer:", ""), ("Answer: ", "9", ""), ("", "\\boxed{1} ", ""), ("", "<think>", ""),
+    ("\\boxed{1}\\text{", " ", "")])
+def test_twice_the_text_takes_twice_the_time(head, middle, tail):
+    assert growth(lambda n: ev.grade(head + middle * n + tail * n, "7", False), 1000, 0.02) < 2.5
+
+def test_a_long_value_is_asked_of_nobody_and_twice_the_responses_take_twice_the_time(workers):
     long = "~" * 3900
     for text, gold in (("Answer: " + long, "7"), ("Answer: 7", long), ("\\boxed{" + long + "}", "7")):
-        start = cpu_time()
-        assert not ev.grade(text, gold).correct
-        assert cpu_time() - start < 0.05, text[:20]  # measured: 0.001
+        assert not ev.grade(text, gold).correct and not workers.started, text[:20]
     filler = "we find that the value of $x^2$ is \\frac{1}{2} so (a+b) = 3. Then { } answer " * 250
-    texts = [f"{filler}{i}\nAnswer: \\frac{{{i}}}{{2}}" for i in range(1000)]
-    start = cpu_time()
-    assert sum(v.correct for v in ev.grade_all(texts, ["7"] * 1000, workers=1)) == 1 and len(texts[0]) > 19000
-    assert cpu_time() - start < 6  # on one core, so on two; measured: 3.4
+    numbers = itertools.count()  # new ones: nothing is remembered
+
+    def work(n):
+        texts = [f"{filler}{i}\nAnswer: \\frac{{{i}}}{{2}}" for i in itertools.islice(numbers, n)]
+        assert len(texts[0]) > 19000 and len(ev.grade_all(texts, ["7"] * n, workers=1)) == n
+    work(1)  # the worker's start is not what is measured
+    assert growth(work, 50, 0.2) < 2.5 and len(workers.started) == 1
+    assert len(workers.asked) == next(numbers)  # each once
 
 def test_grading_loads_neither_torch_nor_vllm_nor_opsdc():
     code = ("import sys, eval; v = eval.grade('Answer: $\\\\frac{2}{4}$', '0.5'); "
             "print(v.correct, [m for m in ('torch', 'vllm', 'opsdc', 'sympy') if m in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                          timeout=HANG)
     assert done.stdout.strip() == "True []", done.stderr
 
 GOLDS = ["\\frac{3}{4}", "-\\frac{7\\pi}{12}", "12345", "\\left( 3, \\frac{\\pi}{2} \\right)", "x^2 - 5x + 6",
@@ -2539,30 +2574,27 @@ def test_math500_respelled_and_mutated():
 def test_whole_math500_file():
     rows = [json.loads(line) for line in MATH500.read_text().splitlines()]
     golds, solutions = [row["answer"] for row in rows], [row["solution"] for row in rows]
-
-    def accepted(texts, finished=None):
-        return [v.correct for v in ev.grade_all(texts, golds, finished)]
     # the next row's gold that differs: as a string, and mathematically (asked of sympy, not of what is
     # tested)
     wrong = [next(g for g in golds[i + 1:] + golds if value(g) != value(golds[i])) for i in range(len(golds))]
-    figures = {"references": sum(accepted(solutions)),
-               "cut before the last box": sum(accepted([s[:s.rfind("\\boxed")] for s in solutions],
-                                                       [False] * len(rows))),
-               "nothing but cut before the first box":
-                   sum(accepted([s[:s.find("\\boxed")] for s in solutions])),
-               "contradictory": sum(accepted([f"<think>\nIt is \\boxed{{{g}}}.\n</think>\nAnswer: {w}"
-                                              for g, w in zip(golds, wrong)]))}
+    responses = {"references": solutions,
+                 "cut before the last box": [s[:s.rfind("\\boxed")] for s in solutions],
+                 "nothing but cut before the first box": [s[:s.find("\\boxed")] for s in solutions],
+                 "contradictory": [f"<think>\nIt is \\boxed{{{g}}}.\n</think>\nAnswer: {w}"
+                                   for g, w in zip(golds, wrong)]}
+    for text in FORMATS:
+        responses |= {f"{text}{kind}": [text.replace("X", x) for x in values]
+                      for kind, values in ((" right", golds), (" wrong", wrong))}
+    finished = [name != "cut before the last box" for name in responses for _ in golds]
     # one call: equal pairs are asked once
-    texts = [text.replace("X", x) for text in FORMATS.values() for x in golds + wrong]
-    verdicts = iter(v.correct for v in ev.grade_all(texts, (golds + golds) * len(FORMATS)))
-    for name in FORMATS:
-        figures[name] = sum(next(verdicts) for _ in golds), sum(next(verdicts) for _ in wrong)
+    verdicts = iter(ev.grade_all(sum(responses.values(), []), golds * len(responses), finished))
+    figures = {name: sum(next(verdicts).correct for _ in golds) for name in responses}
     print(json.dumps(figures, indent=1, ensure_ascii=False))
-    assert len(rows) == 500 and figures.pop("references") >= 499
-    assert figures.pop("cut before the last box") == figures.pop("nothing but cut before the first box") == 0
-    assert figures.pop("contradictory") <= 1
-    for name, (right, other) in figures.items():
-        assert right >= 490 and other <= 1, (name, right, other)
+    assert len(rows) == 500 and figures["references"] >= 499 and figures["contradictory"] <= 1
+    assert figures["cut before the last box"] == figures["nothing but cut before the first box"] == 0
+    for name, count in figures.items():
+        assert count >= 490 or not name.endswith(" right"), (name, count)
+        assert count <= 1 or not name.endswith(" wrong"), (name, count)
 
 def value(gold):
     """Plain reading of a gold, independent of eval.py, to tell which other rows hold an equal one."""
@@ -2623,8 +2655,8 @@ def test_problem_files_and_their_faults(tmp_path, capsys):
             == [("a", "3"), ("b", "4")])
     row, choices = '{"problem": "a", "answer": 3}\n', '{"question": "a", "choices": %s, "answer": %s}\n'
     unknown = "expected a field answer, final_answer or solution to grade by, found none that is known"
-    for text, message in ((row + '{"problem"\n', "row 2"), ('{"task": "a"}\n', "found task"),
-                          ("5\n", "row 1: expected a JSON object"), ("", unknown),
+    for text, message in ((row + '{"problem"\n', "line 2"), ('{"task": "a"}\n', "found task"),
+                          ("5\n", "row 1 .* JSON object"), ("", unknown),
                           ('{"problem": "a"}\n', unknown), ('{"problem": "a", "answer": " "}\n', unknown),
                           (row.replace("}", ', "id": ["1"]}'),
                            "row 1, unique_id, id or level: expected a text"),
@@ -2645,7 +2677,7 @@ def test_problem_files_and_their_faults(tmp_path, capsys):
     one, other = ev.load_problems(str(file))
     assert (one == {"id": "0", "problem": "a", "tools": None, "answer": "3", "level": "1.5"}
             and "y" in other["problem"])
-    assert "35 rows, 3 problems, 1 without a known answer, 1 repeated with" in capsys.readouterr().out
+    assert "35 rows, 3 problems, 1 without a known answer, 1 again with" in capsys.readouterr().out
     same = row.replace("}", ', "id": 1}')
     file.write_text(same + same.replace('"a"', '"b"'))
     assert [p["id"] for p in ev.load_problems(str(file))] == ["1, row 1", "1, row 2"]
@@ -2757,6 +2789,7 @@ def fake_run(folder, shorter=1.0, problems=30, name="math500", finished=True, **
     records = [record(f"p{i}", j, rng.random() < 0.9 - 0.1 * (i % 3),
                       round(rng.uniform(900, 1100) * (1 + i % 3) * shorter ** (3 - i % 3)), 1 + i % 3)
                for i in range(problems) for j in range(2)]
+    folder.mkdir(exist_ok=True)
     ev.write_summary(folder, {**SETTINGS, **settings}, {name: records}, finished)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return str(folder)
@@ -2766,7 +2799,7 @@ def is_picture(path):
     pixels = image.imread(path)
     return min(pixels.shape[:2]) > 400 and pixels.std() > 0.01
 
-def test_compare_prints_table_published_rows_and_picture(tmp_path, capsys):
+def test_compare_prints_table_and_picture(tmp_path, capsys):
     base, ours = fake_run(tmp_path / "base"), fake_run(tmp_path / "ours", 0.8, model="out/model")
     more = fake_run(tmp_path / "more", 0.7, model="out2/model", instruction="c", seed=1)
     ev.main(["compare", base, ours, more, "--plot", str(tmp_path / "x.png"), "--show", "2"])
@@ -2780,7 +2813,6 @@ def test_compare_prints_table_published_rows_and_picture(tmp_path, capsys):
     assert lines[2][6].startswith(f"{100 * expected:.1f} [") and lines[2][0] == ours
     reductions = [float(line[6].split()[0]) for line in lines[3:6]]
     assert reductions[0] > reductions[1] > reductions[2] > 15  # easy problems were shortened more
-    assert ["paper: trained v2", "all", "", "95.7 -> 95.7", "+0.0", "4884 -> 3339", "31.6"] in lines
     assert "accuracy up on 0 problems, down on 0 of 30" in text and is_picture(tmp_path / "x.png")
 
 def test_compare_shows_what_was_won_and_lost():
@@ -2816,19 +2848,21 @@ def test_damaged_records_are_named_by_line(tmp_path):
         with pytest.raises(SystemExit, match=message):
             ev.main(["compare", base, ours])
 
-def test_curves_of_two_training_runs(whole_run, tmp_path, monkeypatch):
-    rows = metrics_of(whole_run[2])  # six steps, thetabar refreshed after every second one
+@beside()
+def test_curves_of_two_training_runs(folder):
+    *_, out = whole_run(folder)
+    rows = metrics_of(out)  # six steps, thetabar refreshed after every second one
     rows[0] |= dict(eval_tokens=20, accuracy=None)
     lines = [json.dumps(row) + "\n" for row in rows] + ['{"step": 7, "lo']  # still writing
-    (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    command = ["curves", str(tmp_path), str(whole_run[2]), "--plot", str(tmp_path / "c.png")]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    command = ["curves", str(folder), str(out), "--plot", str(folder / "c.png")]
     ev.main(command)
     lines = [line.get_xdata() for line in ev.pyplot().gcf().axes[0].lines]
-    assert is_picture(tmp_path / "c.png") and [(len(x), x[0]) for x in lines] == [
+    assert is_picture(folder / "c.png") and [(len(x), x[0]) for x in lines] == [
         (6, 1), (1, 1), (2, 2.5), (2, 4.5), (6, 1), (2, 2.5), (2, 4.5)]
     with pytest.raises(SystemExit, match="absent/metrics.jsonl"):
         ev.main(["curves", "absent", *command[3:]])
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
+    sys.modules["matplotlib"] = None  # as where it is not installed
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         ev.main(command)
 
@@ -2854,17 +2888,19 @@ def read_page(path):
     page.feed(path.read_text())
     return tokens, rows
 
-def test_page_of_tokens_sums_to_the_loss_that_the_trainer_logged(whole_run, tmp_path):
-    model, data, out = whole_run
-    succeed("tokens", "--model", model, "--data", data, "--samples", 6, "--max_prompt_tokens", 512,
-            "--max_response_tokens", 24, "--out", tmp_path / "page.html", script="eval.py")
-    responses, _ = read_page(tmp_path / "page.html")
+@beside()
+def test_page_of_tokens_sums_to_the_loss_that_the_trainer_logged(folder):
+    model, data, out = whole_run(folder)
+    done = in_fork(script, "eval.py", "tokens", "--model", model, "--data", data, "--samples", 6,
+                   "--max_prompt_tokens", 512, "--max_response_tokens", 24, "--out", folder / "page.html")
+    assert done.returncode == 0, done.stdout
+    responses, _ = read_page(folder / "page.html")
     means = [statistics.fmean(float(token["data-d"]) for token in tokens) for tokens in responses]
     assert statistics.fmean(means) == pytest.approx(metrics_of(out)[0]["loss"], abs=1e-6)
     assert ["".join(token["text"] for token in tokens) for tokens in responses[:4]] == [
         row["response"] for row in ev.read_lines(out / "samples.jsonl")[:4]]
 
-def test_page_of_given_responses_with_another_teacher(tmp_path, no_group, capsys):
+def test_page_of_given_responses_with_another_teacher(tmp_path, no_group):
     """A line of a run and a record of an evaluation: what looks like HTML stays text, a character of several
     tokens whole, and the numbers are those of float64."""
     def show(teacher, *rows):
@@ -2880,10 +2916,11 @@ def test_page_of_given_responses_with_another_teacher(tmp_path, no_group, capsys
                "--max_response_tokens", 99, "--loss_chunk", 7, "--out", tmp_path / "page.html", "--teacher"]
     texts = ["</span></pre><script>alert('&amp;')</script>\r\n \"é😀\"<|im_end|>", "Answer: 4<|im_end|>"]
     first, job = dict(problem="1 < 2 & 3?", response=texts[0], finished=True), dict(problem="2+2?", gold="4")
-    for teacher, message in ((paths[1], "line 2: expected a line of samples.jsonl"),
+    for teacher, message in ((paths[1], "row 2: expected a line of samples.jsonl"),
                              (make_model(tmp_path / "2", "llama", vocabulary=300), "expected the tokens of")):
-        assert message in refusal(lambda: show(teacher, first, job), capsys)
-    problems = opsdc.load_problems(opsdc.Config(data=str(file)), tokenizer, opsdc.INSTRUCTIONS["v1"])
+        assert message in refusal(lambda: show(teacher, first, job))
+    problems = opsdc.load_problems(opsdc.Config(data=str(file)), opsdc.open_base(str(paths[0]), False),
+                                   opsdc.INSTRUCTIONS["v1"])
     job["prompt"] = problems[1].student
     record, = ev.make_records(tokenizer, [job], [(tokenizer.encode(texts[1]), None, True)])
     assert record["response"] == "<think>\nAnswer: 4"
@@ -3079,7 +3116,7 @@ BAD_EVALUATION = {
     "instruction": (lambda d, good: dict(instruction="@nofile"), "--instruction @nofile.* No such file"),
     "one word": (lambda d, good: dict(instruction="short"), "--instruction short: expected v1"),
     "no text": (lambda d, good: dict(instruction=""), "--instruction : expected v1"),
-    "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp 2: expected a divisor of the number of ranks"),
+    "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp 2: expected a number of ranks that it divides"),
 } | {f"{name} {value}": (lambda d, good, change={name: value}: change,
                          f"--{name.replace('-', '_')} {value}.*: expected ")
      for name, values in EVAL_RANGES.items() for value in values.split()}
@@ -3100,7 +3137,7 @@ def test_an_evaluation_keeps_its_folder(good, one_rank, tmp_path, monkeypatch):
     out = tmp_path / "out"
     prepare = lambda out=out, **change: ev.prepare(ev.parse_args(evaluation(good, out, **change))[0])
     settings = prepare()[2]
-    assert "where no other process is at work; found" in refusal(prepare)  # the first is: this process
+    assert "where no other process is at work, found: " in refusal(prepare)  # the first is: this process
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     ev.write_summary(out, settings, {}, finished=False)
     shutil.copytree(good["model"], tmp_path / "copy")
@@ -3143,6 +3180,14 @@ def test_records_read_think_blocks_opened_by_the_template(toy):
     assert [r["truncated"] for r in opened] == [False, True, True, False]
     assert [r["seed"] for r in plain] == [r["seed"] for r in opened]
     assert ev.summarise(opened)["accuracy"] == 0.5
+    # another family's tags, special tokens, opened by the template; the last closing one counts
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<seed:think>", "</seed:think>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("<think>", "<seed:think>")
+    seed = records("3 </seed:think>\nAnswer: 4", "3 </think> Answer: 4 </seed:think>\nAnswer: 5",
+                   "Answer: 4", "4")
+    assert [r["correct"] for r in seed] == [True, False, False, False]
+    assert [r["truncated"] for r in seed] == [False, False, True, True]
+    assert [r["answer_tokens"] for r in seed] == [len(encode("\nAnswer: 4")) + 1] * 2 + [0, 0]
 
 # ------------------------------------------------------------------------------------------------------ bench
 # The objective at the shapes of a 0.6B Qwen3's head, on one thread, a fresh process for each row.
@@ -3270,16 +3315,15 @@ def training_side(model_path, tokens, checkpointing):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     thetabar, steps = opsdc.snapshot(model), []
     for _ in range(3):
-        steps.append({})
-        opsdc.train_step(model, thetabar, optimizer, rollouts, problems, device, steps[-1], cfg)
+        start = time.perf_counter()
+        loss = opsdc.train_step(model, thetabar, optimizer, rollouts, problems, device, cfg)["loss"]
+        steps.append(time.perf_counter() - start)
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = opsdc.max_over_ranks(torch.cuda.max_memory_allocated() or rss) / 2**30
+    peak = (torch.cuda.max_memory_allocated() or rss) / 2**30
     if torch.distributed.get_rank() == 0:
-        teacher, student = (statistics.fmean(step[f"seconds_{x}"] for step in steps[1:])
-                            for x in ("teacher", "student"))
         print(json.dumps({f"recomputation {checkpointing}": (
-            f"{4 * world} x {tokens} tokens: teacher {teacher:.2f} s, student {student:.2f} s, peak "
-            f"{peak:.1f} GiB, loss {steps[-1]['loss']:.6f}")}))
+            f"{4 * world} x {tokens} tokens: {statistics.fmean(steps[1:]):.2f} s, peak {peak:.1f} GiB, "
+            f"loss {loss:.6f}")}))
 
 def sync_rows(model, directory):
     """What the worker `sync`, above, finds on one GPU: gaps in nats/token, the largest of its tokens."""
