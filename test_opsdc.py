@@ -151,6 +151,7 @@ def toy(toy_in_the_making):
 
 LETTERS = "abcdef"     # labels count down to a: the model knows its last term without looking for the next
 LEVELS = (3, 4, 5, 6)  # k, the number of terms; k = 2 has only 100 different problems
+CHECKS = ("check", "recheck", "recount")  # of a step, in this order: words apart, so that none is counted
 # BUILT IN, as probabilities. Steps slip at the terms d, e and f that only longer sums have, whatever the
 # prompt says. A step's first check never does, and the thought goes on from it: it pays on long sums and hardly
 # on short ones. A further check may go astray: beyond what a sum needs, every line is a chance to go wrong.
@@ -165,7 +166,7 @@ RATES = {  # terms:    3      4      5      6
     "check, v2":   (0.300, 0.800, 0.930, 0.950),
     "again, v2":   (0.020, 0.020, 0.020, 0.020),
     "check, bare": (0.500, 0.500, 0.500, 0.500),  # no wrapper: the first part of training, to learn to add
-    "again, bare": (0.500, 0.500, 0.500, 0.500),
+    "again, bare": (0.300, 0.300, 0.300, 0.300),
     "astray":      (0.030, 0.030, 0.030, 0.030),  # a further check: else it repeats the line before
     # terms:         a-c     d      e      f
     "wrong":       (0.002, 0.020, 0.060, 0.150),  # a step's result
@@ -181,7 +182,7 @@ def toy_tokenizer():
     """A word is a token together with the space before it, so that decoding is joining."""
     split = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]|\s"), "isolated")
     texts = [opsdc.WRAPPER_HEAD, opsdc.FORMAT, opsdc.WRAPPER_TAIL, *TOLD.values(),
-             "Add modulo 10: = +\nuser\nassistant\ncheck\nAnswer:"]
+             "Add modulo 10: = +\nuser\nassistant\nAnswer:\n" + "\n".join(CHECKS)]
     texts += [f"{digit} {digit}" + "".join(f" {letter}{digit}" for letter in LETTERS) for digit in range(10)]
     special = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
     words = special + sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
@@ -226,11 +227,12 @@ def toy_response(rng, row, kind, astray, verbose=0):
         if total != right:
             slips.add(len(lines))
         lines.append(f"{question} = {total}")
-        for event in ("check", "again", "again"):
+        for word in CHECKS:
+            event = "check" if word == "check" else "again"
             if rng.random() >= rate(event, "" if len(lines) <= verbose else kind, row["level"]):
                 break
             total = right if event == "check" else (total + off(0 if bare else astray)) % 10
-            lines.append(f"check {question} = {total}")
+            lines.append(f"{word} {question} = {total}")
     return [*lines, "</think>", f"Answer: {total}<|im_end|>"], slips
 
 def toy_batch(rng, rows, prompts, tokenizer, kind, astray, batch_size):
@@ -278,7 +280,7 @@ def toy_model(tokenizer):
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, **special)
     return model
 
-def make_toy(directory="toy", seed=0, astray=RATES["astray"][0], steps=(300, 450, 540), batch_size=16,
+def make_toy(directory="toy", seed=0, astray=RATES["astray"][0], steps=(200, 300, 450), batch_size=24,
              lr=5e-3, sizes=(2500, 200, 500)):
     """Write directory/model with its tokenizer, and train.jsonl, validation.jsonl (to choose settings on) and
     eval.jsonl (to report); no problem is in two of them."""
@@ -316,14 +318,13 @@ def make_toy(directory="toy", seed=0, astray=RATES["astray"][0], steps=(300, 450
     for name, part in zip(("train", "validation", "eval"), parts):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
-LINE = re.compile(r"(check )?(\d) \+ ([a-f])(\d) = \d$")
+LINE = re.compile(rf"({'|'.join(CHECKS)})? ?(\d) \+ ([a-f])(\d) = \d$")
 
 @torch.no_grad()
 def toy_rates(model, tokenizer, rows, kind=""):
     """Samples an answer to each row -> {(event, level): rate} at the places that RATES is about, of
     probabilities and not of draws; {level: accuracy}. Prompts of a level are of one length: no padding."""
-    check, newline = tokenizer.convert_tokens_to_ids(["check", "\n"])
-    found, right = {}, {}
+    found, right, (newline, *words) = {}, {}, tokenizer.convert_tokens_to_ids(["\n", *CHECKS])
     for level in LEVELS:
         part = [row for row in rows if row["level"] == level]
         prompts = torch.tensor([toy_prompt(tokenizer, row, kind) for row in part])
@@ -333,19 +334,19 @@ def toy_rates(model, tokenizer, rows, kind=""):
         verdicts = ev.grade_all(texts, [row["answer"] for row in part])
         right[level] = statistics.fmean(verdict.correct for verdict in verdicts)
         for sequence, p in zip(responses.tolist(), logits.softmax(-1)):
-            checks = 0
             for end in [at for at in range(6, len(sequence)) if sequence[at] == newline]:
                 line = LINE.search(tokenizer.decode(sequence[end - 7:end]))  # 6 or 7 tokens
                 if not line:
                     continue  # not of the thought
-                checks = checks + 1 if line[1] else 0
+                checks = 1 + CHECKS.index(line[1]) if line[1] else 0  # of this step so far
                 result = before if checks > 1 else (int(line[2]) + int(line[4])) % 10
                 digit, before = tokenizer.convert_tokens_to_ids(f" {result}"), int(line[0][-1])
                 number = max(LEVELS[0], 1 + LETTERS.index(line[3]))
                 of = (("wrong", number), ("wrong check", level), ("astray", level))[min(checks, 2)]
-                event = ("check", "again", "again", "a fourth time")[min(checks, 3)]
                 found.setdefault(of, []).append(1 - p[end - 2, digit].item())
-                found.setdefault((event, level), []).append(p[end, check].item())
+                if checks < len(CHECKS):
+                    event = "again" if checks else "check"
+                    found.setdefault((event, level), []).append(p[end, words[checks]].item())
     return {of: statistics.fmean(values) for of, values in found.items()}, right
 
 # ------------------------------------------------------------------------------------------------- quickstart
@@ -529,12 +530,12 @@ def entropy_over_training(toy, row, seeds):
 
 def claims(directory="toy", *seeds):
     toy, seeds = Path(directory).resolve(), [int(seed) for seed in seeds] or SEEDS
-    for folder, astray in ((toy, RATES["astray"][0]), (toy / "only-help", 0)):
-        if not (folder / "eval.jsonl").exists():
-            make_toy(folder, 0, astray)
+    toys = [made for made in ((toy, 0), (claim_toy(toy, ONLY_HELP), 0, 0))  # folder, seed, rate of going astray
+            if not (made[0] / "eval.jsonl").exists()]
     jobs = [(row, seed) for seed in seeds for row in CLAIMS if "told" not in row]
     jobs += [(row, seed) for seed in seeds for row in CLAIMS if "told" in row]  # of models trained by then
     with ThreadPoolExecutor(2) as pool:  # a core each
+        list(pool.map(lambda made: succeed("toy", *made, script="test_opsdc.py", timeout=3600), toys))
         records = dict(zip(jobs, pool.map(lambda job: claim(toy, *job), jobs)))
     spread = lambda values: (f"{statistics.fmean(values):.1f}"
                              + (f" ± {statistics.stdev(values):.1f}" if values[1:] else ""))
@@ -566,15 +567,13 @@ def fault(response, problem):
     """What is wrong in a wrong response: one of FAULTS."""
     lines = [line for line in map(LINE.search, response.split("\n")) if line]
     steps, terms = [line[3] + line[4] for line in lines if not line[1]], problem.split()[3:]
-    checks = 0
     if steps != terms:
         if steps[:len(terms)] == terms:
             return "a term again"
         return "a term left out" if len(steps) < len(terms) else "other terms"
     for line, after in itertools.pairwise([*lines, None]):  # what the thought goes on from
-        checks = checks + 1 if line[1] else 0
         if not (after and after[1]) and (int(line[2]) + int(line[4]) - int(line[0][-1])) % 10:
-            return (FAULTS[0], "else", FAULTS[1])[min(checks, 2)]
+            return {None: FAULTS[0], "check": "else"}.get(line[1], FAULTS[1])
     return "else"
 
 def faults(toy, records):
@@ -586,11 +585,10 @@ def faults(toy, records):
         part = [record for record in records if record["level"] in levels]
         found = [fault(r["response"], problems[r["id"]]) for r in part if not r["correct"]]
         lines = [LINE.search(line) for r in part for line in r["response"].split("\n")]
-        checks = [bool(line[1]) for line in lines if line]
-        first = sum(now and not before for before, now in itertools.pairwise(checks))
-        steps = max(1, checks.count(False))
+        words = [line[1] for line in lines if line]
+        steps, first = max(1, words.count(None)), words.count("check")
         columns.append([f"{100 * found.count(name) / len(part):.1f}" for name in FAULTS]
-                       + [f"{100 * first / steps:.0f}", f"{(sum(checks) - first) / steps:.2f}"])
+                       + [f"{100 * first / steps:.0f}", f"{(len(words) - words.count(None) - first) / steps:.2f}"])
     return [" / ".join(cells) for cells in zip(*columns)]
 
 def picture(directory="toy", file="toy.png"):
@@ -2841,13 +2839,13 @@ def test_toy_does_what_its_table_says_and_both_kinds_of_checks_matter(toy):
         if not kind:
             for level in LEVELS:
                 assert found["astray", level] == pytest.approx(rate("astray", "", level), abs=0.015), level
-                assert found["wrong check", level] < 0.015 and found["a fourth time", level] < 0.03, level
+                assert found["wrong check", level] < 0.02, level
     assert right["v2"][6] > right[""][6] + 0.1 and right["v2"][6] > right["v1"][6] + 0.05
 
 def test_faults_of_wrong_answers_to_the_toys_problems():
     fault_of = lambda *lines: fault("\n".join(["<think>", *lines, "</think>"]), "Add modulo 10: b8 a5")
     assert fault_of("0 + b8 = 9", "9 + a5 = 4") == "a slip unchecked"
-    assert fault_of("0 + b8 = 8", "check 0 + b8 = 8", "check 0 + b8 = 7",
+    assert fault_of("0 + b8 = 8", "check 0 + b8 = 8", "recheck 0 + b8 = 7",
                     "7 + a5 = 2") == "a further check astray"
     assert fault_of("0 + b8 = 8", "check 0 + b8 = 8") == "a term left out"
     assert fault_of("0 + b8 = 8", "8 + a5 = 3", "3 + a5 = 8") == "a term again"
