@@ -473,8 +473,7 @@ CLAIMS = {  # row: options of opsdc.py after TOY_RUN, or None where nothing is t
     "correct only": f"{M30} --keep correct", "incorrect only": M30,  # by the fork
     f"{ONLY_HELP}: base": None, f"{ONLY_HELP}: frozen teacher": "", f"{ONLY_HELP}: M = 30": M30,
 }
-DRAWN = {  # with an evaluation every 5 steps, seed 0: mark and name of the end in the picture
-    "frozen teacher": ("s", "after, frozen teacher"), "M = 30": ("D", "after, teacher refreshed")}
+DRAWN = "frozen teacher"  # with an evaluation every 5 steps at seed 0, for the picture
 EASY_AND_HARD = {"easy": LEVELS[:2], "hard": LEVELS[2:]}
 
 def claim_toy(toy, row):
@@ -503,7 +502,7 @@ def train_claim(toy, row, seed):
     if row == "incorrect only":
         fork("incorrect", out / "fork.py")
         script = [out / "fork.py"]
-    if row in DRAWN and seed == 0:
+    if row == DRAWN and seed == 0:
         script = ["test_opsdc.py", "traced"]
         more = ["--eval_every", 5, "--eval_data", toy / "eval.jsonl", "--eval_samples", 2]
     succeed(*script[1:], *TOY_RUN, *CLAIMS[row].split(), "--model", claim_toy(toy, row) / "model", "--data",
@@ -592,33 +591,36 @@ def faults(toy, records):
     return [" / ".join(cells) for cells in zip(*columns)]
 
 def picture(directory="toy", file="toy.png"):
-    """Accuracy against mean tokens, from the base to the end of the DRAWN rows, easy and hard sums apart."""
+    """Accuracy against mean tokens of easy and of hard sums: on the way with a frozen teacher, and at the end
+    of other rows."""
     toy, pyplot = Path(directory).resolve(), ev.pyplot()
     figure, ax = pyplot.subplots(figsize=(9, 5.2), layout="constrained")
-    marks = {"base": ("o", "before"), **DRAWN, "base, told v1": ("1", "before, told v1"),
-             "base, told v2": ("+", "before, told v2")}
+    refreshed = [row for row in CLAIMS if row.startswith("M = ") and "told" not in row]
+    marks = {"o": ("before", ["base"]), "s": ("after, told nothing", [DRAWN]),
+             "D": ("after, teacher refreshed every 30, 15, 6, 1 steps", refreshed),
+             "*": ("before, told v1", ["base, told v1"]), "P": ("before, told v2", ["base, told v2"])}
 
     def place(row, levels):
         records = ev.read_run(claim_folder(toy, row, 0) / "eval")[1]["eval"]
         part = [record for record in records if record["level"] in levels]
         return ev.mean(part, "tokens"), 100 * ev.mean(part, "correct")
     for color, (name, levels) in zip(("tab:blue", "tab:red"), EASY_AND_HARD.items()):
-        for row, style in zip(DRAWN, (".-", ".:")):
-            path = [(line[f"eval_tokens_{name}"], 100 * line[f"eval_accuracy_{name}"])
-                    for line in metrics_of(claim_folder(toy, row, 0) / "run") if f"eval_tokens_{name}" in line]
-            ax.plot(*zip(place("base", levels), *path[1:], place(row, levels)), style, color=color, alpha=0.6)
-        for row, (marker, _) in marks.items():
-            ax.plot(*place(row, levels), marker, markersize=13, markeredgewidth=2,
-                    color="black" if "told" in row else color)
+        way = [(line[f"eval_tokens_{name}"], 100 * line[f"eval_accuracy_{name}"])
+               for line in metrics_of(claim_folder(toy, DRAWN, 0) / "run") if f"eval_tokens_{name}" in line]
+        ax.plot(*zip(place("base", levels), *way[1:], place(DRAWN, levels)), ".-", color=color)
+        ax.plot(*zip(*(place(row, levels) for row in [DRAWN, *refreshed])), ":", color=color)
+        for marker, (_, rows) in marks.items():
+            ax.plot(*zip(*(place(row, levels) for row in rows)), marker, color=color, markeredgecolor="white",
+                    markersize=9 if marker == "D" else 14)
         ax.annotate(f"{name} sums", place("base", levels), (-100, -5), textcoords="offset points", color=color,
                     fontsize=15)
-    for marker, label in marks.values():
-        ax.plot([], [], marker, color="gray", markersize=11, markeredgewidth=2, label=label)
+    for marker, (label, _) in marks.items():
+        ax.plot([], [], marker, color="gray", markersize=11, label=label)
     ax.set_xlabel("mean tokens of a response", fontsize=14)
     ax.set_ylabel("right answers, %", fontsize=14)
     ax.tick_params(labelsize=13)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=13)
+    ax.legend(fontsize=13, loc="lower left")
     figure.savefig(file, dpi=100)
     print(f"wrote {file}")
 
@@ -2840,7 +2842,8 @@ def test_toy_does_what_its_table_says_and_both_kinds_of_checks_matter(toy):
             for level in LEVELS:
                 assert found["astray", level] == pytest.approx(rate("astray", "", level), abs=0.015), level
                 assert found["wrong check", level] < 0.02, level
-    assert right["v2"][6] > right[""][6] + 0.1 and right["v2"][6] > right["v1"][6] + 0.05
+    mean = {kind: statistics.fmean(of.values()) for kind, of in right.items()}
+    assert mean["v2"] > mean[""] + 0.05 and mean["v2"] > mean["v1"] and right["v2"][6] > right["v1"][6]
 
 def test_faults_of_wrong_answers_to_the_toys_problems():
     fault_of = lambda *lines: fault("\n".join(["<think>", *lines, "</think>"]), "Add modulo 10: b8 a5")
