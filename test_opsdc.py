@@ -21,6 +21,7 @@ import dataclasses
 import datetime
 import difflib
 import fcntl
+import functools
 import gc
 import gzip
 import html.parser
@@ -86,9 +87,9 @@ def succeed(*arguments, **options):
     return done.stdout
 
 # README's quick start: chosen on validation.jsonl of the toy; eval.jsonl is reported
-TOY_RUN = ("--instruction v2 --steps 44 --lr 1e-4 --refresh_every 40 --max_prompt_tokens 256 "
-           "--max_response_tokens 160").split()
-TOY_EVAL = "--samples 2 --max-tokens 160 --temperature 1 --top-p 1 --top-k 0".split()
+TOY_RUN = ("--instruction v2 --steps 60 --lr 1e-4 --refresh_every 0 --max_prompt_tokens 256 "
+           "--max_response_tokens 192").split()
+TOY_EVAL = "--samples 2 --max-tokens 192 --temperature 1 --top-p 1 --top-k 0".split()
 
 def metrics_of(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
@@ -260,23 +261,25 @@ BESIDE["toy"] = toy_of = lambda folder: shared(folder, "a-toy", make_toy)
 
 LETTERS = "abcdef"     # labels count down to a: the model knows its last term without looking for the next
 LEVELS = (3, 4, 5, 6)  # k, the number of terms; k = 2 has only 100 different problems
-# BUILT IN BY CONSTRUCTION, as probabilities. Steps slip at the terms d, e and f that only longer sums have,
-# whatever the prompt says; a check never does, and the thought goes on from it. So the first check pays on
-# long sums and hardly on short ones, the second nowhere. Without an instruction all sums are overthought
-# alike; v1 drops nearly all checks, v2 keeps the first ones of long sums: a teacher that knows where brevity
-# is cheap is an INPUT of the toy. Open, for an experiment to answer, is what of it a student takes over that
-# never sees an instruction.
+CHECKS = ("check", "recheck", "recount")  # of a step, in this order: words apart, so that none is counted
+# BUILT IN, as probabilities. Steps slip at the terms d, e and f that only longer sums have, whatever the
+# prompt says. A step's first check never does, and the thought goes on from it: it pays on long sums and hardly
+# on short ones. A further check may go astray: beyond what a sum needs, every line is a chance to go wrong.
+# Without an instruction all sums are overthought alike; v1 drops nearly all checks, v2 keeps the first ones of
+# long sums: a teacher that knows where brevity is cheap is an INPUT. Open, for an experiment to answer, is what
+# of it a student takes over that never sees an instruction.
 RATES = {  # terms:    3      4      5      6
     "check":       (0.950, 0.950, 0.950, 0.950),  # after a step, in the student's prompt
-    "again":       (0.850, 0.850, 0.850, 0.850),  # after its check
+    "again":       (0.850, 0.850, 0.850, 0.850),  # after a check, at most twice
     "check, v1":   (0.020, 0.030, 0.050, 0.080),
     "again, v1":   (0.020, 0.020, 0.020, 0.020),
-    "check, v2":   (0.050, 0.300, 0.750, 0.900),
+    "check, v2":   (0.300, 0.800, 0.930, 0.950),
     "again, v2":   (0.020, 0.020, 0.020, 0.020),
     "check, bare": (0.500, 0.500, 0.500, 0.500),  # no wrapper: the first part of training, to learn to add
     "again, bare": (0.300, 0.300, 0.300, 0.300),
+    "astray":      (0.030, 0.030, 0.030, 0.030),  # a further check: else it repeats the line before
     # terms:         a-c     d      e      f
-    "wrong":       (0.002, 0.020, 0.080, 0.220),  # a step's result
+    "wrong":       (0.002, 0.020, 0.060, 0.150),  # a step's result
     "wrong, bare": (0.300, 0.300, 0.300, 0.300),
 }
 TOLD = {name: opsdc.INSTRUCTIONS[name] for name in ("v1", "v2")}  # the instructions it knows
@@ -289,7 +292,7 @@ def toy_tokenizer():
     """A word is a token together with the space before it, so that decoding is joining."""
     split = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]|\s"), "isolated")
     texts = [opsdc.STUDENT_HEAD, opsdc.FORMAT, opsdc.TAIL, *TOLD.values(),
-             "Add modulo 10: = +\nuser\nassistant\ncheck\nAnswer:"]
+             "Add modulo 10: = +\nuser\nassistant\nAnswer:\n" + "\n".join(CHECKS)]
     texts += [f"{digit} {digit}" + "".join(f" {letter}{digit}" for letter in LETTERS) for digit in range(10)]
     special = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
     words = special + sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
@@ -323,35 +326,38 @@ def toy_prompt(tokenizer, row, kind):
         return opsdc.prompt_ids(tokenizer, row["problem"], TOLD[kind])
     return opsdc.prompt_ids(tokenizer, row["problem"])
 
-def toy_response(rng, row, kind, verbose=0):
-    """Lines of an answer, the first `verbose` of its thought in the base's habit; numbers of wrong lines."""
+def toy_response(rng, row, kind, astray, verbose=0):
+    """Lines of an answer, the first `verbose` of its thought in the base's habit; numbers of wrong steps."""
     total, lines, slips = 0, ["<think>"], set()
+    bare = kind if kind == "bare" else ""
     for term in row["problem"].split()[3:]:
         question, right = f"{total} + {term}", (total + int(term[1])) % 10
-        total = right
-        if rng.random() < rate("wrong", kind if kind == "bare" else "", 1 + LETTERS.index(term[0])):
+        off = lambda p: rng.randrange(1, 10) * (rng.random() < p)
+        total = (right + off(rate("wrong", bare, 1 + LETTERS.index(term[0])))) % 10
+        if total != right:
             slips.add(len(lines))
-            total = (right + rng.randrange(1, 10)) % 10
         lines.append(f"{question} = {total}")
-        for event in ("check", "again"):
+        for word in CHECKS:
+            event = "check" if word == "check" else "again"
             if rng.random() >= rate(event, "" if len(lines) <= verbose else kind, row["level"]):
                 break
-            total = right
-            lines.append(f"check {question} = {right}")
+            total = right if event == "check" else (total + off(0 if bare else astray)) % 10
+            lines.append(f"{word} {question} = {total}")
     return [*lines, "</think>", f"Answer: {total}<|im_end|>"], slips
 
-def toy_batch(rng, rows, prompts, tokenizer, kinds, batch_size):
-    """ids [B, T] padded on the right; target [B, T-1], the next token where it is learned, else -100."""
+def toy_batch(rng, rows, prompts, tokenizer, kind, astray, batch_size):
+    """A batch of one kind of prompt: head [P], the ids that open all of its prompts; ids [B, T] of the rest,
+    padded on the right; target [B, T-1], the next token where it is learned, else -100."""
     sequences, targets = [], []
-    for _ in range(batch_size):
-        i, kind = rng.randrange(len(rows)), rng.choice(kinds)
+    head = os.path.commonprefix(prompts[kind])
+    for i in rng.sample(range(len(rows)), batch_size):
         # OPSDC asks the teacher about the student's prefixes, so half of the instructed examples open
         # verbosely: there it learns to be brief from wherever it is. Without, it copies the prefix's habit
         # (measured at v1, k = 5: p 0.28 for a table entry of 0.10).
-        instructed = kind in TOLD
-        verbose = rng.randrange(3 * rows[i]["level"]) if instructed and rng.random() < 0.5 else 0
-        lines, slips = toy_response(rng, rows[i], kind, verbose)
-        ids, target = list(prompts[i, kind]), [-100] * len(prompts[i, kind])
+        verbose = rng.randrange(4 * rows[i]["level"]) if kind in TOLD and rng.random() < 0.5 else 0
+        lines, slips = toy_response(rng, rows[i], kind, astray, verbose)
+        ids = list(prompts[kind][i][len(head):])
+        target = [-100] * len(ids)
         for number, line in enumerate(lines):
             ids += (new := tokenizer.encode(line + "\n"))
             target += new if number > verbose or not verbose else [-100] * len(new)
@@ -360,11 +366,11 @@ def toy_batch(rng, rows, prompts, tokenizer, kinds, batch_size):
         sequences.append(torch.tensor(ids[:-1]))
         targets.append(torch.tensor(target[1:-1]))
     pad = torch.nn.utils.rnn.pad_sequence
-    return (pad(sequences, batch_first=True, padding_value=tokenizer.pad_token_id),
+    return (head, pad(sequences, batch_first=True, padding_value=tokenizer.pad_token_id),
             pad(targets, batch_first=True, padding_value=-100))
 
 def toy_sums(rng, tokenizer):
-    """The same of lines alone, right ones; their results are learned."""
+    """ids and target of lines alone, right ones; their results are learned."""
     line = lambda a, b: f"{a} + {rng.choice(LETTERS)}{b} = {(a + b) % 10}\n"
     texts = ["".join(line(rng.randrange(10), rng.randrange(10)) for _ in range(4)) for _ in range(64)]
     ids = torch.tensor([tokenizer.encode(text) for text in texts])
@@ -384,27 +390,31 @@ def toy_model(tokenizer):
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, **special)
     return model
 
-def make_toy(directory="toy", seed=0, steps=(300, 450, 540), batch_size=32, lr=5e-3, sizes=(2500, 200, 500)):
+def make_toy(directory="toy", seed=0, astray=RATES["astray"][0], steps=(200, 300, 450), batch_size=24,
+             lr=5e-3, sizes=(2500, 200, 500)):
     """Write directory/model with its tokenizer, and train.jsonl, validation.jsonl (to choose settings on) and
     eval.jsonl (to report); no problem is in two of them."""
-    directory, rng = Path(directory), random.Random(seed)
-    torch.manual_seed(seed)
+    directory, rng, astray = Path(directory), random.Random(int(seed)), float(astray)
+    torch.manual_seed(int(seed))
     tokenizer = toy_tokenizer()
+    tokenizer.encode = functools.cache(tokenizer.encode)  # of lines, which come again and again
     rows = toy_rows(rng, sum(sizes))
     parts = [rows[sum(sizes[:i]):sum(sizes[:i + 1])] for i in range(3)]
     train = parts[0]
-    prompts = {(i, kind): toy_prompt(tokenizer, row, kind)
-               for i, row in enumerate(train) for kind in ("", "bare", *TOLD)}
+    prompts = {kind: [toy_prompt(tokenizer, row, kind) for row in train] for kind in ("", "bare", *TOLD)}
     model = toy_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=sum(steps), pct_start=0.1)
     for step in range(sum(steps)):
+        cache = None
         if step < steps[0]:  # first to add, on 24 tokens: five times sooner learned than amid the rest
             ids, target = toy_sums(rng, tokenizer)
-        else:  # then to think, on 60 tokens, then to read the real prompts, three times the price
-            kinds = ["bare"] if step < sum(steps[:2]) else ["", "", "v1", "v2", "v2"]
-            ids, target = toy_batch(rng, train, prompts, tokenizer, kinds, batch_size)
-        hidden = model.model(ids[:, :-1]).last_hidden_state[target >= 0]  # [N, d]: no logits for the prompts
+        else:  # then to think, on short prompts, then to read the real ones
+            kind = "bare" if step < sum(steps[:2]) else rng.choice(("", "", "v1", "v2", "v2"))
+            head, ids, target = toy_batch(rng, train, prompts, tokenizer, kind, astray, batch_size)
+            cache = model.model(torch.tensor([head])).past_key_values  # the common head is read once
+            cache.batch_repeat_interleave(len(ids))
+        hidden = model.model(ids[:, :-1], past_key_values=cache).last_hidden_state[target >= 0]  # [N, d]
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), target[target >= 0])
         optimizer.zero_grad()
         loss.backward()
@@ -418,46 +428,36 @@ def make_toy(directory="toy", seed=0, steps=(300, 450, 540), batch_size=32, lr=5
     for name, part in zip(("train", "validation", "eval"), parts):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
-LINE = re.compile(r"(check )?(\d) \+ ([a-f])(\d) = \d$")
+LINE = re.compile(rf"({'|'.join(CHECKS)})? ?(\d) \+ ([a-f])(\d) = \d$")
 
 @torch.no_grad()
-def toy_rates(model, tokenizer, rows, kind="", teacher=None, **generation):
+def toy_rates(model, tokenizer, rows, kind=""):
     """Samples an answer to each row -> {(event, level): rate} at the places that RATES is about, of
-    probabilities and not of draws; {level: accuracy}; and, with a `teacher`, means of KL(model || teacher
-    told v2), nats, at the same places, of all and of right or wrong responses (event, level, right). Prompts
-    of a level are of one length: no padding."""
-    check, newline = tokenizer.convert_tokens_to_ids(["check", "\n"])
-    found, right, gaps = {}, {}, {}
+    probabilities and not of draws; {level: accuracy}. Prompts of a level are of one length: no padding."""
+    found, right, (newline, *words) = {}, {}, tokenizer.convert_tokens_to_ids(["\n", *CHECKS])
     for level in LEVELS:
         part = [row for row in rows if row["level"] == level]
-        prompts, told = (torch.tensor([toy_prompt(tokenizer, row, k) for row in part]) for k in (kind, "v2"))
-        ids = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=160,
-                             **generation)
+        prompts = torch.tensor([toy_prompt(tokenizer, row, kind) for row in part])
+        ids = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=192)
         responses, logits = ids[:, prompts.shape[1]:], model(ids).logits[:, prompts.shape[1]:]
-        if teacher:
-            theirs = teacher(torch.cat([told, responses], 1)).logits[:, told.shape[1]:]
         texts = [text.partition(tokenizer.eos_token)[0] for text in tokenizer.batch_decode(responses)]
         verdicts = ev.grade_all(texts, [row["answer"] for row in part])
         right[level] = statistics.fmean(verdict.correct for verdict in verdicts)
-        for i, sequence in enumerate(responses.tolist()):
-            p, checks = logits[i].softmax(-1), 0
+        for sequence, p in zip(responses.tolist(), logits.softmax(-1)):
             for end in [at for at in range(6, len(sequence)) if sequence[at] == newline]:
                 line = LINE.search(tokenizer.decode(sequence[end - 7:end]))  # 6 or 7 tokens
                 if not line:
                     continue  # not of the thought
-                checks = checks + 1 if line[1] else 0
-                digit = tokenizer.convert_tokens_to_ids(f" {(int(line[2]) + int(line[4])) % 10}")
-                event = ("check", "again", "a third time")[min(checks, 2)]
+                checks = 1 + CHECKS.index(line[1]) if line[1] else 0  # of this step so far
+                result = before if checks > 1 else (int(line[2]) + int(line[4])) % 10
+                digit, before = tokenizer.convert_tokens_to_ids(f" {result}"), int(line[0][-1])
                 number = max(LEVELS[0], 1 + LETTERS.index(line[3]))
-                of = ("wrong check", level) if checks else ("wrong", number)
+                of = (("wrong", number), ("wrong check", level), ("astray", level))[min(checks, 2)]
                 found.setdefault(of, []).append(1 - p[end - 2, digit].item())
-                found.setdefault((event, level), []).append(p[end, check].item())
-                if teacher:
-                    gap = opsdc.reverse_kl(logits[i, end:end + 1], theirs[i, end:end + 1]).item()
-                    for of in ((event, level), (event, level, verdicts[i].correct)):
-                        gaps.setdefault(of, []).append(gap)
-    averages = lambda values: {name: statistics.fmean(each) for name, each in values.items()}
-    return averages(found), right, averages(gaps)
+                if checks < len(CHECKS):
+                    event = "again" if checks else "check"
+                    found.setdefault((event, level), []).append(p[end, words[checks]].item())
+    return {of: statistics.fmean(values) for of, values in found.items()}, right
 
 # ------------------------------------------------------------------------------------------------- quickstart
 
@@ -465,21 +465,27 @@ def quickstart(directory="toy"):
     """From nothing to a compared model, by the commands a user would type; what is there already is kept."""
     toy = Path(os.path.relpath(directory, HERE))  # the commands are run beside the scripts
     evaluate = f"torchrun --nproc_per_node 2 eval.py --data {toy}/eval.jsonl {' '.join(TOY_EVAL)}"
-    steps = [  # command, what it leaves
-        (f"python test_opsdc.py toy {toy}", "eval.jsonl"),
-        (f"torchrun --nproc_per_node 2 opsdc.py --model {toy}/model --data {toy}/train.jsonl --out {toy}/run "
+    steps = [  # what it does, command, what it leaves
+        ("a tiny reasoning model that overthinks sums, made from scratch: 1 to 3 minutes",
+         f"python test_opsdc.py toy {toy}", "eval.jsonl"),
+        ("OPSDC: it learns to reason as if told v2: 1 to 2 minutes",
+         f"torchrun --nproc_per_node 2 opsdc.py --model {toy}/model --data {toy}/train.jsonl --out {toy}/run "
          + " ".join(TOY_RUN), "run/model"),
-        (f"{evaluate} --model {toy}/model --out {toy}/base", ""),
-        (f"{evaluate} --model {toy}/model --instruction v2 --out {toy}/concise", ""),
-        (f"{evaluate} --model {toy}/run/model --out {toy}/ours", ""),
-        (f"python eval.py compare {toy}/base {toy}/concise {toy}/ours --plot {toy}/compare.png", "")]
-    for command, leaves in steps:
+        ("the model before: half a minute", f"{evaluate} --model {toy}/model --out {toy}/base", ""),
+        ("the model before, told v2 in its prompt: half a minute",
+         f"{evaluate} --model {toy}/model --instruction v2 --out {toy}/concise", ""),
+        ("the trained model, told nothing: half a minute",
+         f"{evaluate} --model {toy}/run/model --out {toy}/ours", ""),
+        ("the three side by side: seconds",
+         f"python eval.py compare {toy}/base {toy}/concise {toy}/ours --plot {toy}/compare.png", "")]
+    for number, (what, command, leaves) in enumerate(steps, 1):
+        print(f"\n# {number} of {len(steps)}: {what}")
         if leaves and (HERE / toy / leaves).exists():
             print(f"# {toy / leaves} is there already")
             continue
         if leaves == "run/model" and (HERE / toy / "run").exists():
             command += " --resume"  # what a kill left
-        print(f"\n$ {command}", flush=True)
+        print(f"$ {command}", flush=True)
         words = command.replace("torchrun", "python -m torch.distributed.run").split()
         if subprocess.run([sys.executable, *words[1:]], env=ENVIRONMENT, cwd=HERE).returncode:
             sys.exit(f"quickstart: that command failed, see above; without {toy} it starts from nothing")
@@ -545,6 +551,30 @@ FORKS = {
          "    engine = RolloutEngine(base, cfg)"),
         ("    say(\"  \".join(", "    wandb.log(metrics, step=metrics[\"step\"])\n    say(\"  \".join("),
         ("    os._exit(status)", "    wandb.finish(status)\n    os._exit(status)")],
+    # every tenth step the weights before it on a benchmark, by level
+    "validate": [
+        ("        begun = time.perf_counter()\n",
+         "        if step % 10 == 1:\n"
+         "            jobs = evaluator.make_jobs(base.tokenizer, evaluator.load_problems(\"math500\"), 2, cfg.seed)\n"
+         "            samples = engine.generate([job[\"prompt\"] for job in engine.share(jobs)],\n"
+         "                                      [job[\"seed\"] for job in engine.share(jobs)],\n"
+         "                                      max_tokens=cfg.max_response_tokens, **evaluator.SAMPLING)\n"
+         "            records = evaluator.make_records(base.tokenizer, jobs, engine.gather(samples))\n"
+         "            for level, part in evaluator.grouped(records, \"level\").items():\n"
+         "                metrics |= {f\"eval_{name}_{level}\": evaluator.mean(part, name)\n"
+         "                            for name in (\"correct\", \"tokens\")}\n"
+         "        begun = time.perf_counter()\n")],
+    # a scheduler takes the machine: the step is finished and saved, and every rank leaves with status 0
+    "sigterm": [
+        ("import shutil\n", "import shutil\nimport signal\n"),
+        ("    skipped = idle = 0", "    terminated = torch.zeros(())\n"
+         "    signal.signal(signal.SIGTERM, lambda *_: terminated.fill_(1))\n    skipped = idle = 0"),
+        ("        if step % cfg.save_every == 0 or step == cfg.steps:\n"
+         "            save_checkpoint(out, step, model, optimizer, thetabar)\n",
+         "        dist.all_reduce(terminated, op=dist.ReduceOp.MAX)  # all after the same step\n"
+         "        if terminated or step % cfg.save_every == 0 or step == cfg.steps:\n"
+         "            save_checkpoint(out, step, model, optimizer, thetabar)\n"
+         "        if terminated:\n            sys.exit()\n")],
     # the teacher is told the answer
     "answer": [("prompt(p[\"problem\"], instruction,",
                 "prompt(p[\"problem\"], f\"{instruction}\\n\\nThe answer is {p['answer']}.\",")],
@@ -568,185 +598,158 @@ def fork(names, file):
 # seeds, by the commands a user would type, and prints the tables. What is finished already is not run again.
 
 SEEDS = (0, 1, 2)
-# Chosen on validation.jsonl: at this rate 60 steps reach a frozen teacher's length (51.8 tokens of 90.7), and
-# M = 6 still answers (79 %). 5e-5 goes the same way at half the speed; at 2e-4 M = 6 ends in endless text.
-S = "--instruction v2 --lr 1e-4 --steps 60"
-M30 = f"{S} --refresh_every 30"  # half of the steps, as the paper's 50 of 100
+ONLY_HELP = "checks only help"  # rows of a second toy: without a further check that goes astray
+M30 = "--refresh_every 30"      # half of the steps, as the paper's 50 of 100
 CLAIMS = {  # row: options of opsdc.py after TOY_RUN, or None where nothing is trained; "told" is for eval.py
     "base": None, "base, told v1": None, "base, told v2": None,
-    "OPSDC v1": M30.replace("v2", "v1"), "OPSDC v2": M30, "OPSDC v2, told v2": None,
-    "frozen teacher": f"{S} --refresh_every 0", "M = 15": f"{S} --refresh_every 15",
-    "M = 6": f"{S} --refresh_every 6", "M = 1": f"{S} --refresh_every 1",
+    "frozen teacher": "", "M = 30": M30, "M = 30, told v2": None, "v1, M = 30": f"{M30} --instruction v1",
+    "M = 15": "--refresh_every 15", "M = 6": "--refresh_every 6", "M = 1": "--refresh_every 1",
     "JSD": f"{M30} --divergence jsd", "forward KL": f"{M30} --divergence forward_kl",
-    "rollouts cut at 25 %": f"{M30} --max_response_tokens 23",
-    "rollouts cut at 50 %": f"{M30} --max_response_tokens 45",
+    "rollouts cut at 25 %": f"{M30} --max_response_tokens 28",
     "temperature 0.5": f"{M30} --temperature 0.5", "temperature 1.5": f"{M30} --temperature 1.5",
     "correct only": f"{M30} --keep correct", "incorrect only": M30,  # by the fork
-    "lr x 5": f"{M30} --lr 5e-4", "lr x 5, M = 6": f"{S} --lr 5e-4 --refresh_every 6",
+    f"{ONLY_HELP}: base": None, f"{ONLY_HELP}: frozen teacher": "", f"{ONLY_HELP}: M = 30": M30,
 }
-DRAWN = ("OPSDC v1", "M = 6", "OPSDC v2", "frozen teacher")  # with an evaluation every 5 steps, seed 0
+DRAWN = "frozen teacher"  # with an evaluation every 5 steps at seed 0, for the picture
+EASY_AND_HARD = {"easy": LEVELS[:2], "hard": LEVELS[2:]}
+
+def claim_toy(toy, row):
+    """The toy that a row is about."""
+    return toy / "only-help" if ONLY_HELP in row else toy
 
 def claim_folder(toy, row, seed):
     return toy / "claims" / f"{re.sub('[^a-zA-Z0-9.]+', '-', row)}-{seed}"
 
-def traced(*arguments):
-    """opsdc.py with `arguments`, whose evaluations are by level and sample as the toy's do: another function
-    in the seam to what measures."""
-    def validate(engine, tokenizer, jobs, cfg):
-        jobs = engine.share(jobs)
-        outputs = engine.generate([job["prompt"] for job in jobs], [job["seed"] for job in jobs],
-                                  temperature=1, max_tokens=cfg.max_response_tokens)
-        found = ev.summarise(engine.gather(ev.make_records(tokenizer, jobs, outputs)))
-        parts = {"": found} | {f"_{level}": part for level, part in found["levels"].items()}
-        return {f"eval_{name}{of}": part[name] for of, part in parts.items()
-                for name in ("accuracy", "tokens")}
-    ev.validate = validate
-    sys.argv = ["opsdc.py", *arguments]
-    opsdc.main()
-
 def train_claim(toy, row, seed):
-    out, script, more = claim_folder(toy, row, seed), ["opsdc.py"], []
-    if not CLAIMS[row] or (out / "run/model").exists():
+    out, script = claim_folder(toy, row, seed), "opsdc.py"
+    if CLAIMS[row] is None or (out / "run/model").exists():
         return
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    if row == "incorrect only":
-        fork("incorrect", out / "fork.py")
-        script = [out / "fork.py"]
-    if row in DRAWN and seed == 0:
-        script = ["test_opsdc.py", "traced"]
-        more = ["--eval_every", 5, "--eval_data", toy / "eval.jsonl", "--eval_samples", 1]
-    succeed(*script[1:], *TOY_RUN, *CLAIMS[row].split(), "--model", toy / "model", "--data",
-            toy / "train.jsonl", "--out", out / "run", "--seed", seed, "--save_every", 1000, *more,
-            script=script[0])
+    if row == "incorrect only" or (row, seed) == (DRAWN, 0):
+        script = out / "fork.py"
+        fork("validate" if row == DRAWN else "incorrect", script)
+        for old, new in (('"math500"', repr(str(toy / "eval.jsonl"))), ("% 10 == 1", "% 5 == 1"),
+                         ("**evaluator.SAMPLING", "temperature=1")):
+            script.write_text(script.read_text().replace(old, new))
+    succeed(*TOY_RUN, *CLAIMS[row].split(), "--model", claim_toy(toy, row) / "model", "--data",
+            toy / "train.jsonl", "--out", out / "run", "--seed", seed, "--save_every", 1000, script=script)
 
 def claim(toy, row, seed):
     """Trains and evaluates a row, unless that is done -> its records on eval.jsonl."""
     out, (trained, _, told) = claim_folder(toy, row, seed) / "eval", row.partition(", told ")
     train_claim(toy, trained, seed)
-    model = toy / "model" if trained == "base" else claim_folder(toy, trained, seed) / "run/model"
+    ours = claim_folder(toy, trained, seed) / "run/model"
     if not (out / "summary.json").exists() or not ev.read_summary(out)["finished"]:
-        succeed("--model", model, "--data", toy / "eval.jsonl", "--out", out, *TOY_EVAL, "--seed", seed,
+        succeed("--model", claim_toy(toy, row) / "model" if CLAIMS[trained] is None else ours, "--data",
+                toy / "eval.jsonl", "--out", out, *TOY_EVAL, "--seed", seed,
                 *["--instruction", told] * bool(told), script="eval.py")
     return ev.read_run(out)[1]["eval"]
 
 def entropy_over_training(toy, row, seeds):
     """Student's entropy, nats/token, mean of all seeds: first five steps -> last five."""
-    runs = [metrics_of(claim_folder(toy, row, seed) / "run") for seed in seeds] if CLAIMS[row] else []
-    found = [[line["student_entropy"] for run in runs for line in part(run) if "loss" in line]
-             for part in (lambda run: run[:5], lambda run: run[-5:])]
+    runs = [metrics_of(claim_folder(toy, row, seed) / "run") for seed in seeds if CLAIMS[row] is not None]
+    found = [[line["student_entropy"] for run in runs for line in run[part] if "loss" in line]
+             for part in (slice(5), slice(-5, None))]
     return " -> ".join(f"{statistics.fmean(values):.3f}" for values in found if values)
 
 def claims(directory="toy", *seeds):
     toy, seeds = Path(directory).resolve(), [int(seed) for seed in seeds] or SEEDS
-    if not (toy / "eval.jsonl").exists():
-        make_toy(toy)
+    toys = [made for made in ((toy, 0), (claim_toy(toy, ONLY_HELP), 0, 0))  # folder, seed, rate of going astray
+            if not (made[0] / "eval.jsonl").exists()]
     jobs = [(row, seed) for seed in seeds for row in CLAIMS if "told" not in row]
     jobs += [(row, seed) for seed in seeds for row in CLAIMS if "told" in row]  # of models trained by then
     with ThreadPoolExecutor(2) as pool:  # a core each
+        list(pool.map(lambda made: succeed("toy", *made, script="test_opsdc.py", timeout=3600), toys))
         records = dict(zip(jobs, pool.map(lambda job: claim(toy, *job), jobs)))
-    table, reductions, changes, wrong = [], [], [], []
+    spread = lambda values: (f"{statistics.fmean(values):.1f}"
+                             + (f" ± {statistics.stdev(values):.1f}" if values[1:] else ""))
+    table, wrong = [], []
     for row in CLAIMS:
-        base, ours = ([r for seed in seeds for r in records[name, seed]] for name in ("base", row))
-        spread = lambda values: (f"{statistics.fmean(values):.1f}"
-                                 + (f" ± {statistics.stdev(values):.1f}" if values[1:] else ""))
-        tokens, right = ([[ev.mean(records[name, seed], column) for seed in seeds] for name in ("base", row)]
+        names = f"{ONLY_HELP}: base" if ONLY_HELP in row else "base", row
+        base, ours = ([r for seed in seeds for r in records[name, seed]] for name in names)
+        tokens, right = ([[ev.mean(records[name, seed], column) for seed in seeds] for name in names]
                          for column in ("tokens", "correct"))
-        parts = ev.contrast(base, ours)
+        (*_, whole), *parts = ev.contrast(base, ours)
         table.append([row, f"`{CLAIMS[row]}`" if CLAIMS[row] else "", spread([100 * x for x in right[1]]),
-                      ev.percent(*parts[0][3]["change"], sign="+"), spread(tokens[1]),
+                      ev.percent(*whole["change"], sign="+"), spread(tokens[1]),
                       spread([100 * (1 - y / x) for x, y in zip(*tokens)]),
+                      " / ".join(f"{100 * stats['accuracy']:.1f}" for _, _, stats, _ in parts),
+                      " / ".join(f"{100 * versus['reduction'][0]:.0f}" for *_, versus in parts),
                       entropy_over_training(toy, row, seeds)])
         wrong.append([row, *faults(toy, ours)])
-        reductions.append([row, *(ev.percent(*versus["reduction"]) for *_, versus in parts)])
-        changes.append([row, *(f"{ev.percent(stats['accuracy'])}, {ev.percent(*versus['change'], sign='+')}"
-                               for _, _, stats, versus in parts)])
-    print(f"{len(seeds)} seeds, mean ± standard deviation; in brackets 95 % paired bootstrap intervals over "
-          f"{parts[0][1]['problems']} problems, all seeds together\n")
-    print(ev.markdown(["toy", "options", "accuracy, %", "change, points", "mean tokens", "reduction, %",
-                       "entropy, nats/token"], table))
-    levels = ["all", *(f"{k} terms" for k in LEVELS)]
-    print("\n" + ev.markdown(["reduction, %", *levels], reductions))
-    print("\n" + ev.markdown(["accuracy, %, and its change, points", *levels], changes))
-    print("\n" + ev.markdown([f"wrong, % of responses: {' / '.join(FAULTS)}", "3 and 4 terms",
-                              "5 and 6 terms"], wrong))
-    print("\n" + ev.markdown(["by terms 3 / 4 / 5 / 6 (slips: at a-c / d / e / f)", "steps slip",
-                              "are checked", "told v2 its teacher checks", "KL from the teacher there, nats",
-                              "in right responses", "in wrong ones"], habits(toy, seeds[0])))
+    print(f"{len(seeds)} seeds, mean ± standard deviation; in brackets the 95 % paired bootstrap interval "
+          f"over {parts[0][1]['problems'] * len(parts)} problems, all seeds together\n")
+    print(ev.markdown(["toy", "options", "accuracy, %", "change, points", "tokens", "reduction, %",
+                       "accuracy at 3 / 4 / 5 / 6 terms", "reduction there", "entropy, nats/token"], table))
+    print("\nWhat wrong responses do wrong, % of all responses, easy / hard sums\n")
+    print(ev.markdown(["toy", *FAULTS, "steps checked, %", "further checks a step"], wrong))
 
-FAULTS = ("an unchecked slip", "a term left out", "the last term again", "other terms", "else")
+FAULTS = ("a slip unchecked", "a further check astray", "a term left out", "a term again", "other terms",
+          "else")
 
 def fault(response, problem):
     """What is wrong in a wrong response: one of FAULTS."""
-    steps = [line[3] + line[4] for line in map(LINE.search, response.split("\n")) if line and not line[1]]
-    terms = problem.split()[3:]
+    lines = [line for line in map(LINE.search, response.split("\n")) if line]
+    steps, terms = [line[3] + line[4] for line in lines if not line[1]], problem.split()[3:]
     if steps != terms:
         if steps[:len(terms)] == terms:
-            return FAULTS[2]
-        return FAULTS[1] if len(steps) < len(terms) else FAULTS[3]
-    slips = [line for line in map(LINE.search, response.split("\n"))
-             if line and not line[1] and (int(line[2]) + int(line[4]) - int(line[0][-1])) % 10]
-    return FAULTS[0] if slips else FAULTS[4]
+            return "a term again"
+        return "a term left out" if len(steps) < len(terms) else "other terms"
+    for line, after in itertools.pairwise([*lines, None]):  # what the thought goes on from
+        if not (after and after[1]) and (int(line[2]) + int(line[4]) - int(line[0][-1])) % 10:
+            return {None: FAULTS[0], "check": "else"}.get(line[1], FAULTS[1])
+    return "else"
 
 def faults(toy, records):
-    """[short sums, long sums]: shares of all responses that are wrong, by fault, in %."""
+    """Of easy / hard sums: shares of all responses that are wrong, by fault, and of steps checked, in %;
+    checks after a step's first."""
     problems = {row["id"]: row["problem"] for row in ev.load_problems(str(toy / "eval.jsonl"))}
-    cells = []
-    for levels in (LEVELS[:2], LEVELS[2:]):
+    columns = []
+    for levels in EASY_AND_HARD.values():
         part = [record for record in records if record["level"] in levels]
         found = [fault(r["response"], problems[r["id"]]) for r in part if not r["correct"]]
-        cells.append(" / ".join(f"{100 * found.count(name) / len(part):.1f}" for name in FAULTS))
-    return cells
-
-def habits(toy, seed):
-    """Rows of what students, and the teachers they have or would become, do at the place that decides."""
-    load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    trained = {row: load(claim_folder(toy, row, seed) / "run/model")
-               for row in ("frozen teacher", "OPSDC v2", "M = 1", "forward KL", "incorrect only")}
-    trained["base"] = load(toy / "model")
-    tokenizer, rows = AutoTokenizer.from_pretrained(toy / "model"), ev.read_lines(toy / "eval.jsonl")
-    table = []
-    for row, teacher in (("base", "base"), ("frozen teacher", "base"), ("OPSDC v2", "base"),
-                         ("OPSDC v2", "OPSDC v2"), ("M = 1", "M = 1"), ("forward KL", "base"),
-                         ("incorrect only", "base")):
-        torch.manual_seed(0)
-        own, _, gap = toy_rates(trained[row], tokenizer, rows, teacher=trained[teacher])
-        told, _, _ = toy_rates(trained[teacher], tokenizer, rows, "v2")
-        cell = lambda found, event, *right: " / ".join(
-            f"{found.get((event, k, *right), math.nan):.3f}" for k in LEVELS)
-        table.append([f"{row}; teacher: {'itself, refreshed' if row == teacher != 'base' else 'the base'}",
-                      cell(own, "wrong"), cell(own, "check"), cell(told, "check"), cell(gap, "check"),
-                      cell(gap, "check", True), cell(gap, "check", False)])
-    return table
+        lines = [LINE.search(line) for r in part for line in r["response"].split("\n")]
+        words = [line[1] for line in lines if line]
+        steps, first = max(1, words.count(None)), words.count("check")
+        columns.append([f"{100 * found.count(name) / len(part):.1f}" for name in FAULTS]
+                       + [f"{100 * first / steps:.0f}", f"{(len(words) - words.count(None) - first) / steps:.2f}"])
+    return [" / ".join(cells) for cells in zip(*columns)]
 
 def picture(directory="toy", file="toy.png"):
-    """Accuracy against mean tokens over the steps of the DRAWN rows, short and long sums apart."""
-    toy = Path(directory).resolve()
-    figure, axes = ev.pyplot().subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    """Accuracy against mean tokens of easy and of hard sums: on the way with a frozen teacher, and at the end
+    of other rows."""
+    toy, pyplot = Path(directory).resolve(), ev.pyplot()
+    figure, ax = pyplot.subplots(figsize=(9, 5.2), layout="constrained")
+    refreshed = [row for row in CLAIMS if row.startswith("M = ") and "told" not in row]
+    marks = {"o": ("before", ["base"]), "s": ("after, told nothing", [DRAWN]),
+             "D": ("after, teacher refreshed every 30, 15, 6, 1 steps", refreshed),
+             "*": ("before, told v1", ["base, told v1"]), "P": ("before, told v2", ["base, told v2"])}
 
-    def evaluated(row, levels):
+    def place(row, levels):
         records = ev.read_run(claim_folder(toy, row, 0) / "eval")[1]["eval"]
-        of_levels = [record for record in records if record["level"] in levels]
-        return ev.mean(of_levels, "tokens"), 100 * ev.mean(of_levels, "correct")
-    for ax, title, levels in zip(axes, ("short sums: 3 and 4 terms", "long sums: 5 and 6 terms"),
-                                 (LEVELS[:2], LEVELS[2:])):
-        for i, row in enumerate(DRAWN):
-            lines = [line for line in metrics_of(claim_folder(toy, row, 0) / "run") if "eval_tokens" in line]
-            points = [(statistics.fmean(line[f"eval_tokens_{k}"] for k in levels),
-                       100 * statistics.fmean(line[f"eval_accuracy_{k}"] for k in levels)) for line in lines]
-            points.append(evaluated(row, levels))
-            ax.plot(*zip(*points), "o-", color=f"C{i}", markersize=3 + 2 * (i == 0), label=row)
-            ax.plot(*points[-1], "s", color=f"C{i}", markersize=8)
-        for line, point in zip(lines[::2], points[::2]):  # the last row's; the first steps are all rows'
-            ax.annotate(line["step"] - 1, point, (0, -14), textcoords="offset points", fontsize=8)
-        for told, marker in (("v1", "*"), ("v2", "P")):
-            ax.plot(*evaluated(f"base, told {told}", levels), marker, color="black", markersize=11,
-                    linestyle="", label=f"base, told {told}")
-        ax.set(title=title, xlabel="mean response tokens (fewer to the right)", ylabel="accuracy, %")
-        ax.invert_xaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(DRAWN) + 2)
+        part = [record for record in records if record["level"] in levels]
+        return ev.mean(part, "tokens"), 100 * ev.mean(part, "correct")
+    for color, (name, levels) in zip(("tab:blue", "tab:red"), EASY_AND_HARD.items()):
+        way = [[scale * statistics.fmean(line[f"eval_{of}_{level}"] for level in levels)
+                for of, scale in (("tokens", 1), ("correct", 100))]
+               for line in metrics_of(claim_folder(toy, DRAWN, 0) / "run") if "eval_tokens_6" in line]
+        ax.plot(*zip(place("base", levels), *way[1:], place(DRAWN, levels)), ".-", color=color)
+        ax.plot(*zip(*(place(row, levels) for row in [DRAWN, *refreshed])), ":", color=color)
+        for marker, (_, rows) in marks.items():
+            ax.plot(*zip(*(place(row, levels) for row in rows)), marker, color=color, markeredgecolor="white",
+                    markersize=9 if marker == "D" else 14)
+        ax.annotate(f"{name} sums", place("base", levels), (-100, -5), textcoords="offset points", color=color,
+                    fontsize=15)
+    for marker, (label, _) in marks.items():
+        ax.plot([], [], marker, color="gray", markersize=11, label=label)
+    ax.set_xlabel("mean tokens of a response", fontsize=14)
+    ax.set_ylabel("right answers, %", fontsize=14)
+    ax.tick_params(labelsize=13)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=13, loc="lower left")
     figure.savefig(file, dpi=100)
-    print(f"wrote {file}; a dot every 5 steps, numbered for {DRAWN[-1]}, from the base to the square")
+    print(f"wrote {file}")
 
 # ---------------------------------------------------------------------------------------------- the objective
 
@@ -2916,44 +2919,44 @@ def test_page_of_given_responses_with_another_teacher(tmp_path, no_group):
 # ------------------------------------------------------------------------------------ the toy, both commands
 # Last, since the toy is made in the background of all the tests above.
 
-def test_toy_does_what_its_table_says_and_its_checks_pay(toy):
-    """Rates under each prompt, by level, within 0.06 of RATES. Told v1 it hardly checks: what that costs."""
+def test_toy_does_what_its_table_says_and_both_kinds_of_checks_matter(toy):
+    """Rates under each prompt, by level, within 0.06 of RATES, of going astray within 0.015."""
     model = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
     rows, right = ev.read_lines(toy / "eval.jsonl"), {}
     torch.manual_seed(0)
     for kind in ("", *TOLD):
-        found, right[kind], _ = toy_rates(model, tokenizer, rows, kind)
+        found, right[kind] = toy_rates(model, tokenizer, rows, kind)
+        print(kind, {event: round(value, 3) for event, value in found.items()}, right[kind])
         for level, event in itertools.product(LEVELS, ("wrong", "check", "again")):
             expected = rate(event, "" if event == "wrong" else kind, level)
             assert found[event, level] == pytest.approx(expected, abs=0.06), (kind, event, level)
-            assert kind or found["wrong check", level] < 0.03 > found["a third time", level]
-    print(f"accuracy by terms: {right}")
-    lost = {level: right[""][level] - right["v1"][level] for level in LEVELS}
-    assert right[""][6] > 0.85 and right["v1"][6] < 0.8 and lost[6] > 0.1 + lost[3]
-    assert right["v2"][6] > right["v1"][6] + 0.05
+        if not kind:
+            for level in LEVELS:
+                assert found["astray", level] == pytest.approx(rate("astray", "", level), abs=0.015), level
+                assert found["wrong check", level] < 0.02, level
+    mean = {kind: statistics.fmean(of.values()) for kind, of in right.items()}
+    assert mean["v2"] > mean[""] + 0.05 and mean["v2"] > mean["v1"] and right["v2"][6] > right["v1"][6]
 
 def test_faults_of_wrong_answers_to_the_toys_problems():
     fault_of = lambda *lines: fault("\n".join(["<think>", *lines, "</think>"]), "Add modulo 10: b8 a5")
-    assert fault_of("0 + b8 = 9", "9 + a5 = 4") == "an unchecked slip"
+    assert fault_of("0 + b8 = 9", "9 + a5 = 4") == "a slip unchecked"
+    assert fault_of("0 + b8 = 8", "check 0 + b8 = 8", "recheck 0 + b8 = 7",
+                    "7 + a5 = 2") == "a further check astray"
     assert fault_of("0 + b8 = 8", "check 0 + b8 = 8") == "a term left out"
-    assert fault_of("0 + b8 = 8", "8 + a5 = 3", "3 + a5 = 8") == "the last term again"
+    assert fault_of("0 + b8 = 8", "8 + a5 = 3", "3 + a5 = 8") == "a term again"
     assert fault_of("0 + b8 = 8", "8 + a6 = 4") == "other terms"
     assert fault_of("0 + b8 = 8", "check 0 + b8 = 7", "7 + a5 = 2") == "else"
 
 @pytest.fixture(scope="session")
 def trained(toy, tmp_path_factory):
-    """The README's training of the toy on two ranks, with an evaluation at its first and last step."""
+    """The README's training of the toy on two ranks."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    few = out.parent / "few.jsonl"
-    few.write_text("".join((toy / "eval.jsonl").read_text().splitlines(keepends=True)[:41]))
-    succeed(*TOY_RUN, "--model", toy / "model", "--data", toy / "train.jsonl", "--out", out,
-            "--eval_every", 43, "--eval_data", few, "--eval_samples", 2, ranks=2)
+    succeed(*TOY_RUN, "--model", toy / "model", "--data", toy / "train.jsonl", "--out", out, ranks=2)
     return out
 
 def test_toy_learns_to_be_brief_without_being_told(toy, trained, tmp_path):
-    """The paper's claim, end to end: about half the tokens (45 % fewer here), and what that costs on sums
-    whose checks matter: 5 points of accuracy, where the instruction alone costs 1.5."""
+    """The paper's claim, end to end: about half the tokens, and better answers, told nothing."""
     def evaluate(name, model):
         succeed("--model", model / "model", "--data", toy / "eval.jsonl", "--out", tmp_path / name, *TOY_EVAL,
                 script="eval.py")
@@ -2964,31 +2967,29 @@ def test_toy_learns_to_be_brief_without_being_told(toy, trained, tmp_path):
                   for name in ("base", "ours"))
     print(f"tokens {base['tokens']:.1f} -> {ours['tokens']:.1f}, "
           f"accuracy {base['accuracy']:.1%} -> {ours['accuracy']:.1%}")
-    assert base["problems"] >= 300 and base["accuracy"] > 0.95
-    assert ours["tokens"] <= 0.6 * base["tokens"] and ours["accuracy"] >= base["accuracy"] - 0.1
+    assert base["problems"] >= 300 and ours["tokens"] <= 0.6 * base["tokens"]
+    assert ours["accuracy"] >= base["accuracy"] + 0.05
 
 def test_metrics_of_the_toy_run(trained):
     lines = metrics_of(trained)
-    assert [line["step"] for line in lines] == list(range(1, 45))
+    assert [line["step"] for line in lines] == list(range(1, 61))
     assert max(line["logprob_gap_max"] for line in lines) < 1e-4
     assert all(line["skipped_updates"] == 0 for line in lines)
-    assert [line["teacher_age"] for line in lines] == [*range(40), *range(4)]
-    assert lines[40]["loss"] > 2 * lines[39]["loss"]  # the refresh: the teacher is brief from a briefer model
+    assert [line["teacher_age"] for line in lines] == list(range(60))  # frozen
+    assert lines[0]["loss"] > 5 * lines[59]["loss"]
     known = {"loss", "grad_norm", "lr", "response_tokens", "response_tokens_min", "response_tokens_max",
-             "truncated", "accuracy", "student_entropy", "teacher_entropy", "logprob_gap", "seconds_sync",
-             "seconds_generate", "seconds_teacher", "seconds_student", "seconds_step", "tokens_per_second"}
+             "truncated", "accuracy", "student_entropy", "teacher_entropy", "logprob_gap",
+             "seconds_generate", "seconds_step", "tokens_per_second"}
     assert all(line[name] is not None for line in lines for name in known)
-    assert [line["step"] for line in lines if "eval_tokens" in line] == [1, 44]
-    assert lines[43]["eval_tokens"] < 0.65 * lines[0]["eval_tokens"] and lines[43]["eval_accuracy"] > 0.8
     samples = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 176 and "</think>\nAnswer: " in samples[-1]["response"] and samples[-1]["finished"]
+    assert len(samples) == 240 and "</think>\nAnswer: " in samples[-1]["response"] and samples[-1]["finished"]
 
 def test_exported_model_is_a_plain_hugging_face_model(toy, trained):
     model, tokenizer = (kind.from_pretrained(trained / "model")
                         for kind in (AutoModelForCausalLM, AutoTokenizer))
     row = json.loads((toy / "eval.jsonl").read_text().splitlines()[0])
-    prompt = torch.tensor([opsdc.prompt_ids(tokenizer, row["problem"])])
-    text = tokenizer.decode(model.generate(prompt, max_new_tokens=160, do_sample=False)[0, prompt.shape[1]:])
+    prompt = torch.tensor([toy_prompt(tokenizer, row, "")])
+    text = tokenizer.decode(model.generate(prompt, max_new_tokens=192, do_sample=False)[0, prompt.shape[1]:])
     assert model.dtype == torch.bfloat16 and text.rstrip().endswith(f"Answer: {row['answer']}<|im_end|>")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id and tokenizer.chat_template
 
@@ -3385,7 +3386,7 @@ def profile(*arguments):
 
 if __name__ == "__main__":
     commands = dict(toy=make_toy) | {command.__name__: command for command in (
-        quickstart, claims, traced, picture, families, fork, drill, large, profile, bench, bench_row,
+        quickstart, claims, picture, families, fork, drill, large, profile, bench, bench_row,
         die, gradients, leave, gpu, objective_rows, run_beside, sync, training_side)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         sys.exit(__doc__)
