@@ -632,7 +632,7 @@ def export(model, base, out):
     """out/model/: theta in bfloat16, gathered in rank 0's memory, and the base's other files as they came."""
     model.reshard()
     gathered = checkpoint_weights(model.lm, torch.bfloat16)
-    weights = {name: w.cpu() for name, w in gathered if dist.get_rank() == 0}
+    weights = {name: w.to("cpu", copy=True) for name, w in gathered if dist.get_rank() == 0}
     if dist.get_rank() == 0:
         folder, text = out / UNFINISHED, base.empty.config
         shutil.rmtree(folder, ignore_errors=True)
