@@ -2953,30 +2953,26 @@ def test_faults_of_wrong_answers_to_the_toys_problems():
     assert fault_of("0 + b8 = 8", "8 + a6 = 4") == "other terms"
     assert fault_of("0 + b8 = 8", "check 0 + b8 = 7", "7 + a5 = 2") == "else"
 
-@pytest.fixture(scope="session")
-def trained(toy, tmp_path_factory):
-    """The README's training of the toy on two ranks."""
-    out = tmp_path_factory.mktemp("trained") / "out"
-    succeed(*TOY_RUN, "--model", toy / "model", "--data", toy / "train.jsonl", "--out", out, ranks=2)
-    return out
-
-def test_toy_learns_to_be_brief_without_being_told(toy, trained, tmp_path):
-    """The paper's claim, end to end: about half the tokens, and better answers, told nothing."""
-    def evaluate(name, model):
-        succeed("--model", model / "model", "--data", toy / "eval.jsonl", "--out", tmp_path / name, *TOY_EVAL,
-                script="eval.py")
-
-    with ThreadPoolExecutor() as pool:  # a core each
-        list(pool.map(evaluate, ("base", "ours"), (toy, trained)))
-    base, ours = (json.loads((tmp_path / name / "summary.json").read_text())["benchmarks"]["eval"]
-                  for name in ("base", "ours"))
+@beside()
+def test_toy_learns_to_be_brief_without_being_told(folder):
+    """The paper's claim, end to end, by the README's training on two ranks: about half the tokens, and better
+    answers, told nothing. Its metrics, its samples, and that its model is a plain Hugging Face one."""
+    toy, out = toy_of(folder), folder / "out"
+    done = in_fork(script, "opsdc.py", *TOY_RUN, "--model", toy / "model", "--data", toy / "train.jsonl",
+                   "--out", out, ranks=2)
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = []
+    for model in (toy / "model", out / "model"):
+        done = in_fork(script, "eval.py", "--model", model, "--data", toy / "eval.jsonl", "--out",
+                       folder / f"eval-{len(found)}", *TOY_EVAL, ranks=2)
+        assert done.returncode == 0, done.stdout[-3000:]
+        found.append(ev.read_summary(folder / f"eval-{len(found)}")["benchmarks"]["eval"])
+    base, ours = found
     print(f"tokens {base['tokens']:.1f} -> {ours['tokens']:.1f}, "
           f"accuracy {base['accuracy']:.1%} -> {ours['accuracy']:.1%}")
     assert base["problems"] >= 300 and ours["tokens"] <= 0.6 * base["tokens"]
     assert ours["accuracy"] >= base["accuracy"] + 0.05
-
-def test_metrics_of_the_toy_run(trained):
-    lines = metrics_of(trained)
+    lines = metrics_of(out)
     assert [line["step"] for line in lines] == list(range(1, 61))
     assert max(line["logprob_gap_max"] for line in lines) < 1e-4
     assert all(line["skipped_updates"] == 0 for line in lines)
@@ -2986,13 +2982,10 @@ def test_metrics_of_the_toy_run(trained):
              "truncated", "accuracy", "student_entropy", "teacher_entropy", "logprob_gap",
              "seconds_generate", "seconds_step", "tokens_per_second"}
     assert all(line[name] is not None for line in lines for name in known)
-    samples = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()]
+    samples = ev.read_lines(out / "samples.jsonl")
     assert len(samples) == 240 and "</think>\nAnswer: " in samples[-1]["response"] and samples[-1]["finished"]
-
-def test_exported_model_is_a_plain_hugging_face_model(toy, trained):
-    model, tokenizer = (kind.from_pretrained(trained / "model")
-                        for kind in (AutoModelForCausalLM, AutoTokenizer))
-    row = json.loads((toy / "eval.jsonl").read_text().splitlines()[0])
+    model, tokenizer = (kind.from_pretrained(out / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    row = ev.read_lines(toy / "eval.jsonl")[0]
     prompt = torch.tensor([toy_prompt(tokenizer, row, "")])
     text = tokenizer.decode(model.generate(prompt, max_new_tokens=192, do_sample=False)[0, prompt.shape[1]:])
     assert model.dtype == torch.bfloat16 and text.rstrip().endswith(f"Answer: {row['answer']}<|im_end|>")
