@@ -465,6 +465,8 @@ def quickstart(directory="toy"):
     """From nothing to a compared model, by the commands a user would type; what is there already is kept."""
     toy = Path(os.path.relpath(directory, HERE))  # the commands are run beside the scripts
     evaluate = f"torchrun --nproc_per_node 2 eval.py --data {toy}/eval.jsonl {' '.join(TOY_EVAL)}"
+    tokens = (f"python eval.py tokens --data {toy}/eval.jsonl --instruction v2 --max_prompt_tokens 256 "
+              f"--max_response_tokens 192 --teacher {toy}/model")
     steps = [  # what it does, command, what it leaves
         ("a tiny reasoning model that overthinks sums, made from scratch: 1 to 3 minutes",
          f"python test_opsdc.py toy {toy}", "eval.jsonl"),
@@ -477,7 +479,10 @@ def quickstart(directory="toy"):
         ("the trained model, told nothing: half a minute",
          f"{evaluate} --model {toy}/run/model --out {toy}/ours", ""),
         ("the three side by side: seconds",
-         f"python eval.py compare {toy}/base {toy}/concise {toy}/ours --plot {toy}/compare.png", "")]
+         f"python eval.py compare {toy}/base {toy}/concise {toy}/ours --plot {toy}/compare.png", ""),
+        ("what the loss sees before, token by token, as a page: seconds",
+         f"{tokens} --model {toy}/model --out {toy}/tokens-before.html", ""),
+        ("and after: seconds", f"{tokens} --model {toy}/run/model --out {toy}/tokens-after.html", "")]
     for number, (what, command, leaves) in enumerate(steps, 1):
         print(f"\n# {number} of {len(steps)}: {what}")
         if leaves and (HERE / toy / leaves).exists():
