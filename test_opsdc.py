@@ -3145,23 +3145,17 @@ def bench_row(method, N, dtype):
                       grad_error=relative_error(inputs[1].grad, grad))
     print(json.dumps(found))
 
-def bench():
-    print(f"V={VOCABULARY}, d={HIDDEN}, one thread, torch {torch.__version__}; MiB above the inputs (head's "
-          f"gradient: {VOCABULARY * HIDDEN * 4 / 2**20:.0f} in float32)\n\n"
-          "| | N | CPU s | x four matmuls | peak MiB | loss error | head gradient error |\n"
-          "|---|---|---|---|---|---|---|")
+def bench(N=1024):
+    print(f"N={N}, V={VOCABULARY}, d={HIDDEN}, one thread, torch {torch.__version__}; MiB above the inputs "
+          f"(head's gradient: {VOCABULARY * HIDDEN * 4 / 2**20:.0f} in float32)\n\n"
+          "| | CPU s | x four matmuls | peak MiB | loss error | head gradient error |\n|---|---|---|---|---|---|")
     row = lambda *words: json.loads(succeed("bench_row", *words, script="test_opsdc.py").splitlines()[-1])
-    for N in (1024, 2048):
-        floor = row("four_matmuls", N, "float32")["seconds"]
-        print(f"| four bare matmuls | {N} | {floor:.1f} | 1 | | | |")
-        for method, name in (("opsdc", "`distill_loss`"), ("naive", "naive autograd")):
-            found = row(method, N, "float32")
-            print(f"| {name}, float32 | {N} | {found['seconds']:.1f} | {found['seconds'] / floor:.2f} | "
-                  f"{found['mib']:.0f} | | |", flush=True)
-    for method, name in (("opsdc", "`distill_loss`"), ("naive", "naive autograd")):
-        found = row(method, 1024, "bfloat16")
-        print(f"| {name}, bfloat16, KL {found['kl']:.4f} | 1024 | {found['seconds']:.1f} | | "
-              f"{found['mib']:.0f} | {found['loss_error']:.4%} | {found['grad_error']:.2%} |", flush=True)
+    floor = row("four_matmuls", N, "float32")["seconds"]
+    for dtype, method in itertools.product(("float32", "bfloat16"), ("distill_loss", "naive")):
+        found = row(method, N, dtype)
+        errors = f"{found['loss_error']:.4%} | {found['grad_error']:.2%}" if "kl" in found else " | "
+        print(f"| {method}, {dtype} | {found['seconds']:.1f} | {found['seconds'] / floor:.2f} | "
+              f"{found['mib']:.0f} | {errors} |", flush=True)
 
 # -------------------------------------------------------------------------------------------------------- gpu
 # `gpu` prints one table of what only a GPU can tell, a process a part; a part that fails is a row that says
@@ -3234,11 +3228,9 @@ def run_rows(model, data, out, ranks, **settings):
     assert done.returncode == 0, done.stdout[-3000:]
     rows = {}
     for m in metrics_of(out):
-        seconds_of = {key.removeprefix("seconds_"): m[key] for key in m if key.startswith("seconds_")}
         rows[f"step {m['step']}"] = (
-            ", ".join(f"{name} {x:.2f} s" for name, x in seconds_of.items())
-            + f", {m['tokens_per_second']:.0f} tokens/s, gap {m['logprob_gap']:.1e} (largest "
-            f"{m['logprob_gap_max']:.1e})")
+            f"{m['seconds_step']:.2f} s, of it sampling {m['seconds_generate']:.2f}, {m['tokens_per_second']:.0f} "
+            f"tokens/s, gap {m['logprob_gap']:.1e} (largest {m['logprob_gap_max']:.1e})")
     rows["normal end"] = f"{seconds:.1f} s after the export began"
     if ranks > 1:
         arguments[arguments.index(out)] = out.with_name("failing")
