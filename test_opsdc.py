@@ -560,7 +560,8 @@ FORKS = {
     "validate": [
         ("        begun = time.perf_counter()\n",
          "        if step % 10 == 1:\n"
-         "            jobs = evaluator.make_jobs(base.tokenizer, evaluator.load_problems(\"math500\"), 2, cfg.seed)\n"
+         "            jobs = evaluator.make_jobs(\n"
+         "                base.tokenizer, evaluator.load_problems(\"math500\"), 2, cfg.seed)\n"
          "            samples = engine.generate([job[\"prompt\"] for job in engine.share(jobs)],\n"
          "                                      [job[\"seed\"] for job in engine.share(jobs)],\n"
          "                                      max_tokens=cfg.max_response_tokens, **evaluator.SAMPLING)\n"
@@ -2298,14 +2299,19 @@ def test_forks_of_the_prompts(good, one_rank, tmp_path):
 
 @beside()
 def test_forks_together_in_a_real_run(folder):
-    fork("paced+ema+answer+temperature+egrsd+topp", folder / "fork.py")
-    done = in_fork(script, folder / "fork.py", *small_run(*small_files(folder), folder / "out", steps=2,
-                                                          batch_size=8))
+    """With a look at a benchmark before step 1; told to stop in step 2 of 9, it saves that and ends well."""
+    model, data = small_files(folder)
+    fork("paced+ema+answer+temperature+egrsd+topp+validate+sigterm", folder / "fork.py")
+    text = (folder / "fork.py").read_text().replace('"math500"', repr(str(data)))
+    (folder / "fork.py").write_text(text.replace(
+        "        log_step(", "        step == 2 and signal.raise_signal(signal.SIGTERM)\n        log_step("))
+    done = in_fork(script, folder / "fork.py", *small_run(model, data, folder / "out", steps=9, batch_size=8))
     assert done.returncode == 0, done.stdout[-5000:]
+    assert (folder / "out/checkpoint-2").exists() and not (folder / "out/model").exists()
+    assert ["eval_" in str(line) for line in metrics_of(folder / "out")] == [True, False]
     samples = [json.loads(line) for line in (folder / "out/samples.jsonl").read_text().splitlines()]
     assert len({row["problem"] for row in samples[:4]}) == 1  # the first four rollouts of a step
     assert len({row["response"] for row in samples[:4]}) == 4
-    assert len(metrics_of(folder / "out")) == 2
 
 # ---------------------------------------------------------------------------------------------------- grading
 
@@ -3129,7 +3135,7 @@ def bench_row(method, N, dtype):
 def bench(N=1024):
     print(f"N={N}, V={VOCABULARY}, d={HIDDEN}, one thread, torch {torch.__version__}; MiB above the inputs "
           f"(head's gradient: {VOCABULARY * HIDDEN * 4 / 2**20:.0f} in float32)\n\n"
-          "| | CPU s | x four matmuls | peak MiB | loss error | head gradient error |\n|---|---|---|---|---|---|")
+          "| | CPU s | x four matmuls | peak MiB | loss error | head gradient error |\n" + "|---" * 6 + "|")
     row = lambda *words: json.loads(succeed("bench_row", *words, script="test_opsdc.py").splitlines()[-1])
     floor = row("four_matmuls", N, "float32")["seconds"]
     for dtype, method in itertools.product(("float32", "bfloat16"), ("distill_loss", "naive")):
@@ -3210,8 +3216,9 @@ def run_rows(model, data, out, ranks, **settings):
     rows = {}
     for m in metrics_of(out):
         rows[f"step {m['step']}"] = (
-            f"{m['seconds_step']:.2f} s, of it sampling {m['seconds_generate']:.2f}, {m['tokens_per_second']:.0f} "
-            f"tokens/s, gap {m['logprob_gap']:.1e} (largest {m['logprob_gap_max']:.1e})")
+            f"{m['seconds_step']:.2f} s, of it sampling {m['seconds_generate']:.2f}, "
+            f"{m['tokens_per_second']:.0f} tokens/s, "
+            f"gap {m['logprob_gap']:.1e} (largest {m['logprob_gap_max']:.1e})")
     rows["normal end"] = f"{seconds:.1f} s after the export began"
     if ranks > 1:
         arguments[arguments.index(out)] = out.with_name("failing")
