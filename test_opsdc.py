@@ -45,6 +45,7 @@ import sys
 import tempfile
 import threading
 import time
+import timeit
 import traceback
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -2503,10 +2504,8 @@ def test_one_worker_and_three_give_the_same_verdicts_in_order(workers):
 
 def growth(work, n, measurable):
     """CPU time of work(2 n) over that of work(n), each the least of five; n grows until both can be seen."""
-    def seconds(n):
-        start = time.process_time()
-        work(n)
-        return time.process_time() - start
+    # timeit without garbage collection: one of all that torch has made would count for more than the work
+    seconds = lambda n: timeit.timeit(lambda: work(n), timer=time.process_time, number=1)
     while seconds(n) < measurable:
         n *= 2
     once, twice = zip(*[(seconds(n), seconds(2 * n)) for _ in range(5)])
