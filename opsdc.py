@@ -381,6 +381,9 @@ class RolloutEngine:
                        hf_overrides=partial(engine_config, text_only=load_format == "dummy"))
         os.environ["LOCAL_WORLD_SIZE"] = before["LOCAL_WORLD_SIZE"]  # on CPU vLLM rewrites it
         self.llm.llm_engine.engine_core._finalizer.detach()  # its exit hook destroys our process groups too
+        dist.barrier()
+        for shared in Path("/dev/shm").glob("*cpushm*"):  # all have it open; left, it blocks the next run
+            shared.unlink(missing_ok=True)
         self.sleep()
 
     def sync(self, model):
@@ -536,8 +539,7 @@ def update(model, optimizer, cfg):  # drops a gradient that is not finite; retur
 
 def train_step(model, thetabar, optimizer, rollouts, problems, device, cfg):  # one update -> its metrics
     batches = make_micro_batches(rollouts, problems, device, cfg)
-    hidden, head = teacher_pass(model, thetabar, batches)
-    metrics = student_pass(model, batches, hidden, head, cfg)
+    metrics = student_pass(model, batches, *teacher_pass(model, thetabar, batches), cfg)
     return metrics | dict(grad_norm=update(model, optimizer, cfg))
 
 # ------------------------------------------------------------------------------------------------------ MAIN
@@ -774,8 +776,7 @@ def open_base(name, to_train):
             check(kind.endswith(("ForCausalLM", "ForConditionalGeneration")) and not config.is_encoder_decoder
                   and text.model_type in CAUSAL_LMS, f"{kind} of type {text.model_type}")
             check(not (folder / "modules.json").exists(), "an embedding model")
-            plain = not any(getattr(c, "quantization_config", None) for c in (config, text))
-            check(plain, "quantised weights")
+            check(not any(getattr(c, "quantization_config", 0) for c in (config, text)), "quantised weights")
             with torch.device("meta"):
                 base.empty = AutoModelForCausalLM.from_config(text_config(config), dtype=torch.float32)
             SelfDistillation(base.empty)  # fails where there are no .layers
@@ -959,15 +960,14 @@ def start_processes():  # join torchrun's group, or make one of a single rank ->
     return device
 
 def run_and_exit(main):
-    """main(), and the process is gone: Python's exit would call vLLM's and NCCL's, which wait for ranks that
-    may have failed. The first rank to fail says why, in one line if it is before the engine's start."""
+    """main(), and the process is gone: Python's exit calls vLLM's and NCCL's, which wait for failed ranks."""
     status = 1
     try:
         main()
         status = 0
     except SystemExit as stop:  # --help
         status = stop.code or 0
-    except BaseException as error:  # KeyboardInterrupt and torch's CheckpointException are no Exceptions
+    except BaseException as error:  # the first rank to fail says why; before the engine's start in a line
         if not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("failed", 1) == 1:
             if isinstance(error, (ValueError, OSError)) and "vllm" not in sys.modules:
                 print("error: " + " ".join(str(error).split()))
