@@ -2832,7 +2832,7 @@ def test_toy_does_what_its_table_says_and_both_kinds_of_checks_matter(toy):
     model = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
     rows, right = ev.read_lines(toy / "eval.jsonl"), {}
-    tolerances = {"wrong": 0.12, "check": 0.25, "again": 0.25, "astray": 0.02}
+    tolerances = {"wrong": 0.1, "check": 0.2, "again": 0.2, "astray": 0.02}
     torch.manual_seed(0)
     for kind in ("", *TOLD):
         found, right[kind] = toy_rates(model, tokenizer, rows, kind)
