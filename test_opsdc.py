@@ -2828,7 +2828,8 @@ def test_curves_of_two_training_runs(tmp_path, monkeypatch):
 # Last, since the toy is made in the background of all the tests above.
 
 def test_toy_does_what_its_table_says_and_both_kinds_of_checks_matter(toy):
-    """Rates under each prompt, by level, beside RATES; so short a training leaves them off by some."""
+    """Rates under each prompt, by level, beside RATES: so short a training leaves checks off by up to 0.08,
+    slips by 0.05, going astray by 0.007 (three toys: avx2 with seeds 1 and 2, no vectors with seed 2)."""
     model = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
     rows, right = ev.read_lines(toy / "eval.jsonl"), {}
