@@ -2840,11 +2840,12 @@ def test_page_of_given_responses_with_another_teacher(tmp_path, no_group):
 # Last, since the toy is made in the background of all the tests above.
 
 def test_toy_does_what_its_table_says_and_both_kinds_of_checks_matter(toy):
-    """Rates under each prompt, by level, beside RATES; so short a training leaves them off by some."""
+    """Rates under each prompt, by level, beside RATES: so short a training leaves checks off by up to 0.08,
+    slips by 0.05, going astray by 0.007 (three toys: avx2 with seeds 1 and 2, no vectors with seed 2)."""
     model = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
     rows, right = ev.read_lines(toy / "eval.jsonl"), {}
-    tolerances = {"wrong": 0.12, "check": 0.25, "again": 0.25, "astray": 0.02}
+    tolerances = {"wrong": 0.1, "check": 0.2, "again": 0.2, "astray": 0.02}
     torch.manual_seed(0)
     for kind in ("", *TOLD):
         found, right[kind] = toy_rates(model, tokenizer, rows, kind)
@@ -2854,7 +2855,8 @@ def test_toy_does_what_its_table_says_and_both_kinds_of_checks_matter(toy):
                 expected = rate(event, kind if event in ("check", "again") else "", level)
                 assert found[event, level] == pytest.approx(expected, abs=tolerance), (kind, event, level)
         slips = [found["wrong", level] for level in LEVELS]
-        assert slips == sorted(slips) and max(found["wrong check", level] for level in LEVELS) < slips[-1] / 2
+        assert slips == sorted(slips), kind
+        assert kind or max(found["wrong check", level] for level in LEVELS) < slips[-1] / 2
     mean = {kind: statistics.fmean(of.values()) for kind, of in right.items()}
     assert mean["v2"] > mean[""] + 0.05 and mean["v2"] > mean["v1"] and right["v2"][6] > right["v1"][6]
 
