@@ -2854,9 +2854,8 @@ def test_toy_does_what_its_table_says_and_both_kinds_of_checks_matter(toy):
             if event != "astray" or not kind:  # told to be brief, it hardly gets there
                 expected = rate(event, kind if event in ("check", "again") else "", level)
                 assert found[event, level] == pytest.approx(expected, abs=tolerance), (kind, event, level)
-        slips = [found["wrong", level] for level in LEVELS]
-        assert slips == sorted(slips), kind
-        assert kind or max(found["wrong check", level] for level in LEVELS) < slips[-1] / 2
+        rare = [found["wrong", 3]] + [found["wrong check", level] for level in LEVELS if not kind]
+        assert max(rare) < found["wrong", 6] / 2, kind
     mean = {kind: statistics.fmean(of.values()) for kind, of in right.items()}
     assert mean["v2"] > mean[""] + 0.05 and mean["v2"] > mean["v1"] and right["v2"][6] > right["v1"][6]
 
