@@ -2302,6 +2302,7 @@ def test_forks_of_the_prompts(good, one_rank, tmp_path):
 def test_forks_together_in_a_real_run(folder):
     """With a look at a benchmark before step 1; told to stop in step 2 of 9, it saves that and ends well."""
     model, data = small_files(folder)
+    data.write_text(data.read_text().replace("{", '{"level": 3, '))
     fork("paced+ema+answer+temperature+egrsd+topp+validate+sigterm", folder / "fork.py")
     text = (folder / "fork.py").read_text().replace('"math500"', repr(str(data)))
     (folder / "fork.py").write_text(text.replace(
@@ -2309,10 +2310,9 @@ def test_forks_together_in_a_real_run(folder):
     done = in_fork(script, folder / "fork.py", *small_run(model, data, folder / "out", steps=9, batch_size=8))
     assert done.returncode == 0, done.stdout[-5000:]
     assert (folder / "out/checkpoint-2").exists() and not (folder / "out/model").exists()
-    assert ["eval_" in str(line) for line in metrics_of(folder / "out")] == [True, False]
-    samples = [json.loads(line) for line in (folder / "out/samples.jsonl").read_text().splitlines()]
-    assert len({row["problem"] for row in samples[:4]}) == 1  # the first four rollouts of a step
-    assert len({row["response"] for row in samples[:4]}) == 4
+    assert ["eval_correct_3" in line for line in metrics_of(folder / "out")] == [True, False]
+    samples = [json.loads(line) for line in (folder / "out/samples.jsonl").read_text().splitlines()][:4]
+    assert [len({row[name] for row in samples}) for name in ("problem", "response")] == [1, 4]
 
 # ---------------------------------------------------------------------------------------------------- grading
 
