@@ -992,7 +992,7 @@ ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the er
      (turns("user", "assistant", "user"), None)),
     (dict(text="1+1?"), "here: expected a field problem, prompt or question, found text"),
     (dict(problem="", question=None), "expected a field problem, .* found problem, question"),
-    (dict(problem=" ", answer="3"), "expected a field problem"),
+    (dict(problem="x", image="x.png", images=[]), "here: expected a problem in words, found image;"),
     (dict(prompt=[]), "expected a field problem"),
     (dict(prompt=[dict(role="user", content=" ")]), "expected a field problem"),
     (dict(problem=5), "field problem: expected a text, or messages .* found 5"),
@@ -1968,8 +1968,7 @@ BAD_INPUT = {
     "template": (no_template, "no chat template"),
     "template that raises": (bad_template, "chat template fails on What is 0.*: the system only"),
     "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl.* No such file"),
-    "empty data": (lambda d, good: broken_data(d, ""), "rows.jsonl: found no problem"),
-    "blank lines": (lambda d, good: broken_data(d, "\n \n"), "rows.jsonl: found no problem"),
+    "empty data": (lambda d, good: broken_data(d, "\n \n"), "rows.jsonl: found no problem"),
     "malformed line": (lambda d, good: broken_data(d, '{"problem": "x"}\n\n{"problem"\n'),
                        "line 3, expected a JSON object, found"),
     "no problem field": (lambda d, good: broken_data(d, '{"text": "x"}\n'),
@@ -1981,8 +1980,8 @@ BAD_INPUT = {
     "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a number of ranks that it divides"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
                    "for --keep correct, a known answer"),
-    "blank answers": (lambda d, good: (broken_data(d, '{"problem": "x", "answer": " "}\n')
-                                       | dict(keep="correct")), "for --keep correct, a known answer"),
+    "two formats": (lambda d, good: (d / "a.csv").touch() or broken_data(d, "{}") | dict(data=d),
+                    "files .csv and .jsonl; name one of them"),
     "instruction": (lambda d, good: dict(instruction="@nowhere.txt"),
                     "--instruction @nowhere.txt.* No such file"),
     "one word": (lambda d, good: dict(instruction="V3"),
@@ -2612,7 +2611,7 @@ def test_multiple_choice_is_shuffled_by_the_question_and_keeps_its_letter(tmp_pa
 
 ROW, CHOICES = '{"problem": "a", "answer": 3%s}\n', '{"question": "a", "choices": %s, "answer": %s}\n'
 UNKNOWN, NO_ID = "expected a field answer, final_answer or solution, found none", "unique_id, id or level: "
-FAULTS = {  # content of a file of problems: what is said of it
+BAD_PROBLEMS = {  # content of a file of problems: what is said of it
     "": UNKNOWN, '{"problem": "a"}\n': UNKNOWN, '{"problem": "a", "answer": " "}\n': UNKNOWN,
     ROW % ', "id": ["1"]': f"row 1, {NO_ID}expected a text",
     ROW % ', "level": {}': f"row 1, {NO_ID}expected a text",
@@ -2626,7 +2625,7 @@ def test_problem_files_and_their_faults(tmp_path, capsys):
         (tmp_path / "mine.jsonl").write_text(text)
         return ev.load_problems(str(tmp_path / "mine.jsonl"), *wrapper)
 
-    for text, message in FAULTS.items():
+    for text, message in BAD_PROBLEMS.items():
         with pytest.raises(ValueError, match=message):
             load(text)
     capsys.readouterr()
