@@ -267,8 +267,8 @@ CHECKS = ("check", "recheck", "recount")  # of a step, in this order: words apar
 # prompt says. A step's first check never does, and the thought goes on from it: it pays on long sums and
 # hardly on short ones. A further check may go astray: beyond what a sum needs, every line is a chance to go
 # wrong. Without an instruction all sums are overthought alike; v1 drops nearly all checks, v2 most first ones
-# of short sums and few of long ones: a teacher that knows where brevity is cheap is an INPUT. Open, for an experiment to
-# answer, is what of it a student takes over that never sees an instruction.
+# of short sums and few of long ones: a teacher that knows where brevity is cheap is an INPUT. Open, for an
+# experiment to answer, is what of it a student takes over that never sees an instruction.
 RATES = {  # terms:    3      4      5      6
     "check":       (0.950, 0.950, 0.950, 0.950),  # after a step, in the student's prompt
     "again":       (0.850, 0.850, 0.850, 0.850),  # after a check, at most twice
