@@ -391,7 +391,7 @@ def toy_model(tokenizer):
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, **special)
     return model
 
-def make_toy(directory="toy", seed=0, astray=RATES["astray"][0], steps=(200, 400, 700), batch_size=16,
+def make_toy(directory="toy", seed=0, astray=RATES["astray"][0], steps=(200, 350, 670), batch_size=16,
              lr=5e-3, sizes=(2500, 200, 500)):
     """Write directory/model with its tokenizer, and train.jsonl, validation.jsonl (to choose settings on) and
     eval.jsonl (to report); no problem is in two of them."""
