@@ -733,7 +733,7 @@ def picture(directory="toy", file="toy.png"):
     figure, ax = pyplot.subplots(figsize=(9, 5.2), layout="constrained")
     refreshed = [row for row in CLAIMS if row.startswith("M = ") and "told" not in row]
     marks = {"o": ("before", ["base"]), "s": ("after, told nothing", [DRAWN]),
-             "D": ("after, teacher refreshed every 30, 15, 6, 1 steps", refreshed),
+             "D": ("after, teacher refreshed every 60, 30, 15, 6, 1 steps", refreshed),
              "*": ("before, told v1", ["base, told v1"]), "P": ("before, told v2", ["base, told v2"])}
 
     def place(row, levels):
@@ -1946,6 +1946,11 @@ def bad_template(directory, good, template="{{ raise_exception('the system only'
     (directory / "m/chat_template.jinja").write_text(template)
     return dict(model=directory / "m")
 
+def saved_rows(directory):
+    from datasets import Dataset
+    Dataset.from_dict({"problem": ["x"]}).save_to_disk(directory / "rows")
+    return dict(data=directory / "rows")
+
 def folder_with(directory, *names):
     """--out, where somebody else's things are."""
     for name in names:
@@ -1973,6 +1978,7 @@ BAD_INPUT = {
     "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a number of ranks that it divides"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
                    "for --keep correct, a known answer"),
+    "save_to_disk": (lambda d, good: saved_rows(d), "rows: expected a file .* saved using `save_to_disk`"),
     "two formats": (lambda d, good: (d / "a.csv").touch() or broken_data(d, "{}") | dict(data=d),
                     "files .csv and .jsonl; name one of them"),
     "instruction": (lambda d, good: dict(instruction="@nowhere.txt"),
