@@ -433,9 +433,9 @@ LINE = re.compile(rf"({'|'.join(CHECKS)})? ?(\d) \+ ([a-f])(\d) = \d$")
 
 @torch.no_grad()
 def toy_rates(model, tokenizer, rows, kind=""):
-    """Samples an answer to each row -> {(event, level): rate} at the places that RATES is about, of
-    probabilities and not of draws; {level: accuracy}. Prompts of a level are of one length: no padding."""
-    found, right, (newline, *words) = {}, {}, tokenizer.convert_tokens_to_ids(["\n", *CHECKS])
+    """Samples an answer to each row -> {(event, level): rate as in RATES, of probabilities, not of draws};
+    {level: "right" or the fault of each answer}. Prompts of a level are of one length: no padding."""
+    found, ends, (newline, *words) = {}, {}, tokenizer.convert_tokens_to_ids(["\n", *CHECKS])
     for level in LEVELS:
         part = [row for row in rows if row["level"] == level]
         prompts = torch.tensor([toy_prompt(tokenizer, row, kind) for row in part])
@@ -443,7 +443,8 @@ def toy_rates(model, tokenizer, rows, kind=""):
         responses, logits = ids[:, prompts.shape[1]:], model(ids).logits[:, prompts.shape[1]:]
         texts = [text.partition(tokenizer.eos_token)[0] for text in tokenizer.batch_decode(responses)]
         verdicts = ev.grade_all(texts, [row["answer"] for row in part])
-        right[level] = statistics.fmean(verdict.correct for verdict in verdicts)
+        ends[level] = ["right" if verdict.correct else fault(text, row["problem"])
+                       for verdict, text, row in zip(verdicts, texts, part)]
         for sequence, p in zip(responses.tolist(), logits.softmax(-1)):
             for end in [at for at in range(6, len(sequence)) if sequence[at] == newline]:
                 line = LINE.search(tokenizer.decode(sequence[end - 7:end]))  # 6 or 7 tokens
@@ -458,7 +459,7 @@ def toy_rates(model, tokenizer, rows, kind=""):
                 if checks < len(CHECKS):
                     event = "again" if checks else "check"
                     found.setdefault((event, level), []).append(p[end, words[checks]].item())
-    return {of: statistics.fmean(values) for of, values in found.items()}, right
+    return {of: statistics.fmean(values) for of, values in found.items()}, ends
 
 # ------------------------------------------------------------------------------------------------- quickstart
 
@@ -2838,24 +2839,25 @@ def test_page_of_given_responses_with_another_teacher(tmp_path, no_group):
 # Last, since the toy is made in the background of all the tests above.
 
 def test_toy_does_what_its_table_says_and_both_kinds_of_checks_matter(toy):
-    """Rates under each prompt, by level, beside RATES: so short a training leaves checks off by up to 0.08,
-    slips by 0.05, going astray by 0.007 (three toys: avx2 with seeds 1 and 2, no vectors with seed 2)."""
+    """Rates under each prompt, by level, beside RATES. So short a training leaves checks off by up to 0.09,
+    other rates by a factor of 2.5 (seven toys: seeds 0 to 2 on several kinds of kernels)."""
     model = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
-    rows, right = ev.read_lines(toy / "eval.jsonl"), {}
-    tolerances = {"wrong": 0.1, "check": 0.2, "again": 0.2, "astray": 0.02}
+    rows, ends = ev.read_lines(toy / "eval.jsonl"), {}
     torch.manual_seed(0)
     for kind in ("", *TOLD):
-        found, right[kind] = toy_rates(model, tokenizer, rows, kind)
-        print(kind, {event: round(value, 3) for event, value in found.items()}, right[kind])
-        for level, (event, tolerance) in itertools.product(LEVELS, tolerances.items()):
-            if event != "astray" or not kind:  # told to be brief, it hardly gets there
-                expected = rate(event, kind if event in ("check", "again") else "", level)
-                assert found[event, level] == pytest.approx(expected, abs=tolerance), (kind, event, level)
+        found, ends[kind] = toy_rates(model, tokenizer, rows, kind)
+        print(kind, {event: round(value, 3) for event, value in found.items()})
+        for (event, column), value in found.items():
+            if event in ("check", "again"):
+                assert value == pytest.approx(rate(event, kind, column), abs=0.2), (kind, event, column)
+            elif (event, kind) == ("astray", "") or event == "wrong" and column > 3:
+                assert 1 / 5 < value / rate(event, "", column) < 5, (kind, event, column)
         rare = [found["wrong", 3]] + [found["wrong check", level] for level in LEVELS if not kind]
         assert max(rare) < found["wrong", 6] / 2, kind
-    mean = {kind: statistics.fmean(of.values()) for kind, of in right.items()}
-    assert mean["v2"] > mean[""] + 0.05 and mean["v2"] > mean["v1"] and right["v2"][6] > right["v1"][6]
+    share = lambda end, kind, *of: statistics.fmean(x == end for level in of for x in ends[kind][level])
+    assert share("right", "v2", *LEVELS) > share("right", "", *LEVELS) + 0.05  # further checks do harm
+    assert share(FAULTS[0], "v1", 5, 6) > share(FAULTS[0], "v2", 5, 6)  # first ones mend slips of long sums
 
 def test_faults_of_wrong_answers_to_the_toys_problems():
     fault_of = lambda *lines: fault("\n".join(["<think>", *lines, "</think>"]), "Add modulo 10: b8 a5")
