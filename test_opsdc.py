@@ -620,7 +620,7 @@ CLAIMS = {  # row: options of opsdc.py after TOY_RUN, or None where nothing is t
     "correct only": f"{M30} --keep correct", "incorrect only": M30,  # by the fork
     f"{ONLY_HELP}: base": None, f"{ONLY_HELP}: frozen teacher": "", f"{ONLY_HELP}: M = 30": M30,
 }
-DRAWN = "frozen teacher"  # with an evaluation every 5 steps at seed 0, for the picture
+DRAWN = "frozen teacher"  # with an evaluation every 5 steps, for the picture
 EASY_AND_HARD = {"easy": LEVELS[:2], "hard": LEVELS[2:]}
 
 def claim_toy(toy, row):
@@ -636,7 +636,7 @@ def train_claim(toy, row, seed):
         return
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    if row == "incorrect only" or (row, seed) == (DRAWN, 0):
+    if row in ("incorrect only", DRAWN):
         script = out / "fork.py"
         fork("validate" if row == DRAWN else "incorrect", script)
         for old, new in (('"math500"', repr(str(toy / "eval.jsonl"))), ("% 10 == 1", "% 5 == 1"),
@@ -727,24 +727,25 @@ def faults(toy, records):
                        + [f"{100 * first / steps:.0f}", f"{further / steps:.2f}"])
     return [" / ".join(cells) for cells in zip(*columns)]
 
-def picture(directory="toy", file="toy.png"):
-    """Accuracy against mean tokens of easy and of hard sums: on the way with a frozen teacher, and at the end
-    of other rows."""
-    toy, pyplot = Path(directory).resolve(), ev.pyplot()
+def picture(directory="toy", file="toy.png", *seeds):
+    """Accuracy against mean tokens of easy and of hard sums, means of the seeds: on the way with a frozen
+    teacher, and at the end of other rows."""
+    toy, pyplot, seeds = Path(directory).resolve(), ev.pyplot(), seeds or SEEDS
     figure, ax = pyplot.subplots(figsize=(9, 5.2), layout="constrained")
     refreshed = [row for row in CLAIMS if row.startswith("M = ") and "told" not in row]
-    marks = {"o": ("before", ["base"]), "s": ("after, told nothing", [DRAWN]),
-             "D": ("after, teacher refreshed every 60, 30, 15, 6, 1 steps", refreshed),
+    marks = {"o": ("before", ["base"]), "s": ("after (v2), told nothing", [DRAWN]),
+             "D": ("after, teacher refreshed: at step 60 of 110; every 30, 15, 6, 1", refreshed),
              "*": ("before, told v1", ["base, told v1"]), "P": ("before, told v2", ["base, told v2"])}
 
     def place(row, levels):
-        records = ev.read_run(claim_folder(toy, row, 0) / "eval")[1]["eval"]
-        part = [record for record in records if record["level"] in levels]
+        found = [ev.read_run(claim_folder(toy, row, seed) / "eval")[1]["eval"] for seed in seeds]
+        part = [record for records in found for record in records if record["level"] in levels]
         return ev.mean(part, "tokens"), 100 * ev.mean(part, "correct")
+    runs = [[line for line in metrics_of(claim_folder(toy, DRAWN, seed) / "run") if "eval_tokens_6" in line]
+            for seed in seeds]
     for color, (name, levels) in zip(("tab:blue", "tab:red"), EASY_AND_HARD.items()):
-        way = [[scale * statistics.fmean(line[f"eval_{of}_{level}"] for level in levels)
-                for of, scale in (("tokens", 1), ("correct", 100))]
-               for line in metrics_of(claim_folder(toy, DRAWN, 0) / "run") if "eval_tokens_6" in line]
+        way = [[scale * statistics.fmean(line[f"eval_{of}_{level}"] for line in lines for level in levels)
+                for of, scale in (("tokens", 1), ("correct", 100))] for lines in zip(*runs)]
         ax.plot(*zip(place("base", levels), *way[1:], place(DRAWN, levels)), ".-", color=color)
         ax.plot(*zip(*(place(row, levels) for row in [DRAWN, *refreshed])), ":", color=color)
         for marker, (_, rows) in marks.items():
@@ -752,6 +753,7 @@ def picture(directory="toy", file="toy.png"):
                     markersize=9 if marker == "D" else 14)
         ax.annotate(f"{name} sums", place("base", levels), (-100, -5), textcoords="offset points",
                     color=color, fontsize=15)
+    marks[".-"] = "every 5 steps in between", []
     for marker, (label, _) in marks.items():
         ax.plot([], [], marker, color="gray", markersize=11, label=label)
     ax.set_xlabel("mean tokens of a response", fontsize=14)
@@ -1947,11 +1949,6 @@ def bad_template(directory, good, template="{{ raise_exception('the system only'
     (directory / "m/chat_template.jinja").write_text(template)
     return dict(model=directory / "m")
 
-def saved_rows(directory):
-    from datasets import Dataset
-    Dataset.from_dict({"problem": ["x"]}).save_to_disk(directory / "rows")
-    return dict(data=directory / "rows")
-
 def folder_with(directory, *names):
     """--out, where somebody else's things are."""
     for name in names:
@@ -1979,7 +1976,7 @@ BAD_INPUT = {
     "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a number of ranks that it divides"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
                    "for --keep correct, a known answer"),
-    "save_to_disk": (lambda d, good: saved_rows(d), "rows: expected a file .* saved using `save_to_disk`"),
+    "save_to_disk": (lambda d, good: (d / "state.json").touch() or dict(data=d), "using `save_to_disk`"),
     "two formats": (lambda d, good: (d / "a.csv").touch() or broken_data(d, "{}") | dict(data=d),
                     "files .csv and .jsonl; name one of them"),
     "instruction": (lambda d, good: dict(instruction="@nowhere.txt"),
