@@ -496,6 +496,7 @@ def quickstart(directory="toy"):
         words = command.replace("torchrun", "python -m torch.distributed.run").split()
         if subprocess.run([sys.executable, *words[1:]], env=ENVIRONMENT, cwd=HERE).returncode:
             sys.exit(f"quickstart: that command failed, see above; without {toy} it starts from nothing")
+    print(f"\ndone: see {toy}/compare.png, {toy}/tokens-before.html and {toy}/tokens-after.html")
 
 # ------------------------------------------------------------------------------------------------------ forks
 # Ideas of neighbouring papers as patches of opsdc.py: (lines there, what takes their place).
