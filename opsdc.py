@@ -382,7 +382,7 @@ class RolloutEngine:
         os.environ["LOCAL_WORLD_SIZE"] = before["LOCAL_WORLD_SIZE"]  # on CPU vLLM rewrites it
         self.llm.llm_engine.engine_core._finalizer.detach()  # its exit hook destroys our process groups too
         dist.barrier()
-        for shared in Path("/dev/shm").glob("*cpushm*"):  # all have it open; left, it blocks the next run
+        for shared in Path("/dev/shm").glob("-*cpushm*"):  # ours, open by now; left, they block the next
             shared.unlink(missing_ok=True)
         self.sleep()
 
