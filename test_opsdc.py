@@ -671,7 +671,7 @@ def claims(directory="toy", *seeds):
     jobs = [(row, seed) for seed in seeds for row in CLAIMS if "told" not in row]
     jobs += [(row, seed) for seed in seeds for row in CLAIMS if "told" in row]  # of models trained by then
     with ThreadPoolExecutor(2) as pool:  # a core each
-        list(pool.map(lambda made: succeed("toy", *made, script="test_opsdc.py", timeout=3600), toys))
+        list(pool.map(lambda made: succeed("toy", *made, script="test_opsdc.py"), toys))
         records = dict(zip(jobs, pool.map(lambda job: claim(toy, *job), jobs)))
     spread = lambda values: (f"{statistics.fmean(values):.1f}"
                              + (f" ± {statistics.stdev(values):.1f}" if values[1:] else ""))
@@ -688,7 +688,7 @@ def claims(directory="toy", *seeds):
                       " / ".join(f"{100 * stats['accuracy']:.1f}" for _, _, stats, _ in parts),
                       " / ".join(f"{100 * versus['reduction'][0]:.0f}" for *_, versus in parts),
                       entropy_over_training(toy, row, seeds)])
-        wrong.append([row, *faults(toy, ours)])
+        wrong.append([row, *faults(ours)])
     print(f"{len(seeds)} seeds, mean ± standard deviation; in brackets the 95 % paired bootstrap interval "
           f"over {parts[0][1]['problems'] * len(parts)} problems, all seeds together\n")
     print(ev.markdown(["toy", "options", "accuracy, %", "change, points", "tokens", "reduction, %",
@@ -712,14 +712,13 @@ def fault(response, problem):
             return {None: FAULTS[0], "check": "else"}.get(line[1], FAULTS[1])
     return "else"
 
-def faults(toy, records):
+def faults(records):
     """Of easy / hard sums: shares of all responses that are wrong, by fault, and of steps checked, in %;
     checks after a step's first."""
-    problems = {row["id"]: row["problem"] for row in ev.load_problems(str(toy / "eval.jsonl"))}
     columns = []
     for levels in EASY_AND_HARD.values():
         part = [record for record in records if record["level"] in levels]
-        found = [fault(r["response"], problems[r["id"]]) for r in part if not r["correct"]]
+        found = [fault(r["response"], r["problem"]) for r in part if not r["correct"]]
         lines = [LINE.search(line) for r in part for line in r["response"].split("\n")]
         words = [line[1] for line in lines if line]
         steps, first = max(1, words.count(None)), words.count("check")
@@ -738,9 +737,12 @@ def picture(directory="toy", file="toy.png", *seeds):
              "D": ("after, teacher refreshed: at step 60 of 110; every 30, 15, 6, 1", refreshed),
              "*": ("before, told v1", ["base, told v1"]), "P": ("before, told v2", ["base, told v2"])}
 
+    records = {row: [record for seed in seeds
+                     for record in ev.read_run(claim_folder(toy, row, seed) / "eval")[1]["eval"]]
+               for _, rows in marks.values() for row in rows}
+
     def place(row, levels):
-        found = [ev.read_run(claim_folder(toy, row, seed) / "eval")[1]["eval"] for seed in seeds]
-        part = [record for records in found for record in records if record["level"] in levels]
+        part = [record for record in records[row] if record["level"] in levels]
         return ev.mean(part, "tokens"), 100 * ev.mean(part, "correct")
     runs = [[line for line in metrics_of(claim_folder(toy, DRAWN, seed) / "run") if "eval_tokens_6" in line]
             for seed in seeds]
@@ -754,8 +756,8 @@ def picture(directory="toy", file="toy.png", *seeds):
                     markersize=9 if marker == "D" else 14)
         ax.annotate(f"{name} sums", place("base", levels), (-100, -5), textcoords="offset points",
                     color=color, fontsize=15)
-    marks[".-"] = "every 5 steps in between", []
-    for marker, (label, _) in marks.items():
+    labels = {marker: label for marker, (label, _) in marks.items()} | {".-": "every 5 steps in between"}
+    for marker, label in labels.items():
         ax.plot([], [], marker, color="gray", markersize=11, label=label)
     ax.set_xlabel("mean tokens of a response", fontsize=14)
     ax.set_ylabel("right answers, %", fontsize=14)
