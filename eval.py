@@ -22,6 +22,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import fractions
 import functools
 import hashlib
@@ -42,6 +43,168 @@ from pathlib import Path
 from typing import NamedTuple
 
 VERSION = 4  # of the grading rules and of the files written; runs of different versions are not compared
+
+# --------------------------------------------------------------------------------------------------- PROBLEMS
+# Reading problems and their answers from data, for both scripts. It is strict: otherwise the str() of a list, or
+# one turn of a conversation, would be trained on without a sign.
+def say(text):
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+def check(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+@contextlib.contextmanager
+def blaming(where):
+    """An error inside, whatever library raises it, becomes a ValueError that begins with `where`."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{where}: {str(error).strip() or repr(error)}".partition("\n")[0]) from None
+
+def load_json(text, where=""):
+    with blaming(f"{where}expected a JSON object, found {text[:60]!r}"):
+        return json.loads(text)
+
+def read_rows(source):  # (where, row) of every row of a file, a folder of files, a data set of the hub
+    name, config, split = [*([source] if Path(source).exists() else source.rsplit(":", 2)), "", ""][:3]
+    path = Path(name)
+    with blaming(f"{source}: expected a file .jsonl, .json, .csv, .parquet, a .gz of one, a folder of these, "
+                 "in the encoding UTF-8, or of the hub ID[:CONFIG[:SPLIT]], found"):
+        if path.suffix in (".jsonl", ".json", ".csv"):  # `datasets` would make 55 of 055, and shift columns
+            text = path.read_text("utf-8-sig")
+            lines = [line + "\n" for line in text.split("\n")]  # splitlines() also cuts at U+2028
+            parsed = (load_json(line, f"line {n}, ") for n, line in enumerate(lines, 1) if line.strip())
+            rows = csv.DictReader(lines, strict=True) if path.suffix == ".csv" else (
+                load_json(text) if text.lstrip().startswith("[") else parsed)
+        else:
+            import datasets
+            kinds = {file.suffix for file in path.rglob("*")} & {".jsonl", ".csv", ".parquet"}
+            check(len(kinds) < 2, f"files {' and '.join(sorted(kinds))}; name one of them")
+            place = (str(path.parent), None, None, path.name) if path.is_file() else (name, config or None)
+            rows = datasets.load_dataset(*place, split=split or "train")
+        for n, row in enumerate(rows, 1):
+            check(isinstance(row, dict) and None not in row,
+                  f"in row {n} no JSON object, or more cells than columns: {str(row):.60}")
+            yield f"{source}, row {n}", row
+
+def as_problem(value, prefix="", suffix=""):
+    """A text, or messages if there are several, without the prefix and suffix that the prompts will put around
+    it. None if it is blank."""
+    if isinstance(value, str):
+        is_chat = re.fullmatch(r"(?s)\[?\s*\{.*[\"'](role|from)[\"']\s*:.*\}\s*\]?", value.strip())
+        value = load_json(value) if is_chat else [{"role": "user", "content": value}]
+    value = [] if value is None else value
+    is_turn = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and (
+        isinstance(m.get("content"), str) or m["role"] == "assistant" and m.get("tool_calls"))
+    check(isinstance(value, list) and all(map(is_turn, value)),
+          f"expected a text, or messages with the texts role and content, found {value!r:.60}")
+    json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
+    roles = [m["role"] for m in value]
+    check(roles[-1:] != ["assistant"], f"expected the user's turn last, found {', '.join(roles)}")
+    if not "".join([m["content"] for m in value if m["role"] == "user"][-1:]).strip():
+        return None
+    if prefix or suffix:
+        def bare(text):
+            return text.strip().removeprefix(prefix).removesuffix(suffix).strip()
+        value = edit_last_user(value, bare)
+    return value[0]["content"] if len(value) == 1 else value
+
+def read_problem(row, where, prefix="", suffix=""):
+    """(field, problem, tools): {"prompt": prefix + "1+1?" + suffix} gives ("prompt", "1+1?", None)."""
+    unread = [name for name in row if re.fullmatch("(image|video|audio|option|choice)s?", name) and row[name]]
+    check(not unread, f"{where}: expected a problem in words, found {', '.join(unread)}; take such rows out")
+    for name in ("problem", "prompt", "question"):
+        with blaming(f"{where}, field {name}"):
+            if problem := as_problem(row.get(name), prefix, suffix):
+                tools = row.get("tools") or None
+                return name, problem, load_json(tools) if isinstance(tools, str) else tools
+    raise ValueError(f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
+
+def read_problems(source, prefix="", suffix=""):
+    """[dict(problem, tools, answer, row, number)], each problem once, with its first known answer."""
+    say(f"reading {source} ...")
+    found, fields, read, others, number = {}, {}, {}, 0, 0
+    for number, (where, row) in enumerate(read_rows(source), 1):
+        row, answer_field, answer = read_answer(row, where)
+        field, problem, tools = read_problem(row, where, prefix, suffix)
+        first = found.setdefault(json.dumps([problem, tools]), dict(
+            problem=problem, tools=tools, answer=answer, row=row, number=number))
+        others += None not in (first["answer"], answer) and first["answer"] != answer
+        first["answer"] = first["answer"] or answer
+        fields, read = fields | dict.fromkeys(row), read | {field: "problem", answer_field: "answer"}
+    unknown = sum(p["answer"] is None for p in found.values())
+    uses = ", ".join(f"{name} as {use}" for name, use in read.items() if name)
+    say(f"{source}: {number} rows, {len(found)} problems, {unknown} without a known answer, {others} again "
+        f"with another; read: {uses}; not read: {', '.join(name for name in fields if name not in read)}")
+    return list(found.values())
+
+def edit_last_user(messages, edit):
+    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    return [m | {"content": edit(m["content"])} if i == last else m for i, m in enumerate(messages)]
+
+def as_text(value):  # of a text, number or boolean; "" if it is missing or blank
+    check(isinstance(value, (str, int, float, type(None))), f"expected a text, found {value!r:.60}")
+    if value is None or value != value:  # NaN: a table's missing number
+        return ""
+    return format(Decimal(str(value)), "f") if isinstance(value, float) else str(value).strip()
+
+# A gold that is no value: nothing is known by it. A text of several sentences is a proof
+NO_VALUE = re.compile(r"(?i:(?:see )?(?:the )?proof|not ?found|n/?a|nan|none|null|unknown)\.?|"
+                      r"(?s:.*[a-z)}$][.!?]\s+[A-Z][a-z ].*)")
+
+def read_answer(row, where):
+    """(row, field, known answer) of a row of data, the row with its options lettered. The answer comes after
+    GSM8K's ####, in a solution's last box, or is all of the field; None, as the field, if none is a value.
+    {"reward_model": {"ground_truth": 2}} has ("reward_model", "2")."""
+    row = letter_options(row, where)
+    for field in ("answer", "final_answer", "expected_answer", "solution", "reward_model"):
+        with blaming(f"{where}, field {field}"):
+            value = row.get(field)
+            if field == "reward_model":
+                value = load_json(value) if value and isinstance(value, str) else value or {}
+                check(isinstance(value, dict), f"expected an object with ground_truth, found {value!r:.60}")
+                value = value.get("ground_truth")
+            if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"]; not [0, 1)
+                value = load_json(value)
+            text = as_text(value[0] if isinstance(value, list) and len(value) == 1 else value)
+        value = last_box(text)[1] or text.rpartition("####")[2].strip()
+        unmarked = field == "solution" and value == text and " " in text  # its last words may be any step's
+        if value and not unmarked and not NO_VALUE.fullmatch(value):
+            return row, field, value
+    return row, None, None
+
+LETTERS = "ABCDEFGHIJ"
+
+def letter_options(row, where):
+    """A row as it is or, of a multiple choice, one whose problem has the options lettered and whose answer is
+    a letter. As in MMLU and MMLU-Pro (the gold is an index or a letter), or in GPQA."""
+    options, gold = row.get("options") or row.get("choices"), row.get("answer")
+    if row.get("Correct Answer") is not None:  # GPQA
+        options, gold = [row["Correct Answer"], *(row.get(f"Incorrect Answer {i}") for i in (1, 2, 3))], 0
+    if not options:
+        return row
+    with blaming(f"{where}, a question with choices"):
+        options = load_json(options) if isinstance(options, str) else options
+        field = next((name for name in ("problem", "prompt", "question", "Question") if row.get(name)), None)
+        check(field and isinstance(options, list) and 1 < len(options) <= len(LETTERS)
+              and all(isinstance(text, str) and text.strip() for text in (row[field], *options)),
+              f"expected a question and two to ten texts to choose from, found {field}, {options!r:.80}")
+        order = list(range(len(options)))
+        random.Random(digest(row[field])).shuffle(order)  # GPQA lists the correct answer first
+        lines = [row[field].strip(), "", "Answer with the letter of the correct option.",
+                 *(f"({letter}) {options[i].strip()}" for letter, i in zip(LETTERS, order))]
+        answer = as_text(gold) and LETTERS[order.index(place_of(gold, options))]
+    rest = {name: value for name, value in row.items() if name not in ("options", "choices", "Question")}
+    return rest | {field.lower(): "\n".join(lines), "answer": answer}
+
+def place_of(gold, options):  # of the right option, which `gold` names by letter, text or, from 0, place
+    places = [str(place) for place in range(len(options))]
+    names = places if isinstance(gold, int) else [*LETTERS[:len(options)], *options, *places]
+    text = as_text(gold).strip("(). ")
+    check(text in names, f"expected as answer the letter or the place of an option, found {gold!r}")
+    return names.index(text) % len(options)
 
 # ---------------------------------------------------------------------------------------------------- GRADING
 # First half: find the answer. All is linear in the text: a megabyte of brackets must not hang.
@@ -378,21 +541,22 @@ def digest(*parts):
 def load_problems(source, wrapper="math"):
     """Problems (id, problem, tools, answer, level or None) of a benchmark, a copy of it (math500=DIR), or
     what opsdc.py's --data is. Those without a known answer are left out; opsdc.py says how many there are."""
+    import opsdc
     name, _, copy = source.partition("=")
     blamed = contextlib.nullcontext()  # opsdc.py names a file itself
     if name in BENCHMARKS:
         hub_id, _, rest = BENCHMARKS[name].partition(":")
         source = f"{copy or hub_id}:{rest}"
-        blamed = opsdc().blaming(f"benchmark {name} (if gated, accept its terms on its hub page; offline a "
+        blamed = blaming(f"benchmark {name} (if gated, accept its terms on its hub page; offline a "
                                  f"copy: {name}=DIR)")
     with blamed:
         check(re.search("[./]", source) or Path(source).exists(),
               f"{source}: expected {', '.join(BENCHMARKS)}, a file, a folder or a hub ID")
-        problems = [p for p in opsdc().read_problems(source, wrapper) if p["answer"] is not None]
+        problems = [p for p in read_problems(source, *opsdc.WRAPPERS[wrapper]) if p["answer"] is not None]
         check(problems, f"{source}: expected a field answer, final_answer or solution, found none")
         for p in problems:
             row = p.pop("row")
-            with opsdc().blaming(f"{source}, row {p['number']}, unique_id, id or level"):
+            with blaming(f"{source}, row {p['number']}, unique_id, id or level"):
                 level = row.get("level")
                 p["level"] = level if isinstance(level, int) else as_text(level) or None
                 p["id"] = as_text(row.get("unique_id")) or as_text(row.get("id")) or str(p["number"] - 1)
@@ -401,78 +565,13 @@ def load_problems(source, wrapper="math"):
         p["id"] += f", row {p.pop('number')}" * (often[p["id"]] > 1)
     return problems
 
-def as_text(value):  # of a text, number or boolean; "" if it is missing or blank
-    check(isinstance(value, (str, int, float, type(None))), f"expected a text, found {value!r:.60}")
-    if value is None or value != value:  # NaN: a table's missing number
-        return ""
-    return format(Decimal(str(value)), "f") if isinstance(value, float) else str(value).strip()
-
-# A gold that is no value: nothing is known by it. A text of several sentences is a proof
-NO_VALUE = re.compile(r"(?i:(?:see )?(?:the )?proof|not ?found|n/?a|nan|none|null|unknown)\.?|"
-                      r"(?s:.*[a-z)}$][.!?]\s+[A-Z][a-z ].*)")
-
-def read_answer(row, where):
-    """(row, field, known answer) of a row of data, the row with its options lettered. The answer comes after
-    GSM8K's ####, in a solution's last box, or is all of the field; None, as the field, if none is a value.
-    {"reward_model": {"ground_truth": 2}} has ("reward_model", "2")."""
-    row = letter_options(row, where)
-    for field in ("answer", "final_answer", "expected_answer", "solution", "reward_model"):
-        with opsdc().blaming(f"{where}, field {field}"):
-            value = row.get(field)
-            if field == "reward_model":
-                value = opsdc().load_json(value) if value and isinstance(value, str) else value or {}
-                check(isinstance(value, dict), f"expected an object with ground_truth, found {value!r:.60}")
-                value = value.get("ground_truth")
-            if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"]; not [0, 1)
-                value = opsdc().load_json(value)
-            text = as_text(value[0] if isinstance(value, list) and len(value) == 1 else value)
-        value = last_box(text)[1] or text.rpartition("####")[2].strip()
-        unmarked = field == "solution" and value == text and " " in text  # its last words may be any step's
-        if value and not unmarked and not NO_VALUE.fullmatch(value):
-            return row, field, value
-    return row, None, None
-
-LETTERS = "ABCDEFGHIJ"
-
-def letter_options(row, where):
-    """A row as it is or, of a multiple choice, one whose problem has the options lettered and whose answer is
-    a letter. As in MMLU and MMLU-Pro (the gold is an index or a letter), or in GPQA."""
-    options, gold = row.get("options") or row.get("choices"), row.get("answer")
-    if row.get("Correct Answer") is not None:  # GPQA
-        options, gold = [row["Correct Answer"], *(row.get(f"Incorrect Answer {i}") for i in (1, 2, 3))], 0
-    if not options:
-        return row
-    with opsdc().blaming(f"{where}, a question with choices"):
-        options = opsdc().load_json(options) if isinstance(options, str) else options
-        field = next((name for name in ("problem", "prompt", "question", "Question") if row.get(name)), None)
-        check(field and isinstance(options, list) and 1 < len(options) <= len(LETTERS)
-              and all(isinstance(text, str) and text.strip() for text in (row[field], *options)),
-              f"expected a question and two to ten texts to choose from, found {field}, {options!r:.80}")
-        order = list(range(len(options)))
-        random.Random(digest(row[field])).shuffle(order)  # GPQA lists the correct answer first
-        lines = [row[field].strip(), "", "Answer with the letter of the correct option.",
-                 *(f"({letter}) {options[i].strip()}" for letter, i in zip(LETTERS, order))]
-        answer = as_text(gold) and LETTERS[order.index(place_of(gold, options))]
-    rest = {name: value for name, value in row.items() if name not in ("options", "choices", "Question")}
-    return rest | {field.lower(): "\n".join(lines), "answer": answer}
-
-def place_of(gold, options):  # of the right option, which `gold` names by letter, text or, from 0, place
-    places = [str(place) for place in range(len(options))]
-    names = places if isinstance(gold, int) else [*LETTERS[:len(options)], *options, *places]
-    text = as_text(gold).strip("(). ")
-    check(text in names, f"expected as answer the letter or the place of an option, found {gold!r}")
-    return names.index(text) % len(options)
-
 # ------------------------------------------------------------------------------------------------- GENERATION
-def opsdc():  # the trainer's module; imported late: grading and comparing do without its torch
-    import opsdc
-    return opsdc
-
 def make_jobs(tokenizer, problems, samples, seed, instruction=None, thinking=True, wrapper="math"):
     """`samples` jobs of each problem: records without a response, with the prompt's ids. instruction: c's."""
+    import opsdc
     jobs = []
     for p in problems:
-        prompt = opsdc().prompt_ids(tokenizer, p["problem"], instruction, thinking, wrapper, p.get("tools"))
+        prompt = opsdc.prompt_ids(tokenizer, p["problem"], instruction, thinking, wrapper, p.get("tools"))
         job = {name: p[name] for name in ("id", "problem", "level")} | {
             "gold": p["answer"], "prompt": prompt, "prompt_hash": digest(prompt),
             "problem_hash": digest(p["problem"], p["answer"])}
@@ -563,10 +662,6 @@ def paired(base, ours, draws=4000):
 
 # --------------------------------------------------------------------------------------------- COMPARING RUNS
 MAY_DIFFER = ("model", "weights", "instruction", "template", "seed")  # in two comparable runs
-
-def check(condition, message):  # opsdc.py's, without torch
-    if not condition:
-        raise ValueError(message)
 
 def read_lines(path):  # of a .jsonl file; a last line without its end, which a kill left, is dropped
     rows = []
@@ -697,7 +792,8 @@ nats</span>.
 """
 
 def token_options(argv):  # opsdc.py's and three more
-    parser = opsdc().HfArgumentParser(opsdc().Config)
+    import opsdc
+    parser = opsdc.HfArgumentParser(opsdc.Config)
     parser.add_argument("--samples", type=int, default=4, help="number of responses")
     parser.add_argument("--given", action="store_true", help="show the responses in --data, which is a run's "
                         "samples.jsonl or an evaluation's records")
@@ -707,31 +803,33 @@ def token_options(argv):  # opsdc.py's and three more
 
 def read_responses(cfg, problems, tokenizer):
     """Rollouts of the first --samples rows of --data: the ids sampled, of records those of the text."""
+    import opsdc
     places, rollouts = {digest(p.text): i for i, p in enumerate(problems)}, []
-    for _, (where, row) in zip(range(cfg.samples), opsdc().read_rows(cfg.data)):
-        with opsdc().blaming(f"{where}: expected a line of samples.jsonl or a record of eval.py, found no"):
-            place = places[digest(opsdc().read_problem(row, where, cfg.wrapper)[1])]
+    for _, (where, row) in zip(range(cfg.samples), read_rows(cfg.data)):
+        with blaming(f"{where}: expected a line of samples.jsonl or a record of eval.py, found no"):
+            place = places[digest(read_problem(row, where, *opsdc.WRAPPERS[cfg.wrapper])[1])]
             text, finished = row["response"], row.get("finished", row.get("finish_reason") == "stop")
         if "finish_reason" in row:  # a record: undo `readable`
             text = text.removeprefix(readable(tokenizer, problems[place].student, []))
             text += tokenizer.eos_token * finished
         ids = row.get("ids") or tokenizer.encode(text, add_special_tokens=False)
-        rollouts.append(opsdc().Rollout(place, ids, [0.0] * len(ids), finished, row.get("correct")))
+        rollouts.append(opsdc.Rollout(place, ids, [0.0] * len(ids), finished, row.get("correct")))
     return rollouts
 
 def score(student, teacher, batch, tokenizer, cfg):
     """Of each token, --loss_chunk at a time: itself, divergence, p, q, the three likeliest of the teacher."""
+    import opsdc
     hidden, heads, found = [], [], []
     for model, inputs in ((student, batch.student), (teacher, batch.teacher)):
         hidden.append(model(*inputs).split(cfg.loss_chunk))  # [n, d] each
         model.reshard()
-        heads.append(model.lm.get_output_embeddings().weight.to(opsdc().DTYPE).full_tensor().float().T)
+        heads.append(model.lm.get_output_embeddings().weight.to(opsdc.DTYPE).full_tensor().float().T)
     quoted = lambda ids: [json.dumps(tokenizer.decode([y]), ensure_ascii=False) for y in ids]
     for y, *parts in zip(batch.tokens.split(cfg.loss_chunk), *hidden):
-        log_p, log_q = (opsdc().finish_logits(h.float() @ head, **student.logit_options)[0].log_softmax(-1)
+        log_p, log_q = (opsdc.finish_logits(h.float() @ head, **student.logit_options)[0].log_softmax(-1)
                         for h, head in zip(parts, heads))
         p, q = log_p.exp(), log_q.exp()
-        nats, _ = opsdc().divergence_and_gradient(p, log_p, q, log_q, cfg.divergence)
+        nats, _ = opsdc.divergence_and_gradient(p, log_p, q, log_q, cfg.divergence)
         best = [list(zip(quoted(ids), row)) for row, ids in zip(*(x.tolist() for x in q.topk(3)))]
         chances = (x.gather(-1, y[:, None])[:, 0].tolist() for x in (p, q))
         found += zip(quoted(y), nats.tolist(), *chances, best)
@@ -747,10 +845,11 @@ def pieces(tokenizer, ids):  # each token's text: "" in a character of several, 
     return found
 
 def page(tokenizer, problems, rollouts, scores, about):  # responses, and what carries most of the loss
+    import opsdc
     escape = lambda text: html.escape(str(text), quote=False).replace("'", "&#39;").replace("\r", "&#13;")
     found, nats_of = [PAGE, f"<p>{escape(about)}\n"], collections.defaultdict(list)
     wanted = collections.defaultdict(collections.Counter)  # token: its part of the loss, by the likeliest
-    for rollout, weights, tokens in zip(rollouts, opsdc().token_weights(rollouts), scores):
+    for rollout, weights, tokens in zip(rollouts, opsdc.token_weights(rollouts), scores):
         verdict = {None: "not graded", True: "right", False: "wrong"}[rollout.correct]
         found.append(f"<h2>{escape(problems[rollout.index].text)}</h2>{len(tokens)} tokens, "
                      f"{statistics.fmean(nats for _, nats, *_ in tokens):.4g} nats/token, {verdict}\n<pre>")
@@ -771,58 +870,62 @@ def page(tokenizer, problems, rollouts, scores, about):  # responses, and what c
     return "".join(found) + "</table>\n"
 
 def show_tokens(cfg):  # samples as the trainer's first step does, or reads; scores as it does
-    trainer, device, out = opsdc(), opsdc().start_processes(), Path(cfg.out)
-    trainer.check_settings(vars(cfg))
+    import opsdc
+    device, out = opsdc.start_processes(), Path(cfg.out)
+    opsdc.check_settings(vars(cfg))
     check(not out.exists() or PAGE[:200] == out.read_text("utf-8", "replace")[:200],
           f"--out {out}: expected a new file, or an older page")
-    bases = [trainer.open_base(name, to_train=True) for name in (cfg.model, cfg.teacher) if name]
-    tokenizer, told = bases[0].tokenizer, trainer.read_instruction(cfg.instruction)
+    bases = [opsdc.open_base(name, to_train=True) for name in (cfg.model, cfg.teacher) if name]
+    tokenizer, told = bases[0].tokenizer, opsdc.read_instruction(cfg.instruction)
     check(bases[-1].tokenizer.get_vocab() == tokenizer.get_vocab(), f"--teacher {cfg.teacher}: expected the "
           f"tokens of {cfg.model}, found others")
-    problems = trainer.load_problems(cfg, bases[0], told)
+    problems = opsdc.load_problems(cfg, bases[0], told)
     rollouts = read_responses(cfg, problems, tokenizer) if cfg.given else None
-    for base in bases if trainer.dist.get_rank() == 0 else ():
-        base.loaded = trainer.read_weights(base)
-    engine = None if rollouts else trainer.RolloutEngine(bases[0], cfg)
-    models = [trainer.load_model(base, device, cfg) for base in bases]
+    for base in bases if opsdc.dist.get_rank() == 0 else ():
+        base.loaded = opsdc.read_weights(base)
+    engine = None if rollouts else opsdc.RolloutEngine(bases[0], cfg)
+    models = [opsdc.load_model(base, device, cfg) for base in bases]
     if engine:
         engine.sync(models[0])
-        indices = trainer.batch_at(len(problems), 0, cfg.samples, cfg.seed)
-        rollouts = trainer.sample_rollouts(engine, problems, indices, 1, tokenizer, cfg)
+        indices = opsdc.batch_at(len(problems), 0, cfg.samples, cfg.seed)
+        rollouts = opsdc.sample_rollouts(engine, problems, indices, 1, tokenizer, cfg)
         engine.sleep()
-    with trainer.torch.no_grad():
+    with opsdc.torch.no_grad():
         scores = [score(models[0], models[-1], batch, tokenizer, cfg) for r in rollouts
-                  for batch in trainer.make_micro_batches([r], problems, device, cfg)]
+                  for batch in opsdc.make_micro_batches([r], problems, device, cfg)]
     about = f"Student: {cfg.model}. Teacher: {cfg.teacher or 'the same'}, told: {told}"
-    if trainer.dist.get_rank() == 0:
+    if opsdc.dist.get_rank() == 0:
         out.write_text(page(tokenizer, problems, rollouts, scores, about), "utf-8")
         print(f"wrote {out}")
 
 # ----------------------------------------------------------------------------------------------- COMMAND LINE
 def write_summary(out, settings, benchmarks, finished):
+    import opsdc
     summary = {"settings": settings, "finished": finished, "benchmarks": {
         name: summarise(records) for name, records in benchmarks.items()}}
-    opsdc().replace_file(out / "summary.json", json.dumps(summary, indent=1))
+    opsdc.replace_file(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 
 def read_parts(out, name, jobs, merge=False):
     """(records, jobs without one) of a benchmark's file and a killed run's parts, on any number of ranks, in
     the order of `jobs`. merge: into one file."""
+    import opsdc
     key_of = lambda r: (r["id"], r["sample"], r["problem_hash"])
     paths = [p for p in out.glob("*.jsonl") if re.fullmatch(re.escape(name) + r"(\.rank-\d+)?", p.stem)]
     found, file = {key_of(r): r for path in paths for r in read_lines(path)}, out / f"{name}.jsonl"
     check(found.keys() <= {*map(key_of, jobs)}, f"--out {out}: {file.name} has other problems; give another")
     records = [found[key_of(job)] for job in jobs if key_of(job) in found]
     if merge:
-        opsdc().replace_file(file, "".join(json.dumps(r) + "\n" for r in records))
+        opsdc.replace_file(file, "".join(json.dumps(r) + "\n" for r in records))
         for part in {*paths} - {file}:
             part.unlink()
     return records, [job for job in jobs if key_of(job) not in found]
 
 def prepare(args):  # all checks -> base, {benchmark: jobs}, settings, folder, {benchmark: jobs left}, Config
-    opsdc().check_settings(vars(args))
-    args.instruction = None if args.instruction is None else opsdc().read_instruction(args.instruction)
-    base, jobs = opsdc().open_base(args.model, to_train=False), {}
+    import opsdc
+    opsdc.check_settings(vars(args))
+    args.instruction = None if args.instruction is None else opsdc.read_instruction(args.instruction)
+    base, jobs = opsdc.open_base(args.model, to_train=False), {}
     out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if args.instruction else ""))
     for source in [args.data] if args.data else args.benchmarks.replace(" ", "").split(","):
         name = Path(source.partition("=")[0]).stem
@@ -830,19 +933,19 @@ def prepare(args):  # all checks -> base, {benchmark: jobs}, settings, folder, {
         jobs[name] = make_jobs(base.tokenizer, load_problems(source, args.wrapper), args.samples, args.seed,
                                args.instruction, args.thinking, args.wrapper)
     prompts = [(job["prompt"], job["id"]) for those in jobs.values() for job in those]
-    opsdc().check_ids(base, [prompt for prompt, _ in prompts])
-    opsdc().say(f"the first prompt:\n{base.tokenizer.decode(prompts[0][0])}")
+    opsdc.check_ids(base, [prompt for prompt, _ in prompts])
+    say(f"the first prompt:\n{base.tokenizer.decode(prompts[0][0])}")
     longest, worst = max((len(prompt), name) for prompt, name in prompts)
     context = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)
     check(longest + args.max_tokens <= context, f"the prompt of problem {worst} has {longest} tokens, and "
           f"{args.model} holds {context}: lower --max-tokens {args.max_tokens}, or leave that problem out")
-    cfg = opsdc().Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,
+    cfg = opsdc.Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,
                          seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=0.9)  # no trainer beside it
     settings = {"version": VERSION, "model": args.model, "weights": base.weights,
                 "template": digest(base.tokenizer.chat_template), **{name: getattr(args, name) for name in (
                     *SAMPLING, "max_tokens", "samples", "seed", "thinking", "wrapper", "instruction")}}
-    if opsdc().dist.get_rank() == 0:
-        opsdc().claim_folder(out, True, "eval.lock")
+    if opsdc.dist.get_rank() == 0:
+        opsdc.claim_folder(out, True, "eval.lock")
     found = read_summary(out)["settings"] if (out / "summary.json").is_file() else settings
     differ = [f"{k}: there {found.get(k)!r}, here {v!r}" for k, v in settings.items()
               if k != "model" and found.get(k) != v]  # a copy elsewhere is the same model: its weights are
@@ -852,6 +955,7 @@ def prepare(args):  # all checks -> base, {benchmark: jobs}, settings, folder, {
 def sample_and_write(engine, tokenizer, jobs, path, settings, block):
     """Appends the records of `jobs` to `path` as they end: once `block` have, or after two minutes, so that a
     kill loses little however long the responses are. No path: a rank that helps another's engine."""
+    import opsdc
     from vllm import SamplingParams
     sampling = {name: settings[name] for name in (*SAMPLING, "max_tokens")}
     params = [SamplingParams(**sampling, seed=job["seed"], logprobs=0, detokenize=False) for job in jobs]
@@ -860,20 +964,21 @@ def sample_and_write(engine, tokenizer, jobs, path, settings, block):
     pending, since, count = [], time.monotonic(), 0
     while engine.llm.llm_engine.has_unfinished_requests():
         for output in engine.llm.llm_engine.step():
-            pending.append((job_of[output.request_id], opsdc().sampled(output.outputs[0])))
+            pending.append((job_of[output.request_id], opsdc.sampled(output.outputs[0])))
         last = not engine.llm.llm_engine.has_unfinished_requests()
         if path and pending and (len(pending) >= block or last or time.monotonic() - since > 120):
             records = make_records(tokenizer, *zip(*pending))
             with path.open("a") as file:
                 file.writelines(json.dumps(r) + "\n" for r in records)
             pending, since, count = [], time.monotonic(), count + len(records)
-            opsdc().say(f"{path.stem}: {count} of {len(jobs)} samples; the last {len(records)}: accuracy "
+            say(f"{path.stem}: {count} of {len(jobs)} samples; the last {len(records)}: accuracy "
                         f"{percent(mean(records, 'correct'))} %, {mean(records, 'tokens'):.0f} tokens")
 
 def evaluate(args):
-    opsdc().start_processes()
+    import opsdc
+    opsdc.start_processes()
     base, jobs, settings, out, todo, cfg = prepare(args)
-    rank, barrier, engine, done = opsdc().dist.get_rank(), opsdc().dist.barrier, None, {}
+    rank, barrier, engine, done = opsdc.dist.get_rank(), opsdc.dist.barrier, None, {}
     barrier()  # all have read before one writes
     if rank == 0:
         write_summary(out, settings, {}, finished=False)
@@ -881,9 +986,9 @@ def evaluate(args):
         if rank == 0:  # a killed run's part may end in half a line: nothing is appended to it
             read_parts(out, name, jobs[name], merge=True)
         barrier()
-        opsdc().say(f"{name}: {len(left)} of {len(jobs[name])} samples are left to make")
+        say(f"{name}: {len(left)} of {len(jobs[name])} samples are left to make")
         if left:
-            engine = engine or opsdc().RolloutEngine(base, cfg, load_format="auto")
+            engine = engine or opsdc.RolloutEngine(base, cfg, load_format="auto")
             path = out / f"{name}.rank-{rank}.jsonl" if rank % cfg.vllm_tp == 0 else None
             sample_and_write(engine, base.tokenizer, engine.share(left), path, settings, args.block)
         barrier()  # all have written before one reads
@@ -919,7 +1024,7 @@ def parse_args(argv):
         add("--plot", required=argv[0] == "curves", help="FILE.png")
         return parser.parse_args(argv), {"compare": compare, "curves": curves}[argv[0]]
     if argv[:1] == ["tokens"]:
-        return token_options(argv[1:]), lambda cfg: opsdc().run_and_exit(lambda: show_tokens(cfg))
+        return token_options(argv[1:]), show_tokens
     for name, (value, text) in NUMBERS.items():
         add(f"--{name}", type=type(value), default=value, help=f"{text} (default: {value})")
     add("--benchmarks", default="math500,aime24,aime25", help=f"{', '.join(BENCHMARKS)}; NAME=DIR: a copy")
@@ -930,7 +1035,7 @@ def parse_args(argv):
     add("--wrapper", choices=("math", "none"), default="math", help="as of opsdc.py")
     add("--thinking", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args([re.sub(r"^--\w+", lambda m: m[0].replace("_", "-"), a) for a in argv])
-    return args, lambda args: opsdc().run_and_exit(lambda: evaluate(args))
+    return args, evaluate
 
 def main(argv):
     if argv == ["worker"]:
@@ -938,7 +1043,10 @@ def main(argv):
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     try:
         args, command = parse_args(argv)
-        command(args)
+        if command in (compare, curves):
+            return command(args)
+        import opsdc
+        opsdc.run_and_exit(lambda: command(args))
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
     except ModuleNotFoundError as error:
@@ -946,5 +1054,4 @@ def main(argv):
         sys.exit(f"eval.py: {error}; {hint}")
 
 if __name__ == "__main__":
-    sys.modules["eval"] = sys.modules["__main__"]  # what opsdc.py imports is this module, not a second one
     main(sys.argv[1:])

@@ -31,11 +31,8 @@ Other than in the authors' code (A) or the paper's text (P), here
  4. thetabar is in the checkpoint, so that --resume goes on as if the run had not stopped;
  5. the data's wrapper is taken off and put on (P keeps it), and problems with long prompts are dropped.
 """
-import contextlib
-import csv
 import fcntl
 import hashlib
-import importlib.machinery
 import itertools
 import json
 import math
@@ -68,13 +65,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.utils import cached_file
 
-# An optional plug-in that grades: eval.py beside this file, or a fork's. Without it no accuracy is known.
-#     read_answer(row, where) -> (row, field, answer)    options lettered; None twice where no answer is known
-#     grade_rollouts(rollouts, problems, tokenizer)      fills in .correct where the problem's answer is known
-sys.modules.setdefault("opsdc", sys.modules[__name__])  # else eval.py imports a second copy of this script
-evaluator, spec = None, importlib.machinery.PathFinder.find_spec("eval")
-if spec and spec.origin and "def grade_rollouts(" in Path(spec.origin).read_text(errors="replace"):
-    import eval as evaluator  # not a user's own script of that name
+# The file beside this one reads problems and grades responses. A fork may bring an eval.py of its own.
+try:
+    import eval as evaluator
+except ImportError as error:
+    sys.exit(f"error: {os.path.abspath(__file__)} needs this project's eval.py beside it: {error}")
 
 # ---------------------------------------------------------------------------------------------------- CONFIG
 def setting(default, explanation):
@@ -114,9 +109,11 @@ class Config:
 # following math problem step by step". The strings are the experiment.
 FORMAT = ("The last line of your response should be of the form Answer: $Answer (without quotes) "
           "where $Answer is the answer to the problem.")
-STUDENT_HEAD = f"Solve the following math problem step by step. {FORMAT}\n\n"  # of each row of DAPO-Math-17k
-TEACHER_HEAD = f"{FORMAT}\n\n"  # after the instruction
-TAIL = '\n\nRemember to put your answer on its own line after "Answer:".'  # after the problem, in both
+# What stands around the problem in every row of DAPO-Math-17k, and in the student's prompt
+STUDENT_PREFIX = f"Solve the following math problem step by step. {FORMAT}\n\n"
+TEACHER_PREFIX = f"{FORMAT}\n\n"  # after the instruction
+SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'  # after the problem, in both
+WRAPPERS = {"math": (STUDENT_PREFIX, SUFFIX), "none": ("", "")}  # the choices of --wrapper
 
 INSTRUCTIONS = {  # versions 1 and 2 of the paper, word for word
     "v1": "Solve the following math problem concisely and correctly. Be direct: avoid unnecessary "
@@ -134,19 +131,15 @@ INSTRUCTIONS = {  # versions 1 and 2 of the paper, word for word
 def prompt_ids(tokenizer, problem, instruction=None, thinking=True, wrapper="math", tools=None):
     """Ids of the student's prompt or, given c's text as `instruction`, of the teacher's. problem: a text, or
     messages, whose last user turn is wrapped. ValueError: the template fails."""
-    head, tail = (STUDENT_HEAD, TAIL) if wrapper == "math" else ("", "")
+    prefix, suffix = WRAPPERS[wrapper]
     if instruction is not None:
-        head = f"{instruction}\n\n" + TEACHER_HEAD * (wrapper == "math")
+        prefix = f"{instruction}\n\n{TEACHER_PREFIX}" if wrapper == "math" else f"{instruction}\n\n"
     messages = problem if isinstance(problem, list) else [{"role": "user", "content": problem}]
-    messages = edit_last_user(messages, lambda text: head + text + tail)
-    with blaming(f"the model's chat template fails on {str(problem):.80}"):
-        check(not tools or "tools" in str(tokenizer.chat_template), "it has no place for tools")
+    messages = evaluator.edit_last_user(messages, lambda text: prefix + text + suffix)
+    with evaluator.blaming(f"the model's chat template fails on {str(problem):.80}"):
+        evaluator.check(not tools or "tools" in str(tokenizer.chat_template), "it has no place for tools")
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
                                              return_dict=False, tools=tools, enable_thinking=thinking)
-
-def edit_last_user(messages, edit):
-    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
-    return [m | {"content": edit(m["content"])} if i == last else m for i, m in enumerate(messages)]
 
 # --------------------------------------------------------------------------------------------- THE OBJECTIVE
 # loss = sum over tokens of w KL(p || q), w = 1 / (B |y|). With the student's logits s and a = log p - log q:
@@ -276,7 +269,7 @@ class SelfDistillation(nn.Module):
 
 def read_weights(base):  # the whole model, float32, checked; for rank 0, before the engine starts
     auto = AutoModelForCausalLM if base.config.model_type in CAUSAL_LMS else AutoModelForMultimodalLM
-    with blaming(f"--model {base.name}: expected the weights of its config.json, found"):
+    with evaluator.blaming(f"--model {base.name}: expected the weights of its config.json, found"):
         lm, info = auto.from_pretrained(base.name, dtype=torch.float32, output_loading_info=True,
                                         attn_implementation=base.empty.config._attn_implementation)
         check_weights(base, lm, sorted(info["missing_keys"]))
@@ -360,7 +353,7 @@ class RolloutEngine:
     GPU it sleeps while we train. load_format "dummy": `sync` brings weights; "auto": base's own (eval.py)."""
 
     def __init__(self, base, cfg, load_format="dummy"):
-        say(f"starting vLLM with {base.name}, which takes up to some minutes ...")
+        evaluator.say(f"starting vLLM with {base.name}, which takes up to some minutes ...")
         cuda, length = torch.cuda.is_available(), cfg.max_prompt_tokens + cfg.max_response_tokens
         self.tp, self.sleeps, before = cfg.vllm_tp, cuda and load_format == "dummy", dict(os.environ)
         defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -432,8 +425,7 @@ def sample_rollouts(engine, problems, indices, step, tokenizer, cfg):
     samples = engine.generate([problems[i].student for i in mine], engine.share(seeds),
                               max_tokens=cfg.max_response_tokens, temperature=cfg.temperature)
     rollouts = [Rollout(i, *sample) for i, sample in zip(mine, samples)]
-    if evaluator:
-        evaluator.grade_rollouts(rollouts, problems, tokenizer)
+    evaluator.grade_rollouts(rollouts, problems, tokenizer)
     return engine.gather(rollouts)
 
 def keep_rollouts(rollouts, cfg):  # to train on: by default all, cut and wrong ones too
@@ -577,7 +569,7 @@ def main():
         if step % cfg.save_every == 0 or step == cfg.steps:
             save_checkpoint(out, step, model, optimizer, thetabar)
     export(model, base, out)
-    say(f"done: {out}/model is that of step {max(done, cfg.steps)}")
+    evaluator.say(f"done: {out}/model is that of step {max(done, cfg.steps)}")
 
 # ------------------------------------------------------------------------------------------------ CHECKPOINT
 # checkpoint-K/ holds theta, Adam's state and thetabar in shards that any number of ranks can read. What is
@@ -597,7 +589,8 @@ def save_checkpoint(out, step, model, optimizer, thetabar):
         shutil.rmtree(out / f"checkpoint-{step}", ignore_errors=True)  # damaged: `resume` skipped it
         (out / UNFINISHED).rename(out / f"checkpoint-{step}")
         for _, old in checkpoints(out)[2:]:
-            shutil.rmtree(old, onerror=lambda *_: say(f"{old} is not needed, but could not be removed"))
+            shutil.rmtree(old, onerror=lambda *_: evaluator.say(
+                f"{old} is not needed, but could not be removed"))
     dist.barrier()
 
 def checkpoints(out):  # [(step, folder)] of finished ones, newest first
@@ -612,14 +605,15 @@ def resume(out, model, optimizer, thetabar, cfg):
         try:
             dcp.load(state, checkpoint_id=path)
         except (Exception, dcp.CheckpointException) as error:
-            say(f"skipping {path}, which is not whole: {str(error).strip()[:300]}")
+            evaluator.say(f"skipping {path}, which is not whole: {str(error).strip()[:300]}")
             continue
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         optimizer.param_groups[0].update(lr=cfg.lr, weight_decay=cfg.weight_decay)  # not the checkpoint's
         break
     else:
-        check(not step, f"--resume: no checkpoint in {out} is whole; name another --out to start anew")
-    say(f"--resume: {step} steps are done")
+        evaluator.check(not step, f"--resume: no checkpoint in {out} is whole; name another --out to start "
+                        "anew")
+    evaluator.say(f"--resume: {step} steps are done")
     for log in (out / "metrics.jsonl", out / "samples.jsonl") if dist.get_rank() == 0 else ():
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         replace_file(log, "".join(line for line in lines  # later steps come again; a kill may cut a line
@@ -657,95 +651,6 @@ def export(model, base, out):
         folder.rename(out / "model")
     dist.barrier()
 
-# ------------------------------------------------------------------------------------------------------ DATA
-# Strict: the str() of a list, or one turn of a conversation, would be trained on without a sign.
-def load_json(text, where=""):
-    with blaming(f"{where}expected a JSON object, found {text[:60]!r}"):
-        return json.loads(text)
-
-def read_rows(source):  # (where, row) of every row of a file, a folder of files, a data set of the hub
-    name, config, split = [*([source] if Path(source).exists() else source.rsplit(":", 2)), "", ""][:3]
-    path = Path(name)
-    with blaming(f"{source}: expected a file .jsonl, .json, .csv, .parquet, a .gz of one, a folder of these, "
-                 "in the encoding UTF-8, or of the hub ID[:CONFIG[:SPLIT]], found"):
-        if path.suffix in (".jsonl", ".json", ".csv"):  # `datasets` would make 55 of 055, and shift columns
-            text = path.read_text("utf-8-sig")
-            lines = [line + "\n" for line in text.split("\n")]  # splitlines() also cuts at U+2028
-            parsed = (load_json(line, f"line {n}, ") for n, line in enumerate(lines, 1) if line.strip())
-            rows = csv.DictReader(lines, strict=True) if path.suffix == ".csv" else (
-                load_json(text) if text.lstrip().startswith("[") else parsed)
-        else:
-            import datasets
-            kinds = {file.suffix for file in path.rglob("*")} & {".jsonl", ".csv", ".parquet"}
-            check(len(kinds) < 2, f"files {' and '.join(sorted(kinds))}; name one of them")
-            place = (str(path.parent), None, None, path.name) if path.is_file() else (name, config or None)
-            rows = datasets.load_dataset(*place, split=split or "train")
-        for n, row in enumerate(rows, 1):
-            check(isinstance(row, dict) and None not in row,
-                  f"in row {n} no JSON object, or more cells than columns: {str(row):.60}")
-            yield f"{source}, row {n}", row
-
-def as_problem(value, wrapper):
-    """A text, or messages if several, less the wrapper that --wrapper will put on; None if blank."""
-    if isinstance(value, str):
-        is_chat = re.fullmatch(r"(?s)\[?\s*\{.*[\"'](role|from)[\"']\s*:.*\}\s*\]?", value.strip())
-        value = load_json(value) if is_chat else [{"role": "user", "content": value}]
-    value = [] if value is None else value
-    is_turn = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and (
-        isinstance(m.get("content"), str) or m["role"] == "assistant" and m.get("tool_calls"))
-    check(isinstance(value, list) and all(map(is_turn, value)),
-          f"expected a text, or messages with the texts role and content, found {value!r:.60}")
-    json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
-    roles = [m["role"] for m in value]
-    check(roles[-1:] != ["assistant"], f"expected the user's turn last, found {', '.join(roles)}")
-    if not "".join([m["content"] for m in value if m["role"] == "user"][-1:]).strip():
-        return None
-    if wrapper == "math":
-        bare = lambda text: text.strip().removeprefix(STUDENT_HEAD).removesuffix(TAIL).strip()
-        value = edit_last_user(value, bare)
-    return value[0]["content"] if len(value) == 1 else value
-
-def read_problem(row, where, wrapper="math"):
-    """(field, problem, tools): {"prompt": STUDENT_HEAD + "1+1?" + TAIL} gives ("prompt", "1+1?", None)."""
-    unread = [name for name in row if re.fullmatch("(image|video|audio|option|choice)s?", name) and row[name]]
-    check(not unread, f"{where}: expected a problem in words, found {', '.join(unread)}; take such rows out")
-    for name in ("problem", "prompt", "question"):
-        with blaming(f"{where}, field {name}"):
-            if problem := as_problem(row.get(name), wrapper):
-                tools = row.get("tools") or None
-                return name, problem, load_json(tools) if isinstance(tools, str) else tools
-    raise ValueError(f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
-
-def read_problems(source, wrapper="math"):
-    """[dict(problem, tools, answer, row, number)], each problem once, with its first known answer."""
-    say(f"reading {source} ...")
-    found, fields, read, others, number = {}, {}, {}, 0, 0
-    for number, (where, row) in enumerate(read_rows(source), 1):
-        row, answer_field, answer = evaluator.read_answer(row, where) if evaluator else (row, None, None)
-        field, problem, tools = read_problem(row, where, wrapper)
-        first = found.setdefault(json.dumps([problem, tools]), dict(
-            problem=problem, tools=tools, answer=answer, row=row, number=number))
-        others += None not in (first["answer"], answer) and first["answer"] != answer
-        first["answer"] = first["answer"] or answer
-        fields, read = fields | dict.fromkeys(row), read | {field: "problem", answer_field: "answer"}
-    unknown = sum(p["answer"] is None for p in found.values())
-    uses = ", ".join(f"{name} as {use}" for name, use in read.items() if name)
-    say(f"{source}: {number} rows, {len(found)} problems, {unknown} without a known answer, {others} again "
-        f"with another; read: {uses}; not read: {', '.join(name for name in fields if name not in read)}")
-    return list(found.values())
-
-def load_problems(cfg, base, instruction):  # in the data's order, once each, without those of long prompts
-    prompt = partial(prompt_ids, base.tokenizer, thinking=cfg.thinking, wrapper=cfg.wrapper)
-    problems = [Problem(p["problem"], p["answer"], prompt(p["problem"], tools=p["tools"]),
-                        prompt(p["problem"], instruction, tools=p["tools"]))
-                for p in read_problems(cfg.data, cfg.wrapper)]
-    check_ids(base, [p.student + p.teacher for p in problems])
-    short = [p for p in problems if max(len(p.student), len(p.teacher)) <= cfg.max_prompt_tokens]
-    say(f"{len(short)} of {len(problems)} problems have prompts of at most {cfg.max_prompt_tokens} tokens")
-    check(any(cfg.keep == "all" or p.answer for p in short), f"--data {cfg.data}: found no problem with a "
-          f"prompt of at most {cfg.max_prompt_tokens} tokens and, for --keep correct, a known answer")
-    return short
-
 # -------------------------------------------------------------------------------------------------- FAMILIES
 # How families of models differ, all of it, and which cannot be trained.
 @dataclass
@@ -761,37 +666,43 @@ class Base:  # the model that a run starts from, opened and checked once
 def open_base(name, to_train):
     """A Base without its weights. ValueError: no chat model or, to_train, one that would train wrongly."""
     files = [path for path in sorted(Path(name).glob("*")) if path.suffix in (".safetensors", ".bin")]
-    with blaming(f"--model {name}: expected a folder with a chat model, or the id of one on the hub, found"):
+    with evaluator.blaming(f"--model {name}: expected a folder with a chat model, or the id of one on the "
+                           "hub, found"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # else it asks on the terminal
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         text, folder = config.get_text_config(), Path(cached_file(name, "config.json")).parent
-        check(tokenizer.chat_template, "no chat template; save a tokenizer with one there")
-        check(files or not Path(name).exists(), "no weights, .safetensors or .bin; copy them there")
-        check(abs(text.pad_token_id or 0) < text.vocab_size, f"pad_token_id {text.pad_token_id} of no token")
+        evaluator.check(tokenizer.chat_template, "no chat template; save a tokenizer with one there")
+        evaluator.check(files or not Path(name).exists(), "no weights, .safetensors or .bin; copy them there")
+        evaluator.check(abs(text.pad_token_id or 0) < text.vocab_size,
+                        f"pad_token_id {text.pad_token_id} of no token")
     weights = digest([*map(digest_weights, files)]) if files else config._commit_hash
     base = Base(name, folder, config, tokenizer, weights)
     if to_train:
-        with blaming(f"--model {name}: expected a causal language model of plain weights and layers, found"):
+        with evaluator.blaming(f"--model {name}: expected a causal language model of plain weights and "
+                               "layers, found"):
             kind = (config.architectures or ["?"])[0]
-            check(kind.endswith(("ForCausalLM", "ForConditionalGeneration")) and not config.is_encoder_decoder
-                  and text.model_type in CAUSAL_LMS, f"{kind} of type {text.model_type}")
-            check(not (folder / "modules.json").exists(), "an embedding model")
-            check(not any(getattr(c, "quantization_config", 0) for c in (config, text)), "quantised weights")
+            evaluator.check(kind.endswith(("ForCausalLM", "ForConditionalGeneration"))
+                            and not config.is_encoder_decoder and text.model_type in CAUSAL_LMS,
+                            f"{kind} of type {text.model_type}")
+            evaluator.check(not (folder / "modules.json").exists(), "an embedding model")
+            evaluator.check(not any(getattr(c, "quantization_config", 0) for c in (config, text)),
+                            "quantised weights")
             with torch.device("meta"):
                 base.empty = AutoModelForCausalLM.from_config(text_config(config), dtype=torch.float32)
             SelfDistillation(base.empty)  # fails where there are no .layers
     return base
 
 def digest_weights(path):  # of all content: a copy is the same model, one trained further another
-    with blaming(f"{path}: expected weights, found a pointer or half a file"), open(path, "rb") as file:
+    with evaluator.blaming(f"{path}: expected weights, found a pointer or half a file"):
         if path.suffix == ".safetensors":  # of a .bin transformers says as much
             safetensors.safe_open(path, "pt")
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 def check_ids(base, prompts):
     rows, largest = base.config.get_text_config().vocab_size, max(map(max, prompts), default=0)
-    check(largest < rows, f"--model {base.name}: expected token ids below {rows}, the rows of its embedding, "
-          f"found {largest}, {base.tokenizer.decode([largest])!r}; mend the tokenizer or the embedding")
+    evaluator.check(largest < rows, f"--model {base.name}: expected token ids below {rows}, the rows of its "
+                    f"embedding, found {largest}, {base.tokenizer.decode([largest])!r}; mend one of the two")
 
 def text_config(config):  # of a multimodal model its text model: that is trained, run and exported
     text = config.get_text_config()
@@ -831,36 +742,26 @@ def check_weights(base, lm, missing):
     ours = SelfDistillation(lm)
     _, stats = ours(twelve, eight, ours(twelve, eight), head, torch.ones(8), tokens=likeliest)
     error, tied = (stats["logprob"] - own).abs().max().item(), bool(base.empty.all_tied_weights_keys)
-    check(not missing, f"none of {missing[:3]}")
-    check(tied == bool(lm.all_tied_weights_keys), "two tensors for embedding and head, which its config.json "
-          "says are one; set tie_word_embeddings to false")
-    check(all(w.isfinite().all() for w in lm.state_dict().values()), "NaN or infinity; take another copy")
-    check(error <= 1e-3, f"log-probabilities that are {error:.1g} nats from those that the loss computes; "
-          "logit_scale_and_cap is not all, or tokens see later ones")
+    evaluator.check(not missing, f"none of {missing[:3]}")
+    evaluator.check(tied == bool(lm.all_tied_weights_keys), "two tensors for embedding and head, which its "
+                    "config.json says are one; set tie_word_embeddings to false")
+    evaluator.check(all(w.isfinite().all() for w in lm.state_dict().values()),
+                    "NaN or infinity; take another copy")
+    evaluator.check(error <= 1e-3, f"log-probabilities that are {error:.1g} nats from those that the loss "
+                    "computes; logit_scale_and_cap is not all, or tokens see later ones")
 
 # ---------------------------------------------------------------------------------------------------- CHECKS
 # What is wrong with an input is said before the engine starts: expected, found, what to change.
-def check(condition, message):
-    if not condition:
-        raise ValueError(message)
-
-@contextlib.contextmanager
-def blaming(where):  # an error inside, whatever library's, becomes a ValueError that begins with `where`
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{where}: {str(error).strip() or repr(error)}".partition("\n")[0]) from None
-
 def digest(value):
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 def read_instruction(name):  # c's text: `name` is a key of INSTRUCTIONS in any case, @FILE, or the text
     text = INSTRUCTIONS.get(name.replace(" ", "").lower(), name).strip()
     if name.startswith("@"):
-        with blaming(f"--instruction {name}, expected a text file in the encoding UTF-8"):
+        with evaluator.blaming(f"--instruction {name}, expected a text file in the encoding UTF-8"):
             text = Path(name[1:]).read_text("utf-8-sig").strip()
     # one word is a key mistyped, and would be trained on without a sign; Chinese has no spaces
-    check(re.search(r"\s|[^!-~]", text),
+    evaluator.check(re.search(r"\s|[^!-~]", text),
           f"--instruction {name}: expected {', '.join(INSTRUCTIONS)}, @FILE or a text, found {text!r}")
     return text
 
@@ -869,38 +770,54 @@ MAY_BE_0 = "lr", "weight_decay", "clip", "temperature", "refresh_every", "seed",
 def check_settings(settings):  # of both scripts, {option: value}
     for name, value in settings.items():
         if type(value) in (int, float):
-            check(math.isfinite(value) and (value > 0 or value == 0 and name in MAY_BE_0),
+            evaluator.check(math.isfinite(value) and (value > 0 or value == 0 and name in MAY_BE_0),
                   f"--{name} {value}: expected {'0 or more' if name in MAY_BE_0 else 'more than 0'}")
-    check(torch.cuda.is_available() or not torch.version.cuda,  # it would run on the CPU, unsaid
+    evaluator.check(torch.cuda.is_available() or not torch.version.cuda,  # it would run on the CPU, unsaid
           "no GPU is seen: expected a driver R580 or newer; without a GPU take the README's CPU builds")
     tp, world = settings["vllm_tp"], dist.get_world_size()
-    check(world % tp == 0, f"--vllm_tp {tp}: expected a number of ranks that it divides, found {world}")
+    evaluator.check(world % tp == 0,
+                    f"--vllm_tp {tp}: expected a divisor of the number of ranks, which is {world}")
 
 def claim_folder(out, resume, mark):  # new, empty or a run's, for this process alone until it ends
-    with blaming(f"--out {out}: expected a new or empty folder or, with --resume, a run's, where no other "
-                 "process is at work, found"):
+    with evaluator.blaming(f"--out {out}: expected a new or empty folder or, with --resume, a run's, where "
+                           "no other process is at work, found"):
         out.mkdir(parents=True, exist_ok=True)
         found = {path.name for path in out.iterdir()} if out.name else {"the present folder"}
-        check(found <= {mark} or resume and mark in found, ", ".join(sorted(found)[:4]))
+        evaluator.check(found <= {mark} or resume and mark in found, ", ".join(sorted(found)[:4]))
         # the mark is a file, locked and never closed: the lock ends with the process
         fcntl.flock(os.open(out / mark, os.O_CREAT | os.O_WRONLY, 0o666), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+def load_problems(cfg, base, instruction):  # in the data's order, once each, without those of long prompts
+    prompt = partial(prompt_ids, base.tokenizer, thinking=cfg.thinking, wrapper=cfg.wrapper)
+    problems = [Problem(p["problem"], p["answer"], prompt(p["problem"], tools=p["tools"]),
+                        prompt(p["problem"], instruction, tools=p["tools"]))
+                for p in evaluator.read_problems(cfg.data, *WRAPPERS[cfg.wrapper])]
+    check_ids(base, [p.student + p.teacher for p in problems])
+    short = [p for p in problems if max(len(p.student), len(p.teacher)) <= cfg.max_prompt_tokens]
+    evaluator.say(f"{len(short)} of {len(problems)} problems have prompts of at most {cfg.max_prompt_tokens} "
+                  f"tokens; {evaluator.__file__} grades the rollouts")
+    evaluator.check(any(cfg.keep == "all" or p.answer for p in short), f"--data {cfg.data}: found no problem "
+                    f"with a prompt of at most {cfg.max_prompt_tokens} tokens and, for --keep correct, an "
+                    "answer")
+    return short
 
 IDENTITY = ("weights", "template", "instruction", "wrapper", "thinking", "problems", "batch_size", "seed",
             "keep", "divergence", "refresh_every")  # --resume needs these as they were
 
 def prepare(cfg):  # all checks -> the base model, on rank 0 with its weights, problems, the run's folder
+    if not hasattr(evaluator, "grade_rollouts"):
+        raise ValueError(f"opsdc.py needs this project's eval.py beside it, found {evaluator.__file__}")
     check_settings(asdict(cfg))
     instruction, base, out = read_instruction(cfg.instruction), open_base(cfg.model, True), Path(cfg.out)
     context = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)
-    check(cfg.max_prompt_tokens + cfg.max_response_tokens <= context,
+    evaluator.check(cfg.max_prompt_tokens + cfg.max_response_tokens <= context,
           f"--max_prompt_tokens + --max_response_tokens: expected at most the model's context, {context}")
-    check(evaluator or cfg.keep == "all", f"--keep correct needs this project's eval.py beside {__file__}")
     problems = load_problems(cfg, base, instruction)
     if dist.get_rank() == 0:
         start_run(base, out, asdict(cfg) | dict(
             instruction=instruction, weights=base.weights, template=digest(base.tokenizer.chat_template),
             problems=digest([(p.text, p.answer) for p in problems])))
-        say(f"the first teacher's prompt:\n{base.tokenizer.decode(problems[0].teacher)}")
+        evaluator.say(f"the first teacher's prompt:\n{base.tokenizer.decode(problems[0].teacher)}")
     dist.barrier()  # the others wait for rank 0's checks
     return base, problems, out
 
@@ -908,20 +825,18 @@ def start_run(base, out, settings):  # rank 0's checks: the folder, the run to g
     claim_folder(out, settings["resume"], "opsdc.lock")
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # what a kill left
     if checkpoints(out):
-        with blaming(f"--resume: the settings of the run in {out}/config.json"):
+        with evaluator.blaming(f"--resume: the settings of the run in {out}/config.json"):
             old = json.loads((out / "config.json").read_text())
             for name in IDENTITY:
-                check(old[name] == settings[name], f"{name} is {old[name]!r}, not {settings[name]!r}")
+                evaluator.check(old[name] == settings[name],
+                                f"{name} is {old[name]!r}, not {settings[name]!r}")
     base.loaded = read_weights(base)
     replace_file(out / "config.json", json.dumps(settings, indent=1))
     size = (12 + DTYPE.itemsize) * sum(p.numel() for p in base.empty.parameters()) / 1e9
-    say(f"each of 3 checkpoints takes {size:.3g} GB; {shutil.disk_usage(out).free / 1e9:.3g} GB are free")
+    evaluator.say(f"each of 3 checkpoints takes {size:.3g} GB; "
+                  f"{shutil.disk_usage(out).free / 1e9:.3g} GB are free")
 
 # ------------------------------------------------------------------------------------------------------ LOGS
-def say(text):
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
-
 CONSOLE = ("step", "loss", "grad_norm", "response_tokens", "truncated", "accuracy", "student_entropy",
            "logprob_gap", "seconds_step")
 
@@ -941,7 +856,8 @@ def log_step(out, metrics, rollouts, problems, tokenizer):
     for name, rows in (("samples.jsonl", samples), ("metrics.jsonl", [metrics])):
         with open(out / name, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-    say("  ".join(f"{name} {metrics[name]:.4g}" for name in CONSOLE if metrics.get(name) is not None))
+    known = [name for name in CONSOLE if metrics.get(name) is not None]
+    evaluator.say("  ".join(f"{name} {metrics[name]:.4g}" for name in known))
 
 # ------------------------------------------------------------------------------------------------- PROCESSES
 def start_processes():  # join torchrun's group, or make one of a single rank -> this rank's device

@@ -292,7 +292,7 @@ def rate(event, kind, column):
 def toy_tokenizer():
     """A word is a token together with the space before it, so that decoding is joining."""
     split = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]|\s"), "isolated")
-    texts = [opsdc.STUDENT_HEAD, opsdc.FORMAT, opsdc.TAIL, *TOLD.values(),
+    texts = [opsdc.STUDENT_PREFIX, opsdc.FORMAT, opsdc.SUFFIX, *TOLD.values(),
              "Add modulo 10: = +\nuser\nassistant\nAnswer:\n" + "\n".join(CHECKS)]
     texts += [f"{digit} {digit}" + "".join(f" {letter}{digit}" for letter in LETTERS) for digit in range(10)]
     special = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
@@ -971,7 +971,7 @@ def test_thinking_reaches_templates_that_know_it():
 def turns(*roles):
     return [dict(role=role, content=f"text {i}") for i, role in enumerate(roles)]
 
-WRAPPED = opsdc.STUDENT_HEAD + "1+1?" + opsdc.TAIL
+WRAPPED = opsdc.STUDENT_PREFIX + "1+1?" + opsdc.SUFFIX
 ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the error; with none if another
     (dict(problem="1+1?", answer="2", solution="1+1 makes 2"), ("1+1?", "2")),
     (dict(question="1+1?", answer=2), ("1+1?", "2")),
@@ -1031,10 +1031,11 @@ ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the er
 def test_a_row_is_read_or_refused_by_name(row, math_, none):
     for wrapper, expected in (("math", math_), ("none", none)):
         if isinstance(expected, tuple):
-            assert (opsdc.read_problem(row, "here", wrapper)[1], ev.read_answer(row, "here")[2]) == expected
+            wrapper = opsdc.WRAPPERS[wrapper]
+            assert (ev.read_problem(row, "here", *wrapper)[1], ev.read_answer(row, "here")[2]) == expected
         else:
             with pytest.raises(ValueError, match=expected) as error:
-                opsdc.read_problem(row, "here", wrapper)
+                ev.read_problem(row, "here", *opsdc.WRAPPERS[wrapper])
                 ev.read_answer(row, "here")
             assert str(error.value).startswith("here")
 
@@ -1078,15 +1079,15 @@ def test_files_of_all_formats_read_alike(tmp_path):
         for name in (f"x.{kind}", f"{kind}/train.{kind}", *[f"x.{kind}.gz"] * (kind != "parquet")):
             file = as_file(tmp_path, name, mark + content if mark else content)
             source = str(tmp_path / kind) if "/" in name else file
-            wheres, found = zip(*opsdc.read_rows(source))
+            wheres, found = zip(*ev.read_rows(source))
             if kind == "csv" and name != "x.csv":  # read by datasets: 55 and 0.1
                 found = [dict(row, answer=expected["answer"]) for row, expected in zip(found, rows)]
             assert list(found) == rows and wheres == (f"{source}, row 1", f"{source}, row 2"), (name, found)
-    assert list(opsdc.read_rows(as_file(tmp_path, "array.json", json.dumps(rows))))[1][1] == rows[1]
+    assert list(ev.read_rows(as_file(tmp_path, "array.json", json.dumps(rows))))[1][1] == rows[1]
     as_file(tmp_path, "jsonl/test.jsonl", '{"problem": "c"}')  # another split
-    assert len(list(opsdc.read_rows(str(tmp_path / "jsonl")))) == 2
-    assert list(opsdc.read_rows(str(tmp_path / "jsonl") + "::test"))[0][1]["problem"] == "c"
-    number, = opsdc.read_rows(as_file(tmp_path, "n.jsonl", '{"problem": "x", "answer": 0.5}'))
+    assert len(list(ev.read_rows(str(tmp_path / "jsonl")))) == 2
+    assert list(ev.read_rows(str(tmp_path / "jsonl") + "::test"))[0][1]["problem"] == "c"
+    number, = ev.read_rows(as_file(tmp_path, "n.jsonl", '{"problem": "x", "answer": 0.5}'))
     assert ev.read_answer(number[1], "here")[2] == "0.5"
 
 @pytest.mark.parametrize("name, content, message", [
@@ -1102,7 +1103,7 @@ def test_files_of_all_formats_read_alike(tmp_path):
 ])
 def test_files_that_cannot_be_read_are_named(name, content, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        list(opsdc.read_rows(as_file(tmp_path, name, content)))
+        list(ev.read_rows(as_file(tmp_path, name, content)))
 
 @pytest.mark.parametrize("n, batch_size", [(12, 4), (10, 4), (3, 8)])
 def test_batch_at_covers_each_epoch_once(n, batch_size):
@@ -1976,7 +1977,7 @@ BAD_INPUT = {
                      "row 1, field prompt: expected the user's turn last"),
     "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "no problem with a prompt of at most 5"),
     "context": (lambda d, good: dict(max_response_tokens=4000), "expected at most the model's context, 2048"),
-    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a number of ranks that it divides"),
+    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a divisor of the number of ranks"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
                    "for --keep correct, a known answer"),
     "save_to_disk": (lambda d, good: (d / "state.json").touch() or dict(data=d), "using `save_to_disk`"),
@@ -2170,21 +2171,22 @@ def test_command_line_takes_dashes_and_underscores():
             == opsdc.Config(micro_batch_tokens=5, thinking=False))
 
 @beside()
-def test_opsdc_alone_in_a_folder_trains_without_accuracy(folder):
-    shutil.copy(HERE / "opsdc.py", folder)
-    done = run(*small_run(*small_files(folder), folder / "out", steps=1), script=folder / "opsdc.py",
-               env=ENVIRONMENT | {"PYTHONPATH": ""})
-    assert done.returncode == 0, done.stdout[-3000:]
-    line, = metrics_of(folder / "out")
-    assert line["loss"] > 0 and line["accuracy"] is None
-    kept = [json.loads((folder / model / "generation_config.json").read_text())["temperature"]
-            for model in ("m", "out/model")]
-    assert kept == [0.6, 0.6]
+def test_eval_py_beside_opsdc_py(tmp_path):
+    """A missing one and a user's own script of that name are one line; a fork's may import from opsdc.py."""
+    shutil.copy(HERE / "opsdc.py", tmp_path)
 
-def test_what_needs_eval_py_says_so(good, one_rank, refused_early, monkeypatch):
-    monkeypatch.setattr(opsdc, "evaluator", None)
-    assert "--keep correct needs this project's eval.py" in refusal(
-        lambda: opsdc.prepare(opsdc.Config(**good, keep="correct")))
+    def start(*arguments):
+        done = run(*arguments, script=tmp_path / "opsdc.py", env=ENVIRONMENT | {"PYTHONPATH": ""})
+        return done.returncode, done.stdout
+    status, said = start("--help")
+    assert status == 1 and len(said.splitlines()) == 1 and "needs this project's eval.py beside it" in said
+    (tmp_path / "eval.py").write_text("answer = 42\n")
+    status, said = start("--data", "no.jsonl")
+    assert status == 1 and len(said.splitlines()) == 1 and "needs this project's eval.py beside it" in said
+    shutil.copy(HERE / "eval.py", tmp_path / "theirs.py")
+    (tmp_path / "eval.py").write_text("from opsdc import Config\nfrom theirs import *\n")
+    status, said = start("--data", "no.jsonl")
+    assert status == 1 and "--model Qwen/Qwen3-8B" in said
 
 def test_imports_without_vllm_or_gpu_and_without_side_effects():
     assert SIDE_EFFECTS == (False, False, False)
@@ -2997,7 +2999,7 @@ BAD_EVALUATION = {
     "instruction": (lambda d, good: dict(instruction="@nofile"), "--instruction @nofile.* No such file"),
     "one word": (lambda d, good: dict(instruction="short"), "--instruction short: expected v1"),
     "no text": (lambda d, good: dict(instruction=""), "--instruction : expected v1"),
-    "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp 2: expected a number of ranks that it divides"),
+    "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp 2: expected a divisor of the number of ranks"),
 } | {f"{name} {value}": (lambda d, good, change={name: value}: change,
                          f"--{name.replace('-', '_')} {value}.*: expected ")
      for name, values in EVAL_RANGES.items() for value in values.split()}
