@@ -23,8 +23,10 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
+import dataclasses
 import fractions
 import functools
+import glob
 import hashlib
 import html
 import json
@@ -36,6 +38,7 @@ import select
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import unicodedata
 from decimal import Decimal
@@ -661,7 +664,7 @@ def paired(base, ours, draws=4000):
             for name, found in (("reduction", 1 - tokens / was), ("change", our_right - right))}
 
 # --------------------------------------------------------------------------------------------- COMPARING RUNS
-MAY_DIFFER = ("model", "weights", "instruction", "template", "seed")  # in two comparable runs
+MAY_DIFFER = ("model", "model_hash", "instruction", "template", "seed")  # in two comparable runs
 
 def read_lines(path):  # of a .jsonl file; a last line without its end, which a kill left, is dropped
     rows = []
@@ -871,8 +874,9 @@ def page(tokenizer, problems, rollouts, scores, about):  # responses, and what c
 
 def show_tokens(cfg):  # samples as the trainer's first step does, or reads; scores as it does
     import opsdc
-    device, out = opsdc.start_processes(), Path(cfg.out)
+    device = opsdc.start_processes()
     opsdc.check_settings(vars(cfg))
+    out = Path(cfg.out)
     check(not out.exists() or PAGE[:200] == out.read_text("utf-8", "replace")[:200],
           f"--out {out}: expected a new file, or an older page")
     bases = [opsdc.open_base(name, to_train=True) for name in (cfg.model, cfg.teacher) if name]
@@ -881,6 +885,11 @@ def show_tokens(cfg):  # samples as the trainer's first step does, or reads; sco
           f"tokens of {cfg.model}, found others")
     problems = opsdc.load_problems(cfg, bases[0], told)
     rollouts = read_responses(cfg, problems, tokenizer) if cfg.given else None
+    longest = cfg.max_prompt_tokens + cfg.max_response_tokens if rollouts is None else max(
+        len(prompt) + len(r.ids) for r in rollouts for prompt in problems[r.index][2:])
+    context = min(map(opsdc.context_of, bases))
+    check(longest <= context, f"expected at most the model's context, {context} tokens, found responses that "
+          f"take {longest} with their prompt: lower --max_response_tokens, or leave those in --data out")
     for base in bases if opsdc.dist.get_rank() == 0 else ():
         base.loaded = opsdc.read_weights(base)
     engine = None if rollouts else opsdc.RolloutEngine(bases[0], cfg)
@@ -926,7 +935,8 @@ def prepare(args):  # all checks -> base, {benchmark: jobs}, settings, folder, {
     opsdc.check_settings(vars(args))
     args.instruction = None if args.instruction is None else opsdc.read_instruction(args.instruction)
     base, jobs = opsdc.open_base(args.model, to_train=False), {}
-    out = Path(args.out or f"eval-{Path(args.model).name}" + ("-concise" if args.instruction else ""))
+    model = os.path.basename(os.path.abspath(args.model))  # of `..` too
+    out = Path(args.out or f"eval-{model}" + ("-concise" if args.instruction else ""))
     for source in [args.data] if args.data else args.benchmarks.replace(" ", "").split(","):
         name = Path(source.partition("=")[0]).stem
         name += f"-{len(jobs) + 1}" * (name in jobs)  # two sources of one name are two
@@ -936,12 +946,12 @@ def prepare(args):  # all checks -> base, {benchmark: jobs}, settings, folder, {
     opsdc.check_ids(base, [prompt for prompt, _ in prompts])
     say(f"the first prompt:\n{base.tokenizer.decode(prompts[0][0])}")
     longest, worst = max((len(prompt), name) for prompt, name in prompts)
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)
+    context = opsdc.context_of(base, to_train=False)
     check(longest + args.max_tokens <= context, f"the prompt of problem {worst} has {longest} tokens, and "
           f"{args.model} holds {context}: lower --max-tokens {args.max_tokens}, or leave that problem out")
     cfg = opsdc.Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,
                          seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=0.9)  # no trainer beside it
-    settings = {"version": VERSION, "model": args.model, "weights": base.weights,
+    settings = {"version": VERSION, "model": args.model, "model_hash": opsdc.model_hash(base),
                 "template": digest(base.tokenizer.chat_template), **{name: getattr(args, name) for name in (
                     *SAMPLING, "max_tokens", "samples", "seed", "thinking", "wrapper", "instruction")}}
     if opsdc.dist.get_rank() == 0:
@@ -951,6 +961,20 @@ def prepare(args):  # all checks -> base, {benchmark: jobs}, settings, folder, {
               if k != "model" and found.get(k) != v]  # a copy elsewhere is the same model: its weights are
     check(not differ, f"--out {out} holds another run ({'; '.join(differ)}); give another directory")
     return base, jobs, settings, out, {name: read_parts(out, name, jobs[name])[1] for name in jobs}, cfg
+
+def start_engine(base, cfg):
+    """A RolloutEngine with the weights that `base` names. vLLM looks for weights by patterns: it finds none
+    below a folder with brackets, and others too where there are several formats. There it gets links."""
+    import opsdc
+    found = [*base.folder.glob("*.safetensors")] or [*base.folder.glob("*.bin")]
+    if {*found} == {*base.weights} and glob.escape(str(base.folder)) == str(base.folder):
+        return opsdc.RolloutEngine(base, cfg, load_format="auto")
+    with tempfile.TemporaryDirectory() as links:
+        for path in [*map(base.folder.joinpath, base.files), *base.weights]:
+            link = Path(links, path.relative_to(base.folder))
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(path.absolute())
+        return opsdc.RolloutEngine(dataclasses.replace(base, folder=Path(links)), cfg, load_format="auto")
 
 def sample_and_write(engine, tokenizer, jobs, path, settings, block):
     """Appends the records of `jobs` to `path` as they end: once `block` have, or after two minutes, so that a
@@ -988,7 +1012,7 @@ def evaluate(args):
         barrier()
         say(f"{name}: {len(left)} of {len(jobs[name])} samples are left to make")
         if left:
-            engine = engine or opsdc.RolloutEngine(base, cfg, load_format="auto")
+            engine = engine or start_engine(base, cfg)
             path = out / f"{name}.rank-{rank}.jsonl" if rank % cfg.vllm_tp == 0 else None
             sample_and_write(engine, base.tokenizer, engine.share(left), path, settings, args.block)
         barrier()  # all have written before one reads

@@ -33,6 +33,7 @@ Other than in the authors' code (A) or the paper's text (P), here
 """
 import fcntl
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -54,7 +55,7 @@ import safetensors
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -62,6 +63,7 @@ from torch.distributed.tensor import DTensor
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer,
                           HfArgumentParser)
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import _get_resolved_checkpoint_files as find_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.utils import cached_file
 
@@ -270,7 +272,7 @@ class SelfDistillation(nn.Module):
 def read_weights(base):  # the whole model, float32, checked; for rank 0, before the engine starts
     auto = AutoModelForCausalLM if base.config.model_type in CAUSAL_LMS else AutoModelForMultimodalLM
     with evaluator.blaming(f"--model {base.name}: expected the weights of its config.json, found"):
-        lm, info = auto.from_pretrained(base.name, dtype=torch.float32, output_loading_info=True,
+        lm, info = auto.from_pretrained(base.folder, dtype=torch.float32, output_loading_info=True,
                                         attn_implementation=base.empty.config._attn_implementation)
         check_weights(base, lm, sorted(info["missing_keys"]))
     return lm
@@ -364,7 +366,7 @@ class RolloutEngine:
         from vllm.model_executor.models.transformers import base as wrapped
         # a family without a class in vLLM: its compiler would change transformers' class, the trainer's too
         wrapped.Base._decorate_for_torch_compile = lambda self: None
-        self.llm = LLM(base.name, distributed_executor_backend="external_launcher", seed=cfg.seed,
+        self.llm = LLM(str(base.folder), distributed_executor_backend="external_launcher", seed=cfg.seed,
                        tensor_parallel_size=cfg.vllm_tp, gpu_memory_utilization=cfg.vllm_memory,
                        max_model_len=length, max_num_seqs=256, max_num_batched_tokens=max(8192, length),
                        enable_chunked_prefill=cuda,  # on CPU it cannot rewind a request's own generator
@@ -625,7 +627,8 @@ def replace_file(path, text):  # written beside and renamed: a kill never leaves
     path.with_name(UNFINISHED).replace(path)
 
 def export(model, base, out):
-    """out/model/: theta in bfloat16, gathered in rank 0's memory, and the base's other files as they came."""
+    """out/model/: theta in bfloat16, gathered in rank 0's memory, and the base's other files as the run found
+    them at its start."""
     model.reshard()
     gathered = checkpoint_weights(model.lm, torch.bfloat16)
     weights = {name: w.to("cpu", copy=True) for name, w in gathered if dist.get_rank() == 0}
@@ -633,10 +636,10 @@ def export(model, base, out):
         folder, text = out / UNFINISHED, base.empty.config
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        for path in base.folder.glob("*.*"):
-            if re.search(r"(?<!index)\.(json|jinja|txt|model|tiktoken)$", path.name):
-                shutil.copyfile(path, folder / path.name)
-        config = json.loads((folder / "config.json").read_text())
+        for name, content in base.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        config = json.loads(base.files["config.json"])
         if "text_config" in config:  # of a multimodal model the text model's
             config = config["text_config"] | {name: getattr(text, name) for name in (
                 "model_type", "architectures", "tie_word_embeddings", "eos_token_id", "pad_token_id")}
@@ -653,30 +656,43 @@ def export(model, base, out):
 
 # -------------------------------------------------------------------------------------------------- FAMILIES
 # How families of models differ, all of it, and which cannot be trained.
+# A model's files besides its weights: they decide its output together. The hub has such patterns, too.
+FILES = ("*config.json", "*.jinja", "additional_chat_templates/*.jinja", "chat_template.json",
+         "tokenizer*.json", "added_tokens.json", "special_tokens_map.json", "vocab.*", "merges.txt",
+         "tekken.json", "*.model", "*.tiktoken", "modules.json")
+
 @dataclass
 class Base:  # the model that a run starts from, opened and checked once
     name: str  # hub id or folder
-    folder: Path  # of its files; of a hub id's, in the cache
+    folder: Path  # of its files; those of a hub id are in the cache, under its commit
+    files: dict  # {name: content} of FILES, as they were at the start
+    weights: list  # paths of the files with its weights
     config: object
     tokenizer: object
-    weights: str  # digest of their content, or a hub id's commit
     empty: nn.Module | None = None  # its text model on the meta device: no weights
     loaded: nn.Module | None = None  # the whole model, on rank 0 until it is in shards
 
 def open_base(name, to_train):
-    """A Base without its weights. ValueError: no chat model or, to_train, one that would train wrongly."""
-    files = [path for path in sorted(Path(name).glob("*")) if path.suffix in (".safetensors", ".bin")]
+    """A Base. Its weights are on this machine, but not read yet: all ranks ask for them at once, and a lock
+    in the hub's cache sees to it that each file is downloaded once, while the others wait. ValueError: no
+    chat model or, to_train, one that would train wrongly."""
     with evaluator.blaming(f"--model {name}: expected a folder with a chat model, or the id of one on the "
                            "hub, found"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # else it asks on the terminal
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        text, folder = config.get_text_config(), Path(cached_file(name, "config.json")).parent
+        folder, commit = Path(cached_file(name, "config.json")).parent, None
+        if not Path(name).is_dir():
+            commit = folder.name
+            snapshot_download(name, revision=commit, allow_patterns=FILES)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        text = config.get_text_config()
         evaluator.check(tokenizer.chat_template, "no chat template; save a tokenizer with one there")
-        evaluator.check(files or not Path(name).exists(), "no weights, .safetensors or .bin; copy them there")
         evaluator.check(abs(text.pad_token_id or 0) < text.vocab_size,
                         f"pad_token_id {text.pad_token_id} of no token")
-    weights = digest([*map(digest_weights, files)]) if files else config._commit_hash
-    base = Base(name, folder, config, tokenizer, weights)
+        weights, _ = find_weights(name, *[None] * 4, False, getattr(config, "transformers_weights", None),
+                                  {"revision": commit})  # the files that from_pretrained would load
+    files = {str(path.relative_to(folder)): path.read_bytes()
+             for pattern in FILES for path in folder.glob(pattern)}
+    base = Base(name, folder, files, list(map(Path, weights)), config, tokenizer)
     if to_train:
         with evaluator.blaming(f"--model {name}: expected a causal language model of plain weights and "
                                "layers, found"):
@@ -684,7 +700,7 @@ def open_base(name, to_train):
             evaluator.check(kind.endswith(("ForCausalLM", "ForConditionalGeneration"))
                             and not config.is_encoder_decoder and text.model_type in CAUSAL_LMS,
                             f"{kind} of type {text.model_type}")
-            evaluator.check(not (folder / "modules.json").exists(), "an embedding model")
+            evaluator.check("modules.json" not in files, "an embedding model")
             evaluator.check(not any(getattr(c, "quantization_config", 0) for c in (config, text)),
                             "quantised weights")
             with torch.device("meta"):
@@ -692,10 +708,22 @@ def open_base(name, to_train):
             SelfDistillation(base.empty)  # fails where there are no .layers
     return base
 
-def digest_weights(path):  # of all content: a copy is the same model, one trained further another
+def model_hash(base):
+    """A hash of all that decides the model's output, the same on every rank; rank 0 computes it. A copy in
+    another place is the same model, one that was trained further is not."""
+    found = [None]
+    if dist.get_rank() == 0:
+        found = [digest([sorted(base.files.items()), sorted(map(weights_hash, base.weights))])]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+def weights_hash(path):  # the sha256 of its content, which is its name in the hub's cache
     with evaluator.blaming(f"{path}: expected weights, found a pointer or half a file"):
         if path.suffix == ".safetensors":  # of a .bin transformers says as much
             safetensors.safe_open(path, "pt")
+        blob = path.resolve()
+        if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+            return blob.name
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -759,24 +787,42 @@ def read_instruction(name):  # c's text: `name` is a key of INSTRUCTIONS in any 
     text = INSTRUCTIONS.get(name.replace(" ", "").lower(), name).strip()
     if name.startswith("@"):
         with evaluator.blaming(f"--instruction {name}, expected a text file in the encoding UTF-8"):
-            text = Path(name[1:]).read_text("utf-8-sig").strip()
+            text = Path(name[1:]).expanduser().read_text("utf-8-sig").strip()
     # one word is a key mistyped, and would be trained on without a sign; Chinese has no spaces
     evaluator.check(re.search(r"\s|[^!-~]", text),
           f"--instruction {name}: expected {', '.join(INSTRUCTIONS)}, @FILE or a text, found {text!r}")
     return text
 
 MAY_BE_0 = "lr", "weight_decay", "clip", "temperature", "refresh_every", "seed", "top_k"
+AT_MOST = {"vllm_memory": 1, "top_p": 1, "seed": 2**32 - 1}
 
-def check_settings(settings):  # of both scripts, {option: value}
+def check_settings(settings):
+    """Of both scripts, {option: value}: vars(cfg), in which a ~ before a path becomes the home folder."""
+    for name in ("model", "teacher", "data", "out"):  # a shell leaves the ~ of --out=~/runs as it is
+        if settings.get(name):
+            settings[name] = os.path.expanduser(settings[name])
     for name, value in settings.items():
         if type(value) in (int, float):
-            evaluator.check(math.isfinite(value) and (value > 0 or value == 0 and name in MAY_BE_0),
-                  f"--{name} {value}: expected {'0 or more' if name in MAY_BE_0 else 'more than 0'}")
+            most = AT_MOST.get(name, math.inf)
+            evaluator.check(math.isfinite(value) and (0 < value <= most or value == 0 and name in MAY_BE_0),
+                  f"--{name} {value}: expected {'0 or more' if name in MAY_BE_0 else 'more than 0'}"
+                  f"{f' and at most {most}' if name in AT_MOST else ''}")
     evaluator.check(torch.cuda.is_available() or not torch.version.cuda,  # it would run on the CPU, unsaid
           "no GPU is seen: expected a driver R580 or newer; without a GPU take the README's CPU builds")
+    evaluator.check(importlib.util.find_spec("vllm") or settings.get("given"),  # these need no engine
+          "vllm is not installed: expected the packages of requirements.txt, see the README's installation")
     tp, world = settings["vllm_tp"], dist.get_world_size()
     evaluator.check(world % tp == 0,
                     f"--vllm_tp {tp}: expected a divisor of the number of ranks, which is {world}")
+
+def context_of(base, to_train=True):
+    """How many tokens a sequence may have. Beyond its original context LongRoPE takes other factors: the
+    engine for all sequences as soon as one may be long, the trainer for the long ones alone."""
+    text = base.config.get_text_config()
+    context, rope = getattr(text, "max_position_embeddings", math.inf), getattr(text, "rope_parameters", None)
+    if to_train and rope and rope.get("rope_type") == "longrope":
+        return min(context, rope["original_max_position_embeddings"])
+    return context
 
 def claim_folder(out, resume, mark):  # new, empty or a run's, for this process alone until it ends
     with evaluator.blaming(f"--out {out}: expected a new or empty folder or, with --resume, a run's, where "
@@ -801,21 +847,21 @@ def load_problems(cfg, base, instruction):  # in the data's order, once each, wi
                     "answer")
     return short
 
-IDENTITY = ("weights", "template", "instruction", "wrapper", "thinking", "problems", "batch_size", "seed",
+IDENTITY = ("template", "model_hash", "instruction", "wrapper", "thinking", "problems", "batch_size", "seed",
             "keep", "divergence", "refresh_every")  # --resume needs these as they were
 
 def prepare(cfg):  # all checks -> the base model, on rank 0 with its weights, problems, the run's folder
     if not hasattr(evaluator, "grade_rollouts"):
         raise ValueError(f"opsdc.py needs this project's eval.py beside it, found {evaluator.__file__}")
-    check_settings(asdict(cfg))
+    check_settings(vars(cfg))
     instruction, base, out = read_instruction(cfg.instruction), open_base(cfg.model, True), Path(cfg.out)
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", math.inf)
+    context = context_of(base)
     evaluator.check(cfg.max_prompt_tokens + cfg.max_response_tokens <= context,
           f"--max_prompt_tokens + --max_response_tokens: expected at most the model's context, {context}")
-    problems = load_problems(cfg, base, instruction)
+    problems, identity = load_problems(cfg, base, instruction), model_hash(base)
     if dist.get_rank() == 0:
         start_run(base, out, asdict(cfg) | dict(
-            instruction=instruction, weights=base.weights, template=digest(base.tokenizer.chat_template),
+            instruction=instruction, model_hash=identity, template=digest(base.tokenizer.chat_template),
             problems=digest([(p.text, p.answer) for p in problems])))
         evaluator.say(f"the first teacher's prompt:\n{base.tokenizer.decode(problems[0].teacher)}")
     dist.barrier()  # the others wait for rank 0's checks

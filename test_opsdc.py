@@ -2055,7 +2055,7 @@ FOLDERS = {
                                            vision_config={}),
                                    f"{CAUSAL}Qwen2_5_VLForConditionalGeneration of type qwen2_5_vl_text"),
     "no weights": (folder(lambda target: (target / "model.safetensors").unlink()),
-                   "model: expected a folder .* no weights, .safetensors or .bin"),
+                   "model: expected a folder .* no file named model.safetensors, or pytorch_model.bin"),
     "other layers": (of_type("gpt2", "GPT2LMHeadModel"), f"{CAUSAL}GPT2LMHeadModel"),
     "remote code": (folder(touch("code.py"), model_type="odd", architectures=["OddForCausalLM"],
                            auto_map=REMOTE), "model: expected a folder .* contains custom code"),
@@ -2119,7 +2119,7 @@ def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
     spoil_weights(tmp_path / "copy", lambda weights: weights | {
         "model.norm.weight": weights["model.norm.weight"] * 1.01})
     for change, name in ((broken_data(tmp_path, '{"problem": "x"}\n'), "problems"), (dict(seed=5), "seed"),
-                         (dict(model="copy"), "weights"), (dict(instruction="v2"), "instruction"),
+                         (dict(model="copy"), "model_hash"), (dict(instruction="v2"), "instruction"),
                          (dict(wrapper="none"), "wrapper"), (dict(batch_size=4), "batch_size"),
                          (dict(thinking=False), "thinking"), (dict(refresh_every=3), "refresh_every")):
         assert f"{out}/config.json: {name} is " in refusal(lambda: prepare(**change))
@@ -3028,7 +3028,7 @@ def test_an_evaluation_keeps_its_folder(good, one_rank, tmp_path, monkeypatch):
     spoil_weights(tmp_path / "copy", lambda weights: weights | {
         "model.norm.weight": weights["model.norm.weight"] * 1.01})  # trained further: another model
     for change, name in ((dict(temperature=0.9), "temperature"), (dict(instruction="v2"), "instruction"),
-                         (dict(wrapper="none"), "wrapper"), (dict(model=tmp_path / "copy"), "weights")):
+                         (dict(wrapper="none"), "wrapper"), (dict(model=tmp_path / "copy"), "model_hash")):
         assert f"holds another run ({name}: there" in refusal(lambda: prepare(**change))
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/rows.jsonl").write_text("mine\n")
