@@ -656,10 +656,9 @@ def export(model, base, out):
 
 # -------------------------------------------------------------------------------------------------- FAMILIES
 # How families of models differ, all of it, and which cannot be trained.
-# A model's files besides its weights: they decide its output together. The hub has such patterns, too.
-FILES = ("*config.json", "*.jinja", "additional_chat_templates/*.jinja", "chat_template.json",
-         "tokenizer*.json", "added_tokens.json", "special_tokens_map.json", "vocab.*", "merges.txt",
-         "tekken.json", "*.model", "*.tiktoken", "modules.json")
+# A model's files besides its weights; with these they decide what it says. The hub takes the same patterns.
+FILES = ("*config.json", "*token*.json", "*.jinja", "*/*.jinja", "chat_template.json", "vocab.*",
+         "merges.txt", "tekken.json", "*.model", "*.tiktoken", "modules.json")
 
 @dataclass
 class Base:  # the model that a run starts from, opened and checked once
@@ -679,17 +678,16 @@ def open_base(name, to_train):
     with evaluator.blaming(f"--model {name}: expected a folder with a chat model, or the id of one on the "
                            "hub, found"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # else it asks on the terminal
-        folder, commit = Path(cached_file(name, "config.json")).parent, None
+        text, folder = config.get_text_config(), Path(cached_file(name, "config.json")).parent
         if not Path(name).is_dir():
-            commit = folder.name
-            snapshot_download(name, revision=commit, allow_patterns=FILES)
+            snapshot_download(name, revision=folder.name, allow_patterns=FILES)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        text = config.get_text_config()
         evaluator.check(tokenizer.chat_template, "no chat template; save a tokenizer with one there")
         evaluator.check(abs(text.pad_token_id or 0) < text.vocab_size,
                         f"pad_token_id {text.pad_token_id} of no token")
-        weights, _ = find_weights(name, *[None] * 4, False, getattr(config, "transformers_weights", None),
-                                  {"revision": commit})  # the files that from_pretrained would load
+        weights, _ = find_weights(  # the files that from_pretrained would load
+            name, variant=None, gguf_file=None, use_safetensors=None, user_agent=None, is_remote_code=False,
+            download_kwargs=dict(revision=folder.name))
     files = {str(path.relative_to(folder)): path.read_bytes()
              for pattern in FILES for path in folder.glob(pattern)}
     base = Base(name, folder, files, list(map(Path, weights)), config, tokenizer)
@@ -711,19 +709,17 @@ def open_base(name, to_train):
 def model_hash(base):
     """A hash of all that decides the model's output, the same on every rank; rank 0 computes it. A copy in
     another place is the same model, one that was trained further is not."""
-    found = [None]
-    if dist.get_rank() == 0:
-        found = [digest([sorted(base.files.items()), sorted(map(weights_hash, base.weights))])]
+    weights = sorted(map(weights_hash, base.weights)) if dist.get_rank() == 0 else None
+    found = [digest([sorted(base.files.items()), weights])]
     dist.broadcast_object_list(found)
     return found[0]
 
-def weights_hash(path):  # the sha256 of its content, which is its name in the hub's cache
+def weights_hash(path):  # the sha256 of the content, which is the file's name in the hub's cache
     with evaluator.blaming(f"{path}: expected weights, found a pointer or half a file"):
         if path.suffix == ".safetensors":  # of a .bin transformers says as much
             safetensors.safe_open(path, "pt")
-        blob = path.resolve()
-        if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
-            return blob.name
+        if re.fullmatch(".*/blobs/[0-9a-f]{64}", str(path.resolve())):
+            return path.resolve().name
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -803,10 +799,10 @@ def check_settings(settings):
             settings[name] = os.path.expanduser(settings[name])
     for name, value in settings.items():
         if type(value) in (int, float):
-            most = AT_MOST.get(name, math.inf)
-            evaluator.check(math.isfinite(value) and (0 < value <= most or value == 0 and name in MAY_BE_0),
-                  f"--{name} {value}: expected {'0 or more' if name in MAY_BE_0 else 'more than 0'}"
-                  f"{f' and at most {most}' if name in AT_MOST else ''}")
+            evaluator.check(math.isfinite(value) and (value > 0 or value == 0 and name in MAY_BE_0),
+                  f"--{name} {value}: expected {'0 or more' if name in MAY_BE_0 else 'more than 0'}")
+            evaluator.check(value <= AT_MOST.get(name, value),
+                            f"--{name} {value}: expected at most {AT_MOST.get(name)}")
     evaluator.check(torch.cuda.is_available() or not torch.version.cuda,  # it would run on the CPU, unsaid
           "no GPU is seen: expected a driver R580 or newer; without a GPU take the README's CPU builds")
     evaluator.check(importlib.util.find_spec("vllm") or settings.get("given"),  # these need no engine
@@ -819,10 +815,10 @@ def context_of(base, to_train=True):
     """How many tokens a sequence may have. Beyond its original context LongRoPE takes other factors: the
     engine for all sequences as soon as one may be long, the trainer for the long ones alone."""
     text = base.config.get_text_config()
-    context, rope = getattr(text, "max_position_embeddings", math.inf), getattr(text, "rope_parameters", None)
-    if to_train and rope and rope.get("rope_type") == "longrope":
-        return min(context, rope["original_max_position_embeddings"])
-    return context
+    rope = getattr(text, "rope_parameters", None) or {}
+    if to_train and rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return getattr(text, "max_position_embeddings", math.inf)
 
 def claim_folder(out, resume, mark):  # new, empty or a run's, for this process alone until it ends
     with evaluator.blaming(f"--out {out}: expected a new or empty folder or, with --resume, a run's, where "
