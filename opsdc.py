@@ -104,8 +104,8 @@ class Config:
     refresh_every: int = setting(50, "M: thetabar <- theta after so many steps; 0 = frozen teacher")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = setting("reverse_kl", "the others are ablations")
     keep: Literal["all", "correct"] = setting("all", "rollouts to train on; correct ones need known answers")
-    micro_batch_tokens: int = setting(16384, "padded tokens of one forward pass; changes memory, not the result")
-    loss_chunk: int = setting(1024 if torch.cuda.is_available() else 256, "tokens whose logits exist at a time")
+    micro_batch_tokens: int = setting(16384, "padded tokens of a forward pass; changes memory, not results")
+    loss_chunk: int = setting(1024 if torch.cuda.is_available() else 256, "tokens with logits at a time")
     gradient_checkpointing: bool = setting(True, "recompute activations in backward: less memory, more time")
     vllm_tp: int = setting(1, "ranks that share one vLLM engine (tensor parallelism)")
     vllm_memory: float = setting(0.5, "share of each GPU's memory for vLLM while it generates")
@@ -385,8 +385,8 @@ class RolloutEngine:
         self.llm = LLM(base.name, distributed_executor_backend="external_launcher", seed=cfg.seed,
                        tensor_parallel_size=cfg.vllm_tp, gpu_memory_utilization=cfg.vllm_memory,
                        max_model_len=length, max_num_seqs=256, max_num_batched_tokens=max(8192, length),
-                       # On a CPU, chunked prefill spoils the random numbers of a seeded request; and with prefix
-                       # caching, hybrid models would need it.
+                       # On a CPU, chunked prefill cannot rewind the random generator of a seeded request, and
+                       # hybrid models with prefix caching would need chunked prefill.
                        enable_chunked_prefill=cuda, enable_prefix_caching=None if cuda else False,
                        load_format=load_format, enable_sleep_mode=self.sleeps, enforce_eager=not cuda,
                        disable_log_stats=True, use_tqdm_on_load=False, dtype=engine_dtype(base.config),
