@@ -1,35 +1,42 @@
 """OPSDC: On-Policy Self-Distillation for Reasoning Compression (arXiv 2603.05433), all of it in one file.
 
-Told "be concise", a reasoning model reasons in fewer tokens. OPSDC teaches it to do so without being told: on
-the prefixes it visits without the instruction, it learns its own next-token distribution with the
-instruction. One model, two prompts; no answers, no rewards, no length budget.
+A reasoning model that is told "be concise" reasons in fewer tokens. OPSDC teaches it to do so without being
+told. The model samples responses without the instruction. At every token of them it learns the distribution
+over the next token that it would have if the instruction were in its prompt. So there is one model with two
+prompts, and there are no answers, no rewards and no length budget.
 
     x        a problem                         y        the student's response, y_t its t-th token
-    c        the conciseness instruction       V, d     vocabulary, hidden size
+    c        the conciseness instruction       V, d     vocabulary size, hidden size
     student  p = pi_theta(. | x, y_<t)         gets the gradient
     teacher  q = pi_thetabar(. | x, c, y_<t)   the same network with older weights thetabar, no gradient
 
     for step = 1 .. steps:
         x_1..x_B ~ D                           # B = 32 problems, one rollout each
-        y_i ~ pi_theta(. | x_i)                # vLLM, temperature 1, at most 8192 tokens; cut ones are kept
+        y_i ~ pi_theta(. | x_i)                # vLLM, temperature 1, at most 8192 tokens, truncated ones kept
         loss = 1/B sum_i 1/|y_i| sum_t KL(p || q)      # y held fixed; exact over the vocabulary, in nats
         theta <- AdamW(theta, grad loss)       # lr 1e-6 constant, weight decay 0.01, gradient clipped at 1.0
         every M = 50 steps: thetabar <- theta  # the refresh
 
-Every rank holds shards of theta, Adam's state (FSDP2, float32) and thetabar, and a vLLM engine in its process
-(or part of one, --vllm_tp). A step copies theta into the engine in place and samples; swaps thetabar's shards
-into the training module for a pass that keeps the last hidden states; swaps theta back, and trains it.
-Axes: B sequences of a batch, b of a micro-batch, T positions, N response tokens packed end to end, V, d.
+Every rank holds shards of theta and of Adam's state (FSDP2, float32) and shards of thetabar. In the same
+process it runs a vLLM engine, or with --vllm_tp a part of one. A step copies theta into the engine in place
+and samples the rollouts. It then swaps thetabar's shards into the training module for one pass, which keeps
+the teacher's last hidden states. Finally it swaps theta back and trains it.
 
-Left out on purpose: rewards and advantages, importance ratios (at a given prefix the loss is exact, whoever
-sampled it), LoRA, schedules, several rollouts a prompt, asynchronous rollouts. README: forks that add them.
+The axes of tensors are B sequences of a batch, b of a micro-batch, T positions, N response tokens of a
+micro-batch (concatenated without padding), V and d.
 
-Other than in the authors' code (A) or the paper's text (P), here
- 1. logits are float32 whatever the model's dtype: A's bfloat16 drowns the small KL (see THE OBJECTIVE);
- 2. a token weighs 1 / (B |y|), as in P, however the batch is cut into micro-batches;
- 3. the sampled ids are trained on: A tokenises their text again, and has "Remember ..." twice in a prompt;
- 4. thetabar is in the checkpoint, so that --resume goes on as if the run had not stopped;
- 5. the data's wrapper is taken off and put on (P keeps it), and problems with long prompts are dropped.
+Left out on purpose: rewards and advantages; importance ratios (at a given prefix the loss is exact, whoever
+sampled the prefix); LoRA; learning rate schedules; several rollouts of a prompt; asynchronous rollouts. The
+README says which forks add them.
+
+This file differs from the authors' code (A) or from the text of the paper (P) as follows.
+ 1. Logits are float32 whatever the model's dtype. A's bfloat16 drowns the small KL (see THE OBJECTIVE).
+ 2. A token weighs 1 / (B |y|), as in P, however the batch is divided into micro-batches.
+ 3. The sampled token ids are trained on. A tokenises the responses' text again, and has the line "Remember to
+    put your answer ..." twice in the teacher's prompt.
+ 4. thetabar is part of the checkpoint, so that --resume goes on as if the run had not stopped.
+ 5. The prompt text of the data set is removed from its problems and added back (P keeps it as it is), and
+    problems with long prompts are dropped.
 """
 import fcntl
 import hashlib
@@ -67,7 +74,10 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files as find_w
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.utils import cached_file
 
-# The file beside this one reads problems and grades responses. A fork may bring an eval.py of its own.
+# The file beside this one reads the problems and grades the responses; a fork may bring an eval.py of its
+# own. Two of its helpers are used throughout: check(condition, message) raises ValueError(message) unless the
+# condition holds, and `with blaming(where):` turns an error inside into a ValueError that begins with
+# `where`.
 try:
     import eval as evaluator
 except ImportError as error:
@@ -84,7 +94,7 @@ class Config:
     data: str = setting("BytedTsinghua-SIA/DAPO-Math-17k", "hub ID[:CONFIG[:SPLIT]], file or folder of files")
     out: str = setting("out", "new folder: metrics.jsonl, samples.jsonl, config.json, checkpoint-K/, model/")
     instruction: str = setting("v1", "c: v1, v2, 20%%, 50%% or 80%% (fewer tokens), @FILE or the text itself")
-    wrapper: Literal["math", "none"] = setting("math", "DAPO's around a problem; none: prompts as they are")
+    wrapper: Literal["math", "none"] = setting("math", "math: DAPO's text around problems; none: no text")
     steps: int = setting(100, "number of updates")
     batch_size: int = setting(32, "B: problems a step, one rollout each, over all ranks")
     lr: float = setting(1e-6, "AdamW's learning rate, constant")
@@ -92,23 +102,24 @@ class Config:
     clip: float = setting(1.0, "largest norm of the gradient; 0 = no clipping")
     temperature: float = setting(1.0, "sampling temperature of the rollouts")
     max_prompt_tokens: int = setting(1024, "problems with a longer prompt are dropped")
-    max_response_tokens: int = setting(8192, "rollouts are cut here, and trained on as they are")
+    max_response_tokens: int = setting(8192, "longer rollouts are truncated, and trained on like the others")
     refresh_every: int = setting(50, "M: thetabar <- theta after so many steps; 0 = frozen teacher")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = setting("reverse_kl", "the others are ablations")
     keep: Literal["all", "correct"] = setting("all", "rollouts to train on; correct ones need known answers")
-    micro_batch_tokens: int = setting(16384, "padded tokens of a forward pass: memory, not mathematics")
-    loss_chunk: int = setting(1024 if torch.cuda.is_available() else 256, "tokens that have logits at a time")
+    micro_batch_tokens: int = setting(16384, "padded tokens of a forward pass; changes memory, not results")
+    loss_chunk: int = setting(1024 if torch.cuda.is_available() else 256, "tokens with logits at a time")
     gradient_checkpointing: bool = setting(True, "recompute activations in backward: less memory, more time")
     vllm_tp: int = setting(1, "ranks that share one vLLM engine (tensor parallelism)")
     vllm_memory: float = setting(0.5, "share of each GPU's memory for vLLM while it generates")
     save_every: int = setting(10, "steps between checkpoints; the newest two are kept")
     resume: bool = setting(False, "go on from the newest whole checkpoint in --out")
-    seed: int = setting(0, "of the order of the problems and of the sampling")
+    seed: int = setting(0, "decides the order of the problems and the sampling")
     thinking: bool = setting(True, "the chat template's enable_thinking (--no_thinking switches it off)")
 
 # --------------------------------------------------------------------------------------------------- PROMPTS
-# Both see the same problem; the teacher's prompt has the instruction where the student's says "Solve the
-# following math problem step by step". The strings are the experiment.
+# Student and teacher see the same problem. Where the student's prompt says "Solve the following math problem
+# step by step", the teacher's has the instruction. These strings are the experiment: do not edit them in
+# passing.
 FORMAT = ("The last line of your response should be of the form Answer: $Answer (without quotes) "
           "where $Answer is the answer to the problem.")
 # What stands around the problem in every row of DAPO-Math-17k, and in the student's prompt
@@ -131,13 +142,16 @@ INSTRUCTIONS = {  # versions 1 and 2 of the paper, word for word
               "while preserving correctness." for p in (20, 50, 80)}
 
 def prompt_ids(tokenizer, problem, instruction=None, thinking=True, wrapper="math", tools=None):
-    """Ids of the student's prompt or, given c's text as `instruction`, of the teacher's. problem: a text, or
-    messages, whose last user turn is wrapped. ValueError: the template fails."""
+    """Token ids of the student's prompt or, given the text of c as `instruction`, of the teacher's. `problem`
+    is a text, or messages whose last user turn is wrapped. ValueError: the chat template fails."""
     prefix, suffix = WRAPPERS[wrapper]
     if instruction is not None:
         prefix = f"{instruction}\n\n{TEACHER_PREFIX}" if wrapper == "math" else f"{instruction}\n\n"
     messages = problem if isinstance(problem, list) else [{"role": "user", "content": problem}]
-    messages = evaluator.edit_last_user(messages, lambda text: prefix + text + suffix)
+
+    def wrap(text):
+        return prefix + text + suffix
+    messages = evaluator.edit_last_user(messages, wrap)
     with evaluator.blaming(f"the model's chat template fails on {str(problem):.80}"):
         evaluator.check(not tools or "tools" in str(tokenizer.chat_template), "it has no place for tools")
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
@@ -332,96 +346,113 @@ def refresh(model, thetabar, step, cfg):  # thetabar <- theta after every M step
 class Problem(NamedTuple):
     text: str  # or messages
     answer: str | None
-    student: list  # token ids of the two prompts
-    teacher: list
+    student: list  # the token ids of the student's prompt
+    teacher: list  # and of the teacher's
 
 def batch_at(n, step, batch_size, seed):
-    """Indices of step 0, 1, ...: slices of one permutation of range(n) after another. A pure function:
-    resuming needs no sampler. n=3, batch_size=2: step 1 has an epoch's last and the next one's first."""
-    at = range(step * batch_size, (step + 1) * batch_size)
-    orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in {k // n for k in at}}
-    return [orders[k // n][k % n] for k in at]
+    """The indices of the problems of step 0, 1, ...: consecutive slices of one permutation of range(n) after
+    another. It is a pure function, so a resumed run needs no sampler state. With n=3 and batch_size=2, step 1
+    has the last problem of one epoch and the first of the next."""
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    epochs = {position // n for position in positions}
+    orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in epochs}
+    return [orders[position // n][position % n] for position in positions]
 
 @dataclass
 class Rollout:
     index: int  # of the problem
-    ids: list  # y as sampled, with the end-of-turn token unless it was cut; never decoded and tokenised again
-    logprobs: list  # the engine's, of each of these tokens
-    finished: bool
+    ids: list  # y as sampled: with EOS unless it was truncated, and never decoded and tokenised again
+    logprobs: list  # log-probability of each of these tokens in the engine
+    finished: bool  # False: truncated at max_response_tokens
     correct: bool | None = None  # None where no answer is known
 
 class RolloutEngine:
-    """vLLM in this rank's process; `vllm_tp` consecutive ranks are one engine with a share of the batch. On a
-    GPU it sleeps while we train. load_format "dummy": `sync` brings weights; "auto": base's own (eval.py)."""
+    """vLLM in this rank's process. `vllm_tp` consecutive ranks form one engine, which samples a share of the
+    batch. On a GPU it sleeps while the trainer works. load_format is "dummy" where `sync` will bring the
+    weights, and "auto" where the engine reads the base's own (eval.py)."""
 
     def __init__(self, base, cfg, load_format="dummy"):
-        evaluator.say(f"starting vLLM with {base.name}, which takes up to some minutes ...")
+        evaluator.say(f"starting vLLM with {base.name}, which may take some minutes ...")
         cuda, length = torch.cuda.is_available(), cfg.max_prompt_tokens + cfg.max_response_tokens
         self.tp, self.sleeps, before = cfg.vllm_tp, cuda and load_format == "dummy", dict(os.environ)
         defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-        if not cuda:  # a cache of 1 GiB; no compiler to wait for at the first request
+        if not cuda:  # a cache of 1 GiB, and no compiler that the first request would wait for
             defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
         os.environ.update(defaults | before)
         from vllm import LLM
         from vllm.model_executor.models.transformers import base as wrapped
-        # a family without a class in vLLM: its compiler would change transformers' class, the trainer's too
+        # For a family that vLLM has no class for, it wraps the class of transformers and decorates that class
+        # in place for torch.compile. The trainer builds its model from the same class, and would fail.
         wrapped.Base._decorate_for_torch_compile = lambda self: None
         self.llm = LLM(str(base.folder), distributed_executor_backend="external_launcher", seed=cfg.seed,
                        tensor_parallel_size=cfg.vllm_tp, gpu_memory_utilization=cfg.vllm_memory,
                        max_model_len=length, max_num_seqs=256, max_num_batched_tokens=max(8192, length),
-                       enable_chunked_prefill=cuda,  # on CPU it cannot rewind a request's own generator
-                       enable_prefix_caching=None if cuda else False,  # hybrids would need chunked prefill
+                       # On a CPU, chunked prefill cannot rewind the random generator of a seeded request, and
+                       # hybrid models with prefix caching would need chunked prefill.
+                       enable_chunked_prefill=cuda, enable_prefix_caching=None if cuda else False,
                        load_format=load_format, enable_sleep_mode=self.sleeps, enforce_eager=not cuda,
                        disable_log_stats=True, use_tqdm_on_load=False, dtype=engine_dtype(base.config),
                        hf_overrides=partial(engine_config, text_only=load_format == "dummy"))
-        os.environ["LOCAL_WORLD_SIZE"] = before["LOCAL_WORLD_SIZE"]  # on CPU vLLM rewrites it
-        self.llm.llm_engine.engine_core._finalizer.detach()  # its exit hook destroys our process groups too
+        os.environ["LOCAL_WORLD_SIZE"] = before["LOCAL_WORLD_SIZE"]  # on a CPU vLLM changes it
+        # At exit vLLM would destroy all process groups, the trainer's too, and after a failure of one rank
+        # NCCL would wait there for the others. The finalizer that does this is taken out; run_and_exit ends
+        # the process.
+        self.llm.llm_engine.engine_core._finalizer.detach()
         dist.barrier()
-        for shared in Path("/dev/shm").glob("-*cpushm*"):  # ours, open by now; left, they block the next
-            shared.unlink(missing_ok=True)
+        for shared in Path("/dev/shm").glob("-*cpushm*"):  # of engines on CPUs: by now all ranks have opened
+            shared.unlink(missing_ok=True)  # these files; left behind, they would block the next start
         self.sleep()
 
     def sync(self, model):
-        """theta into the engine's own tensors (CUDA graphs stay valid), a layer at a time; collective. Where
-        the engine has a head of its own it gets one, even if the trainer's is tied to the embedding."""
+        """Copies theta into the engine's own tensors, one layer at a time, so that CUDA graphs stay valid.
+        Collective. An engine that has an LM head of its own gets one, even if the trainer's is tied."""
+        def has_lm_head(engine_model):  # named_modules leaves a tied head out unless asked for duplicates
+            names = [name for name, _ in engine_model.named_modules(remove_duplicate=False)]
+            return any(name.endswith("lm_head") for name in names)
         model.reshard()
-        has_head, = self.llm.apply_model(lambda engine: any(
-            name.endswith("lm_head") for name, _ in engine.named_modules(remove_duplicate=False)))
-        weights = checkpoint_weights(model.lm, self.llm.llm_engine.model_config.dtype, both_names=has_head)
+        both_names = self.llm.apply_model(has_lm_head)[0]
+        weights = checkpoint_weights(model.lm, self.llm.llm_engine.model_config.dtype, both_names)
         if self.sleeps:
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
-        self.llm.reset_prefix_cache()  # its keys and values are the old weights'
+        self.llm.reset_prefix_cache()  # its keys and values are those of the old weights
 
     def sleep(self):
         if self.sleeps:
-            self.llm.sleep(level=2)
+            self.llm.sleep(level=2)  # level 2 frees the weights too: `sync` brings new ones
 
-    def share(self, items):  # this engine's slice of them, the same on all its tensor-parallel ranks
-        engine, engines = dist.get_rank() // self.tp, dist.get_world_size() // self.tp
-        return items[engine * len(items) // engines:(engine + 1) * len(items) // engines]
+    def share(self, items):
+        """This engine's slice of the items, which is the same on all its tensor-parallel ranks."""
+        number, engines = dist.get_rank() // self.tp, dist.get_world_size() // self.tp
+        return items[number * len(items) // engines:(number + 1) * len(items) // engines]
 
-    def gather(self, mine):  # the inverse: shares -> all items in their order, on every rank
+    def gather(self, mine):
+        """The inverse of `share`: from the engines' slices, all items in their order, on every rank."""
         shares = [None] * dist.get_world_size()
         dist.all_gather_object(shares, mine)
         return sum(shares[::self.tp], [])
 
     def generate(self, prompts, seeds, **sampling):
-        """A sample of each list of prompt ids, see `sampled`; its seed makes it independent of the rank."""
+        """A sample for each list of prompt ids, as `sampled` returns it. Each has a seed of its own, so that
+        it does not depend on the rank that makes it."""
         from vllm import SamplingParams
         params = [SamplingParams(**sampling, seed=seed, detokenize=False, logprobs=0) for seed in seeds]
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         return [sampled(output.outputs[0]) for output in outputs]
 
-def sampled(y):  # vLLM's completion -> (ids, their logprobs before temperature, finished)
-    logprobs = [of[token].logprob for token, of in zip(y.token_ids, y.logprobs)]  # `of` has no other token
-    return list(y.token_ids), logprobs, y.finish_reason == "stop"
+def sampled(completion):
+    """From vLLM's completion: the token ids, their log-probabilities before temperature, and whether it
+    finished."""
+    logprobs = [of[token].logprob for token, of in zip(completion.token_ids, completion.logprobs)]
+    return list(completion.token_ids), logprobs, completion.finish_reason == "stop"
 
 def sample_rollouts(engine, problems, indices, step, tokenizer, cfg):
-    """A graded rollout of each problem of `indices`, in order, on every rank; the engines share the work."""
-    # by run seed, step, problem, and which of its rollouts, where B exceeds the data; not by rank
+    """A graded rollout of each problem of `indices`, in their order, on every rank. The engines share the
+    work."""
+    # A seed depends on the run's seed, the step, the problem, and how often the batch had this problem before
+    # (a batch larger than the data repeats problems), but not on the rank.
     seeds = [int(digest((cfg.seed, step, i, indices[:k].count(i)))[:8], 16) for k, i in enumerate(indices)]
     mine = engine.share(indices)
     samples = engine.generate([problems[i].student for i in mine], engine.share(seeds),
@@ -430,7 +461,8 @@ def sample_rollouts(engine, problems, indices, step, tokenizer, cfg):
     evaluator.grade_rollouts(rollouts, problems, tokenizer)
     return engine.gather(rollouts)
 
-def keep_rollouts(rollouts, cfg):  # to train on: by default all, cut and wrong ones too
+def keep_rollouts(rollouts, cfg):
+    """Those to train on: by default all of them, truncated and wrong ones too."""
     return [r for r in rollouts if cfg.keep == "all" or r.correct]
 
 # --------------------------------------------------------------------------------------------- TRAINING STEP
@@ -839,8 +871,8 @@ def load_problems(cfg, base, instruction):  # in the data's order, once each, wi
     evaluator.say(f"{len(short)} of {len(problems)} problems have prompts of at most {cfg.max_prompt_tokens} "
                   f"tokens; {evaluator.__file__} grades the rollouts")
     evaluator.check(any(cfg.keep == "all" or p.answer for p in short), f"--data {cfg.data}: found no problem "
-                    f"with a prompt of at most {cfg.max_prompt_tokens} tokens and, for --keep correct, an "
-                    "answer")
+                    f"with a prompt of at most {cfg.max_prompt_tokens} tokens and, for --keep correct, "
+                    "a known answer")
     return short
 
 IDENTITY = ("template", "model_hash", "instruction", "wrapper", "thinking", "problems", "batch_size", "seed",
