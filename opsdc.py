@@ -768,7 +768,7 @@ def open_base(name, to_train):
         check(tokenizer.chat_template, "no chat template; save a tokenizer with one there")
         check(files or not Path(name).exists(), "no weights, .safetensors or .bin; copy them there")
         check(abs(text.pad_token_id or 0) < text.vocab_size, f"pad_token_id {text.pad_token_id} of no token")
-    weights = digest([*map(digest_weights, files)]) if files else config._commit_hash
+    weights = digest([*map(digest_weights, files)]) if files else folder.name  # a snapshot's: the commit
     base = Base(name, folder, config, tokenizer, weights)
     if to_train:
         with blaming(f"--model {name}: expected a causal language model of plain weights and layers, found"):
