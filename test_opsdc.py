@@ -24,6 +24,7 @@ import fcntl
 import functools
 import gc
 import gzip
+import hashlib
 import html
 import importlib.util
 import io
@@ -36,6 +37,7 @@ import random
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -50,7 +52,9 @@ import traceback
 import types
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 import torch
@@ -3072,6 +3076,218 @@ def test_records_read_think_blocks_opened_by_the_template(toy):
     assert [r["truncated"] for r in seed] == [False, False, True, True]
     assert [r["answer_tokens"] for r in seed] == [len(encode("\nAnswer: 4")) + 1] * 2 + [0, 0]
 
+# -------------------------------------------------------------- the README's commands, against a stand-in hub
+# The commands are read from README.md and run as they stand there, by hub ids, in empty folders. A small
+# server speaks the hub's interface; HF_ENDPOINT alone sends huggingface_hub, transformers, vLLM and datasets
+# to it.
+
+class Hub(BaseHTTPRequestHandler):
+    """The hub for server.repositories, {"models/OWNER/NAME" or "datasets/OWNER/NAME": {path: content}}."""
+    protocol_version = "HTTP/1.1"
+    URL = re.compile(r"(?:/api)?/(?:(models|datasets)/)?([^/]+/[^/]+)"
+                     r"(?:/(revision|tree|paths-info|resolve)/([^/]+)/?(.*))?")
+
+    def do_GET(self):
+        sent = parse_qs(self.rfile.read(int(self.headers["Content-Length"] or 0)).decode())
+        url = urlsplit(self.path)
+        self.server.asked.append(self.path)
+        kind, name, verb, revision, rest = map(unquote, self.URL.fullmatch(url.path).groups(""))
+        files = self.server.repositories.get(f"{kind or 'models'}/{name}")
+        if files is None:
+            return self.refuse("RepoNotFound")
+        items = {PurePosixPath(path): listed(path, content) for path, content in files.items()}
+        commit = hashlib.sha1(repr(items).encode()).hexdigest()
+        if revision not in ("", "main", commit):
+            return self.refuse("RevisionNotFound")
+        at = PurePosixPath(rest)
+        if verb == "resolve":
+            if at not in items:
+                return self.refuse("EntryNotFound")
+            return self.send_file(files[rest], items[at], commit)
+        items |= {folder: dict(type="directory", path=str(folder), size=0, oid="0" * 40)
+                  for path in items for folder in path.parents if folder.name}
+        if verb == "tree":
+            deep = "recursive=true" in url.query.lower()
+            found = [item for path, item in items.items()
+                     if path.parent == at or deep and at in path.parents]
+            return self.send(found) if found else self.refuse("EntryNotFound")
+        if verb == "paths-info":
+            wanted = map(PurePosixPath, sent["paths"])
+            return self.send([items[path] for path in wanted if path in items])
+        self.send(dict(id=name, sha=commit, private=False, gated=False, downloads=0, likes=0, tags=[],
+                       siblings=[dict(rfilename=path) for path in files]))
+
+    do_HEAD = do_POST = do_GET
+
+    def send_file(self, content, item, commit):
+        headers = {"ETag": '"%s"' % item.get("lfs", item)["oid"], "X-Repo-Commit": commit,
+                   "Accept-Ranges": "bytes"}
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
+        if not part:
+            return self.send(content, **headers)
+        first, last = int(part[1]), min(int(part[2] or len(content)), len(content) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        self.send(content[first:last + 1], 206, **headers)
+
+    def refuse(self, code):
+        self.send(dict(error=code), 404, **{"X-Error-Code": code})
+
+    def send(self, body, status=200, **headers):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else body)
+
+    def log_message(self, *_):
+        pass
+
+def listed(path, content):
+    """A file as the hub lists it, with git's hash or, of a large file, its sha256, which is its ETag too, and
+    names its blob in the cache."""
+    oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    item = dict(type="file", path=path, size=len(content), oid=oid)
+    if path.endswith((".safetensors", ".parquet")):
+        item["lfs"] = dict(oid=hashlib.sha256(content).hexdigest(), size=len(content), pointerSize=134)
+    return item
+
+def hub_contents(model):
+    """A tiny model and invented problems under the README's names, in the hub's layouts and schemas."""
+    def lines(rows):
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+    def card(name=None, split=None, path=None):  # YAML, of which JSON is a part
+        configs = [dict(config_name=name, data_files=[dict(split=split, path=path)])]
+        metadata = json.dumps(dict(license="mit") | (dict(configs=configs) if name else {}))
+        return {"README.md": f"---\n{metadata}\n---\n".encode()}
+    sums = [(f"What is {i} + {i + 7}?", str(2 * i + 7)) for i in range(24)]
+    dapo = [dict(data_source="math_dapo", ability="MATH", extra_info=dict(index=f"{i:036}"),
+                 prompt=[dict(content=opsdc.STUDENT_PREFIX + question + opsdc.SUFFIX, role="user")],
+                 reward_model=dict(ground_truth=answer, style="rule-lighteval/MATH_v2"))
+            for i, (question, answer) in enumerate(sums * 20)]
+    math500 = [dict(problem=question, solution=f"$\\boxed{{{answer}}}$", answer=answer, subject="Algebra",
+                    level=1, unique_id=f"test/algebra/{answer}.json") for question, answer in sums[:8]]
+    aime24 = [dict(id=i, problem=question, solution="", answer=answer.zfill(3), url="", year="2024")
+              for i, (question, answer) in enumerate(sums[8:12], 60)]
+    aime25 = [dict(problem=question, answer=answer, id=str(i))
+              for i, (question, answer) in enumerate(sums[12:16])]
+    gpqa = ("Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3,Record ID\n"
+            + "".join(f'{question},"{answer}\n",0,1,2,rec{answer}\n' for question, answer in sums[16:20]))
+    mmlu = [dict(question=question, subject="arithmetic", choices=["0", "1", "2", answer], answer=3)
+            for question, answer in sums[20:]]
+    weights = {path.name: path.read_bytes() for path in model.iterdir()} | card()
+    return {
+        "models/Qwen/Qwen3-8B": weights, "models/Qwen/Qwen3-1.7B": weights,
+        "datasets/BytedTsinghua-SIA/DAPO-Math-17k": card() | {
+            "data/dapo-math-17k.parquet": as_parquet(dapo)},
+        "datasets/HuggingFaceH4/MATH-500": card() | {"test.jsonl": lines(math500)},
+        "datasets/HuggingFaceH4/aime_2024": card("default", "train", "data/train-*") | {
+            "data/train-00000-of-00001.parquet": as_parquet(aime24)},
+        "datasets/math-ai/aime25": card() | {"test.jsonl": lines(aime25)},
+        "datasets/Idavidrein/gpqa": card("gpqa_diamond", "train", "gpqa_diamond.csv") | {
+            "gpqa_diamond.csv": gpqa.encode()},
+        "datasets/cais/mmlu": card("all", "test", "all/test-*") | {
+            "all/test-00000-of-00001.parquet": as_parquet(mmlu)}}
+
+@contextlib.contextmanager
+def stand_in_hub(contents):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.repositories, server.asked = contents, []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+
+NOT_RUN = {  # how commands of the README begin that are not run here: why
+    "python test_opsdc.py": "they have tests of their own, or take hours or GPUs",
+    "python -m pytest": "it is what runs here",
+    "torchrun --nnodes": "it takes two machines; two nodes have a test of their own"}
+SMALLER = {  # what is added to the commands that contain these words
+    "opsdc.py": "--steps 2 --batch_size 4 --max_response_tokens 16",
+    "eval.py --": "--samples 1 --max-tokens 16",
+    "eval.py tokens": "--max_response_tokens 16",
+    "eval.py compare": "", "eval.py curves": ""}
+
+def readme_commands():
+    """[[command, ...], ...]: all that start with python or torchrun in README.md, in indented lines or
+    backticks, but NOT_RUN. A list begins with a command that trains, as that needs a new --out."""
+    readme = (HERE / "README.md").read_text().replace("\\\n", " ")
+    blocks, left_out = [], set()
+    for line, quoted in re.findall(r"(?m)^    (.+)|`([^`]+)`", readme):
+        command = " ".join(re.sub(r"\s+#.*", "", line or quoted).split())
+        reasons = {start for start in NOT_RUN if command.startswith(start)}
+        left_out |= reasons
+        if re.match("(python|torchrun) ", command) and not reasons:
+            added, = (words for name, words in SMALLER.items() if name in command)
+            if " opsdc.py" in command:
+                blocks.append([])
+            blocks[-1].append(f"{command} {added}")
+    assert left_out == NOT_RUN.keys()
+    return blocks
+
+def in_folder(file, *arguments):  # `python FILE ARGUMENTS` in the present folder
+    sys.path[0] = os.getcwd()
+    script(Path(file).resolve(), *arguments)
+
+def run_commands(commands_of):
+    """Worker: all commands of {folder: [command, ...]}, as JSON, in forks; torchrun's ranks become two."""
+    import_vllm()
+    for folder, commands in json.loads(commands_of).items():
+        os.chdir(folder)
+        for command in commands:
+            words = shlex.split(command)
+            ranks = 2 if words[:2] == ["torchrun", "--nproc_per_node"] else 1
+            done = in_fork(in_folder, *words[2 * ranks - 1:], ranks=ranks)
+            print(f"$ {command}\n{done.stdout}", flush=True)
+            if done.returncode:
+                sys.exit(f"that failed, in {folder}")
+
+@beside()
+def test_commands_of_the_readme_by_hub_ids_then_offline(folder):
+    texts = 2 * [opsdc.STUDENT_PREFIX + opsdc.SUFFIX, *opsdc.INSTRUCTIONS.values()]  # prompts of 160 tokens
+    model = make_model(folder / "model", "qwen3", texts, 600, max_position_embeddings=40960)
+    commands_of = {str(folder / f"clone-{n}"): commands for n, commands in enumerate(readme_commands())}
+    for clone in map(Path, commands_of):
+        shutil.copytree(model, clone / "toy/model")
+        write_rows(clone / "toy/eval.jsonl")
+        for name in ("opsdc.py", "eval.py"):
+            shutil.copy(HERE / name, clone)
+    with stand_in_hub(hub_contents(model)) as hub:
+        run_all = partial(run_by_hub, hub, folder / "home")
+        said = run_all(commands_of)
+        assert said.count("-17k: 480 rows, 24 problems, 0 without a known answer") == len(commands_of)
+        for clone in map(Path, commands_of):
+            assert [line["loss"] > 0 for line in metrics_of(clone / "out")] == [True, True]
+            config = json.loads((clone / "out/model/config.json").read_text())
+            assert config["max_position_embeddings"] == 40960
+            assert evaluated(clone / "eval-model") == dict(math500=8, aime24=4, aime25=4)
+        assert evaluated(clone / "eval-choice") == dict(gpqa_diamond=4, mmlu=4)
+        assert all(map(is_picture, (clone / "out-compare.png", clone / "out-curves.png")))
+        assert "What carries most of the loss" in (clone / "toy/tokens.html").read_text()
+        assert all(any(f"/{name.removeprefix('models/')}/resolve/" in path for path in hub.asked)
+                   for name in hub.repositories)
+
+        asked, (train, *others) = len(hub.asked), commands_of[str(clone)]
+        base, = (command for command in others if "--model Qwen/Qwen3-8B" in command)
+        again = {str(clone): [f"{train} --resume --steps 3", f"{base} --out eval-offline"]}
+        run_all(again, HF_HUB_OFFLINE="1")
+        assert len(hub.asked) == asked
+    assert [line["step"] for line in metrics_of(clone / "out")] == [1, 2, 3]
+    online, offline = (clone / run / "math500.jsonl" for run in ("eval-Qwen3-8B", "eval-offline"))
+    assert online.read_text() == offline.read_text()
+
+def run_by_hub(hub, home, commands_of, **more):
+    environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("HF_")} | dict(
+        HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HOME=str(home), NO_PROXY="127.0.0.1") | more
+    return succeed("run_commands", json.dumps(commands_of), script="test_opsdc.py", env=environment)
+
+def evaluated(out):  # {benchmark: number of problems}
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["finished"]
+    return {name: found["problems"] for name, found in summary["benchmarks"].items()}
+
 # ------------------------------------------------------------------------------------------------------ bench
 # The objective at the shapes of a 0.6B Qwen3's head, on one thread, a fresh process for each row.
 
@@ -3296,7 +3512,8 @@ def profile(*arguments):
 if __name__ == "__main__":
     commands = dict(toy=make_toy) | {command.__name__: command for command in (
         quickstart, claims, picture, families, fork, drill, large, profile, bench, bench_row,
-        die, die_evaluating, gradients, leave, gpu, objective_rows, run_beside, sync, training_side)}
+        die, die_evaluating, gradients, leave, gpu, objective_rows, run_beside, run_commands, sync,
+        training_side)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]](*sys.argv[2:])
