@@ -53,7 +53,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -286,7 +286,8 @@ class SelfDistillation(nn.Module):
 def read_weights(base):  # the whole model, float32, checked; for rank 0, before the engine starts
     auto = AutoModelForCausalLM if base.config.model_type in CAUSAL_LMS else AutoModelForMultimodalLM
     with evaluator.blaming(f"--model {base.name}: expected the weights of its config.json, found"):
-        lm, info = auto.from_pretrained(base.folder, dtype=torch.float32, output_loading_info=True,
+        lm, info = auto.from_pretrained(base.name, revision=base.folder.name,  # a hub id's commit
+                                        dtype=torch.float32, output_loading_info=True,
                                         attn_implementation=base.empty.config._attn_implementation)
         check_weights(base, lm, sorted(info["missing_keys"]))
     return lm
@@ -697,16 +698,22 @@ class Base:  # the model that a run starts from, opened and checked once
     name: str  # hub id or folder
     folder: Path  # of its files; those of a hub id are in the cache, under its commit
     files: dict  # {name: content} of FILES, as they were at the start
-    weights: list  # paths of the files with its weights
     config: object
     tokenizer: object
     empty: nn.Module | None = None  # its text model on the meta device: no weights
     loaded: nn.Module | None = None  # the whole model, on rank 0 until it is in shards
 
+    @cached_property
+    def weights(self):
+        """Paths of the files that from_pretrained would load, downloaded if need be. All ranks ask at once: a
+        lock in the hub's cache sees to it that each file comes once, while the others wait."""
+        with evaluator.blaming(f"--model {self.name}: expected weights, found"):
+            return [Path(path) for path in find_weights(
+                self.name, variant=None, gguf_file=None, use_safetensors=None, user_agent=None,
+                is_remote_code=False, download_kwargs=dict(revision=self.folder.name))[0]]
+
 def open_base(name, to_train):
-    """A Base. Its weights are on this machine, but not read yet: all ranks ask for them at once, and a lock
-    in the hub's cache sees to it that each file is downloaded once, while the others wait. ValueError: no
-    chat model or, to_train, one that would train wrongly."""
+    """A Base without its weights. ValueError: no chat model or, to_train, one that would train wrongly."""
     with evaluator.blaming(f"--model {name}: expected a folder with a chat model, or the id of one on the "
                            "hub, found"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # else it asks on the terminal
@@ -717,12 +724,9 @@ def open_base(name, to_train):
         evaluator.check(tokenizer.chat_template, "no chat template; save a tokenizer with one there")
         evaluator.check(abs(text.pad_token_id or 0) < text.vocab_size,
                         f"pad_token_id {text.pad_token_id} of no token")
-        weights, _ = find_weights(  # the files that from_pretrained would load
-            name, variant=None, gguf_file=None, use_safetensors=None, user_agent=None, is_remote_code=False,
-            download_kwargs=dict(revision=folder.name))
     files = {str(path.relative_to(folder)): path.read_bytes()
              for pattern in FILES for path in folder.glob(pattern)}
-    base = Base(name, folder, files, list(map(Path, weights)), config, tokenizer)
+    base = Base(name, folder, files, config, tokenizer)
     if to_train:
         with evaluator.blaming(f"--model {name}: expected a causal language model of plain weights and "
                                "layers, found"):
@@ -739,10 +743,10 @@ def open_base(name, to_train):
     return base
 
 def model_hash(base):
-    """A hash of all that decides the model's output, the same on every rank; rank 0 computes it. A copy in
-    another place is the same model, one that was trained further is not."""
-    weights = sorted(map(weights_hash, base.weights)) if dist.get_rank() == 0 else None
-    found = [digest([sorted(base.files.items()), weights])]
+    """A hash of all that decides the model's output, the same on every rank; rank 0 reads the weights for it.
+    A copy in another place is the same model, one that was trained further is not."""
+    weights = [weights_hash(path) for path in base.weights if dist.get_rank() == 0]
+    found = [digest([sorted(base.files.items()), sorted(weights)])]
     dist.broadcast_object_list(found)
     return found[0]
 

@@ -1965,7 +1965,7 @@ def folder_with(directory, *names):
 
 WRONG_NUMBERS = {"steps": "0 -1", "batch_size": "0 -32", "lr": "-0.1 nan inf", "weight_decay": "-0.1 nan",
               "clip": "-1 inf", "temperature": "-1 nan", "max_prompt_tokens": "0", "refresh_every": "-1",
-              "vllm_tp": "0", "vllm_memory": "0 -0.5 nan", "save_every": "0", "seed": "-1"}
+              "vllm_tp": "0", "vllm_memory": "0 -0.5 nan 1.5 90", "save_every": "0", "seed": "-1 4294967296"}
 BAD_INPUT = {
     "model": (lambda d, good: dict(model=d / "nowhere"),
               "--model .*nowhere: expected a folder with a chat model, or the id .* found: "),
@@ -2004,7 +2004,7 @@ BAD_INPUT = {
     "out below a file": (lambda d, good: dict(out=good["data"] + "/x"), "rows.jsonl/x: expected a new"),
 } | {f"{name} {value}": (lambda d, good, change={name: float(value) if "." in value or "n" in value
                                                  else int(value)}: change,
-                         f"--{name} {value}.*: expected (more than 0|0 or more)")
+                         f"--{name} {value}.*: expected (more than 0|0 or more|at most)")
      for name, values in WRONG_NUMBERS.items() for value in values.split()}
 
 def refusal(command):
@@ -2059,12 +2059,15 @@ FOLDERS = {
                                            vision_config={}),
                                    f"{CAUSAL}Qwen2_5_VLForConditionalGeneration of type qwen2_5_vl_text"),
     "no weights": (folder(lambda target: (target / "model.safetensors").unlink()),
-                   "model: expected a folder .* no file named model.safetensors, or pytorch_model.bin"),
+                   "model: expected weights, found: .*no file named model.safetensors, or pytorch_model.bin"),
     "other layers": (of_type("gpt2", "GPT2LMHeadModel"), f"{CAUSAL}GPT2LMHeadModel"),
     "remote code": (folder(touch("code.py"), model_type="odd", architectures=["OddForCausalLM"],
                            auto_map=REMOTE), "model: expected a folder .* contains custom code"),
     "unknown type": (of_type("odd", "OddForCausalLM"), "model: expected a folder .* model type `odd`"),
     "pad id of no token": (folder(as_is, pad_token_id=400), "model: expected a folder .* pad_token_id 400"),
+    "LongRoPE": (folder(as_is, rope_parameters=dict(
+        rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 16, long_factor=[2.0] * 16,
+        original_max_position_embeddings=535)), "expected at most the model's context, 535"),
     "pointer": (folder(lambda target: (target / "model.safetensors").write_text("version https://git-lfs")),
                 "model.safetensors: expected weights, found a pointer or half a file"),
 }
@@ -2132,6 +2135,101 @@ def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
     for text in ("", "[1"):
         (out / "config.json").write_text(text)
         assert f"--resume: the settings of the run in {out}/config.json" in refusal(prepare)
+
+def hash_of(model):
+    return opsdc.model_hash(opsdc.open_base(str(model), False))
+
+def edited(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+def test_one_hash_of_all_that_decides_a_models_output(good, one_rank, tmp_path):
+    """The same in a copy and through a link, whatever lies beside; another after any edit."""
+    model = Path(shutil.copytree(good["model"], tmp_path / "m"))
+    (tmp_path / "link").symlink_to(model)
+    for name in ("training_args.bin", "optimizer.bin", "consolidated.safetensors", "README.md",
+                 "trainer_state.json", "code.py", "model.safetensors.index.json"):
+        (model / name).write_text("{}")
+    same = hash_of(good["model"])
+    assert hash_of(model) == hash_of(tmp_path / "link") == same
+    hashes = {same}
+    for name, old, new in (("config.json", '"rope_theta": 10000.0', '"rope_theta": 20000.0'),
+                           ("generation_config.json", '"eos_token_id": 1', '"eos_token_id": [1, 2]'),
+                           ("tokenizer.json", '"single_word": false', '"single_word": true'),
+                           ("chat_template.jinja", "assistant", "model")):
+        edited(model / name, old, new)
+        hashes.add(hash_of(model))
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/tools.jinja").write_text("{{ messages }}")
+    hashes.add(hash_of(model))
+    spoil_weights(model, lambda weights: {name: w * 1.01 for name, w in weights.items()})
+    hashes.add(hash_of(model))
+    assert len(hashes) == 7
+
+def test_shards_that_the_index_names_are_the_weights(good, one_rank, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(good["model"])
+    model.generation_config.temperature = None  # save_pretrained refuses it
+    target = Path(shutil.copytree(good["model"], tmp_path / "m"))
+    (target / "model.safetensors").unlink()
+    model.save_pretrained(target, max_shard_size="100KB")
+    base = opsdc.open_base(str(target), False)
+    assert sorted(base.weights) == sorted(target.glob("model-*.safetensors")) and len(base.weights) > 1
+    before = opsdc.model_hash(base)
+    shutil.copy(base.weights[0], target / "model-00009-of-00009.safetensors")
+    assert hash_of(target) == before
+    base.weights[1].unlink()
+    assert f"{base.weights[1]}: expected weights, found" in refusal(lambda: hash_of(target))
+
+def test_the_export_is_what_was_trained_whatever_happens_to_the_models_folder(good, one_rank, tmp_path):
+    model = Path(shutil.copytree(good["model"], tmp_path / "m"))
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/tools.jinja").write_text("{{ messages }}")
+    (model / "code.py").write_text("")
+    base = opened(model)
+    module = opsdc.load_model(base, torch.device("cpu"), opsdc.Config())
+    tokenizer, same = (model / "tokenizer.json").read_bytes(), sorted(map(str, base.files))
+    edited(model / "config.json", '"rope_theta": 10000.0', '"rope_theta": 20000.0')
+    (model / "tokenizer.json").unlink()
+    for moved in (False, True):
+        opsdc.export(module, base, tmp_path)
+        found = tmp_path / "model"
+        assert json.loads((found / "config.json").read_text())["rope_theta"] == 10000
+        assert (found / "tokenizer.json").read_bytes() == tokenizer
+        assert sorted(str(path.relative_to(found)) for path in found.rglob("*") if path.is_file()) == sorted(
+            [*same, "model.safetensors"])
+        assert "additional_chat_templates/tools.jinja" in same
+        if not moved:
+            shutil.rmtree(model)
+
+def test_paths_as_a_person_types_them(good, one_rank, tmp_path, monkeypatch):
+    place = tmp_path / "my [old] models"
+    model = Path(shutil.copytree(good["model"], place / "m"))
+    (model / "below").mkdir()
+    (place / "rows.jsonl").write_text(Path(good["data"]).read_text())
+    (place / "c [1].txt").write_text("Be brief, please.")
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    for at, spelled, name in ((place, "m", "m"), (place, "./m/", "m"), (place, "../my [old] models/m", "m"),
+                              (model, ".", "m"), (model / "below", "..", "m"), (place, "~/m", "m"),
+                              (tmp_path, "my [old] models/m", "m")):
+        monkeypatch.chdir(at)
+        change = dict(model=spelled, out="~/out [1]", data="~/rows.jsonl", instruction="@~/c [1].txt")
+        base, _, out = opsdc.prepare(opsdc.Config(**good | change))
+        settings = json.loads((place / "out [1]/config.json").read_text())
+        assert settings["model_hash"] == hash_of(good["model"])
+        assert settings["instruction"] == "Be brief, please."
+        shutil.rmtree(place / "out [1]")
+        words = evaluation(good, **change | dict(out=""))
+        assert ev.prepare(ev.parse_args(words)[0])[3] == Path(f"eval-{name}-concise")
+        shutil.rmtree(at / f"eval-{name}-concise")
+
+def test_vllm_that_is_not_installed_is_named_first(good, one_rank, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    words = evaluation(good, tmp_path / "out")
+    for command in (lambda: opsdc.prepare(opsdc.Config(**good | dict(model="nowhere"))),
+                    lambda: ev.prepare(ev.parse_args(words)[0])):
+        assert "vllm is not installed" in refusal(command)
 
 def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, capsys):
     rows = [dict(problem="one", note=5), dict(problem="one", answer=1), dict(problem="one", answer="1"),
@@ -2793,6 +2891,17 @@ def test_page_of_tokens_sums_to_the_loss_that_the_trainer_logged(folder):
     assert ["".join(text for *_, text in tokens) for tokens in responses[:4]] == [
         row["response"] for row in ev.read_lines(out / "samples.jsonl")[:4]]
 
+def test_a_page_past_the_models_context_is_refused(good, refused_early, tmp_path):
+    file = Path(write_rows(tmp_path / "rows.jsonl"))
+    row = json.loads(file.read_text().splitlines()[0]) | dict(response="no " * 3000, finished=True)
+    (tmp_path / "given.jsonl").write_text(json.dumps(row))
+    for more in (["--data", file, "--max_response_tokens", 4000],
+                 ["--data", tmp_path / "given.jsonl", "--given"]):
+        words = ["--model", good["model"], "--max_prompt_tokens", 512, "--out", tmp_path / "page.html", *more]
+        said = refusal(lambda: ev.show_tokens(ev.token_options(list(map(str, words)))))
+        assert "expected at most the model's context, 2048 tokens, found" in said
+        torch.distributed.destroy_process_group()
+
 def test_page_of_given_responses_with_another_teacher(tmp_path, no_group):
     """A line of a run and a record of an evaluation: what looks like HTML stays text, a character of several
     tokens whole, and the numbers are those of float64."""
@@ -2947,14 +3056,20 @@ def test_eval_end_to_end_killed_resumed_compared(folder):
     assert not json.loads((base / "summary.json").read_text())["finished"]
     with open(parts[1], "a") as file:
         file.write('{"id": "half a li')
-    for words in (evaluate_few(toy, base), evaluate_few(toy, whole, "--block", "1000"),
+    model = shutil.copytree(toy / "model", folder / "copy [1]")  # where vLLM finds no weights, or wrong ones
+    spoil_weights(model, lambda weights: {name: w * 0 for name, w in weights.items()})
+    (model / "model.safetensors").rename(model / "consolidated.safetensors")
+    shutil.copy(toy / "model/model.safetensors", model)
+    for words in (evaluate_few(toy, base),
+                  evaluate_few(toy, whole, "--block", "1000", "--model", str(model)),
                   evaluate_few(toy, concise, "--instruction", "v1")):
         done = in_fork(script, "eval.py", *words)
         assert done.returncode == 0 and "| few" in done.stdout, done.stdout[-2000:]
         assert "\r" not in done.stdout  # bars are for those who watch
     file = base / "few.jsonl"
     assert file.read_bytes() == (whole / "few.jsonl").read_bytes() and not any(map(Path.exists, parts))
-    assert json.loads((base / "summary.json").read_text()) == json.loads((whole / "summary.json").read_text())
+    first, second = (json.loads((out / "summary.json").read_text()) for out in (base, whole))
+    assert first == second | {"settings": second["settings"] | {"model": str(toy / "model")}}
     after = file.read_text().splitlines()
     assert set(before) < set(after)  # nothing was made twice
     records = [json.loads(line) for line in after]
@@ -2981,8 +3096,8 @@ def test_eval_end_to_end_killed_resumed_compared(folder):
         assert done.returncode == 1 and message in done.stdout, done.stdout
     assert untouched == (file.read_bytes(), (base / "summary.json").read_bytes())
 
-EVAL_RANGES = {"samples": "0 -1", "max-tokens": "0", "temperature": "-1 nan", "top-p": "0 -1",
-               "top-k": "-5", "seed": "-1", "vllm-tp": "0", "block": "0"}
+EVAL_RANGES = {"samples": "0 -1", "max-tokens": "0", "temperature": "-1 nan", "top-p": "0 -1 95",
+               "top-k": "-5", "seed": "-1 4294967296", "vllm-tp": "0", "block": "0"}
 BAD_EVALUATION = {
     "benchmark": (lambda d, good: dict(data="", benchmarks="math501"), "math501: expected math500, .*aime25"),
     "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl: .* No such file"),
@@ -3244,6 +3359,39 @@ def run_commands(commands_of):
             if done.returncode:
                 sys.exit(f"that failed, in {folder}")
 
+def hashes(*models):
+    """Worker: {model: [hash, folder], or why it is refused}, as JSON in the last line."""
+    def found(name):
+        try:
+            base = opsdc.open_base(name, True)
+            return opsdc.model_hash(base), str(base.folder)
+        except ValueError as error:
+            return str(error)
+    opsdc.start_processes()
+    print("\n" + json.dumps({name: found(name) for name in models}))
+
+def test_a_hub_id_its_snapshot_and_a_copy_are_one_model(good, one_rank, tmp_path):
+    files = {path.name: path.read_bytes() for path in Path(good["model"]).iterdir()}
+    files |= {"additional_chat_templates/tools.jinja": b"{{ messages }}"}
+    eos = files["generation_config.json"].replace(b'"eos_token_id": 1', b'"eos_token_id": [1, 2]')
+    contents = {
+        "models/org/model": files,
+        "models/org/commit": files | {"README.md": b"a commit", "original/consolidated.safetensors": b"y",
+                                      "training_args.bin": b"z"},
+        "models/org/edited": files | {"generation_config.json": eos},
+        "models/org/embedding": files | {"modules.json": b"[]"}}
+    names = [name.removeprefix("models/") for name in contents]
+    with stand_in_hub(contents) as hub:
+        said = run_by_hub(hub, tmp_path / "home", "hashes", *names)
+        found = json.loads(said.splitlines()[-1])
+        said = run_by_hub(hub, tmp_path / "home", "hashes", names[0], HF_HUB_OFFLINE="1")
+    (first, snapshot), (commit, folder), (edited, _), embedding = (found[name] for name in names)
+    assert first == commit != edited and Path(snapshot).name != Path(folder).name
+    assert not [path for path in Path(folder).rglob("*") if path.suffix == ".bin" or "consol" in path.name]
+    assert embedding.endswith("found: an embedding model")
+    assert json.loads(said.splitlines()[-1]) == {names[0]: [first, snapshot]}
+    assert hash_of(snapshot) == hash_of(shutil.copytree(snapshot, tmp_path / "copy")) == first
+
 @beside()
 def test_commands_of_the_readme_by_hub_ids_then_offline(folder):
     texts = 2 * [opsdc.STUDENT_PREFIX + opsdc.SUFFIX, *opsdc.INSTRUCTIONS.values()]  # prompts of 160 tokens
@@ -3255,7 +3403,8 @@ def test_commands_of_the_readme_by_hub_ids_then_offline(folder):
         for name in ("opsdc.py", "eval.py"):
             shutil.copy(HERE / name, clone)
     with stand_in_hub(hub_contents(model)) as hub:
-        run_all = partial(run_by_hub, hub, folder / "home")
+        def run_all(commands_of, **more):
+            return run_by_hub(hub, folder / "home", "run_commands", json.dumps(commands_of), **more)
         said = run_all(commands_of)
         assert said.count("-17k: 480 rows, 24 problems, 0 without a known answer") == len(commands_of)
         for clone in map(Path, commands_of):
@@ -3278,10 +3427,10 @@ def test_commands_of_the_readme_by_hub_ids_then_offline(folder):
     online, offline = (clone / run / "math500.jsonl" for run in ("eval-Qwen3-8B", "eval-offline"))
     assert online.read_text() == offline.read_text()
 
-def run_by_hub(hub, home, commands_of, **more):
+def run_by_hub(hub, home, *words, **more):
     environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("HF_")} | dict(
         HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HOME=str(home), NO_PROXY="127.0.0.1") | more
-    return succeed("run_commands", json.dumps(commands_of), script="test_opsdc.py", env=environment)
+    return succeed(*words, script="test_opsdc.py", env=environment)
 
 def evaluated(out):  # {benchmark: number of problems}
     summary = json.loads((out / "summary.json").read_text())
@@ -3512,7 +3661,7 @@ def profile(*arguments):
 if __name__ == "__main__":
     commands = dict(toy=make_toy) | {command.__name__: command for command in (
         quickstart, claims, picture, families, fork, drill, large, profile, bench, bench_row,
-        die, die_evaluating, gradients, leave, gpu, objective_rows, run_beside, run_commands, sync,
+        die, die_evaluating, gradients, hashes, leave, gpu, objective_rows, run_beside, run_commands, sync,
         training_side)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         sys.exit(__doc__)
