@@ -3206,7 +3206,8 @@ class Hub(BaseHTTPRequestHandler):
         sent = parse_qs(self.rfile.read(int(self.headers["Content-Length"] or 0)).decode())
         url = urlsplit(self.path)
         self.server.asked.append(self.path)
-        kind, name, verb, revision, rest = map(unquote, self.URL.fullmatch(url.path).groups(""))
+        parts = self.URL.fullmatch(url.path)
+        kind, name, verb, revision, rest = map(unquote, parts.groups("")) if parts else [""] * 5
         files = self.server.repositories.get(f"{kind or 'models'}/{name}")
         if files is None:
             return self.refuse("RepoNotFound")
@@ -3288,7 +3289,8 @@ def hub_contents(model):
     aime25 = [dict(problem=question, answer=answer, id=str(i))
               for i, (question, answer) in enumerate(sums[12:16])]
     gpqa = ("Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3,Record ID\n"
-            + "".join(f'{question},"{answer}\n",0,1,2,rec{answer}\n' for question, answer in sums[16:20]))
+            + "".join(f'{question},"it is {answer}\n",red,green,blue,rec{answer}\n'
+                      for question, answer in sums[16:20]))
     mmlu = [dict(question=question, subject="arithmetic", choices=["0", "1", "2", answer], answer=3)
             for question, answer in sums[20:]]
     weights = {path.name: path.read_bytes() for path in model.iterdir()} | card()
@@ -3353,8 +3355,8 @@ def run_commands(commands_of):
         os.chdir(folder)
         for command in commands:
             words = shlex.split(command)
-            ranks = 2 if words[:2] == ["torchrun", "--nproc_per_node"] else 1
-            done = in_fork(in_folder, *words[2 * ranks - 1:], ranks=ranks)
+            ranks, begin = (2, 3) if words[:2] == ["torchrun", "--nproc_per_node"] else (1, 1)
+            done = in_fork(in_folder, *words[begin:], ranks=ranks)
             print(f"$ {command}\n{done.stdout}", flush=True)
             if done.returncode:
                 sys.exit(f"that failed, in {folder}")
@@ -3406,7 +3408,7 @@ def test_commands_of_the_readme_by_hub_ids_then_offline(folder):
         def run_all(commands_of, **more):
             return run_by_hub(hub, folder / "home", "run_commands", json.dumps(commands_of), **more)
         said = run_all(commands_of)
-        assert said.count("-17k: 480 rows, 24 problems, 0 without a known answer") == len(commands_of)
+        assert said.count("480 rows, 24 problems") == len(commands_of)
         for clone in map(Path, commands_of):
             assert [line["loss"] > 0 for line in metrics_of(clone / "out")] == [True, True]
             config = json.loads((clone / "out/model/config.json").read_text())
