@@ -10,8 +10,10 @@ What counts as right decides the figures: one model reads 54.5 on MATH-500 by it
 either format. The rules here, of the text after the last </think> (or another family's closing tag):
     formats    the later of the last `Answer:` line that is not empty and the last \\boxed{} (an empty one
                hides those before it; \\boxed{2} and \\boxed{3} is a list); neither, or cut, is wrong
-    text       must agree (7 million is not 7, nor 42 because ...); a unit may go (2m is not 2, 7 cm not 7 m)
-    numbers    equal to 1e-6 where one side is a decimal (0.333 is not 1/3); 25% is 0.25 and 1/4, not 25
+    text       must agree (7 million is not 7, nor 42 because ...; 10% loss is not 10% gain)
+    units      may be left out (2m is not 2); where both sides have one, it must agree (7 cm is not 7 m)
+    numbers    equal to 1e-6 where one side is a decimal (0.333 is not 1/3)
+    percent    10% is 0.1; a sign on one side only may also go, as a unit may: 10% is 10, but never 1
     letters    their case counts (c is not C), but not in words; a choice names one letter
     lists      in any order, each item as often; (1, 2), 1, 2 and [1, 2) differ, 1, 2 and {1, 2} do not
 Each record also holds the verdict of three other rules, to compare published figures like for like:
@@ -45,7 +47,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-VERSION = 4  # of the grading rules and of the files written; runs of different versions are not compared
+VERSION = 5  # of the grading rules and of the files written; runs of different versions are not compared
 
 # --------------------------------------------------------------------------------------------------- PROBLEMS
 # Reading problems and their answers from data, for both scripts. It is strict: otherwise the str() of a list, or
@@ -215,12 +217,18 @@ def place_of(gold, options):  # of the right option, which `gold` names by lette
 OPENING = re.compile(r"<(?:\w{1,9}:)?(?:think|thought)>|\[THINK\]|<\|START_THINKING\|>|<\|channel>")
 CLOSING = re.compile(r"</(?:\w{1,9}:)?(?:think|thought)>|\[/THINK\]|<\|END_THINKING\|>|<channel\|>")
 SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # left over
-MARKER = re.compile(r"(?m)(?:^[ \t>*_#`$-]*(?i:(?:the |my )?(?:final |correct )?answer)"  # at a line's start,
-                    r"|\b(?:Answer|ANSWER))[ \t*_`]{0,8}[:：](?: ?[Tt]he [\w ]*(?:answer|option|choice) is\b)?"
-                    r"|\b[Ff]inal answer is\b:?(?=[^\n]{1,400}I hope it is correct)")
+MARKER = re.compile(r"""(?xm)  # what comes before an answer
+    (?: ^[ \t>*_#`$-]* (?i: (?:the\ |my\ )?(?:final\ |correct\ )?answer )    # in any case where a line starts
+      | \b(?:Answer|ANSWER) ) [ \t*_`]{0,8} [:：]                            # elsewhere only with a capital
+      (?: \ ?[Tt]he\ [\w ]*(?:answer|option|choice)\ is\b )?                 # Answer: The correct option is B
+  | \b[Ff]inal\ answer\ is\b :? (?= [^\n]{1,400}I\ hope\ it\ is\ correct )   # the words of Minerva's prompt
+    """)
 SPANS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$\n": "$"}  # maths that may go over several lines
-GAP = re.compile(r"(?:[\s,;$&~*]|\\[\[\]()\\,;:! ]|\\q?quad|\b(and|or)\b|"  # between boxes that are one list
-                 r"\\(?:text|mathrm)\{[\s,]{0,9}(and|or)?[\s,]{0,9}\})*")
+GAP = re.compile(r"""(?x)  # what may stand between boxes that are one list
+    (?: [\s,;$&~*] | \\[\[\]()\\,;:!\ ] | \\q?quad                   # spaces, commas, the ends of formulas
+      | \b(and|or)\b                                                 # a word, bare
+      | \\(?:text|mathrm)\{ [\s,]{0,9} (and|or)? [\s,]{0,9} \} )*    # or in \text
+    """)
 LONGEST = 1000  # characters of an answer that is still looked at; the longest gold of MATH-500 has 53
 
 class Verdict(NamedTuple):
@@ -280,152 +288,219 @@ def clean(text):
     text = " ".join(text.replace("...", "\\ldots").split()).lstrip(" *`\"“:").rstrip(" *_`\"”.,;:。✓✅")
     if text.count("}") > text.count("{"):  # \textbf{Answer: 7}
         text = text.removesuffix("}").rstrip(" .")
-    return re.sub(r"(?i)^the answer is:? |[. ]*I hope it is correct$", "", text).rstrip("\\ .").strip()
+    text = re.sub(r"(?i)^the (?:correct )?(?:answer|option) is:? |[. ]*I hope it is correct$", "", text)
+    return text.rstrip("\\ .").strip()
 
 # Second half, in a worker: are two values equal? Rules, in this order, give each thing one spelling that
-# math-verify reads: (pattern, replacement, "answer -> gold": accepted with the rule, not without it).
-SYMBOLS = str.maketrans({x[0]: x[1:] + " " for x in (r"−- –- —- ×\cdot ·\cdot ⋅\cdot ÷/ ⁄/ ≡\equiv π\pi "
-                         r"∞\infty ∪\cup ≤\le ≥\ge ±\pm ∅\emptyset ∠\angle θ\theta ∈\in ≈\approx").split()})
+# math-verify reads: (pattern, replacement, "answer -> gold": accepted with the rule and not without it,
+# "answer -> gold": a near miss, which must stay refused).
+SYMBOLS = str.maketrans({x[0]: x[1:] + " " for x in (
+    r"−- –- —- ×\cdot ·\cdot ⋅\cdot ÷/ ⁄/ ≡\equiv π\pi ∞\infty ∪\cup ≤\le ≥\ge ±\pm ∅\emptyset "
+    r"∠\angle θ\theta ∈\in ≈\approx △\triangle").split()})
 ARGUMENT = r" ?(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\w|\\pi|\\theta))"
-AND_OR = r"(?:,? ?(?:\\text\{,? ?(?:and|or),?\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])))+"
+AND = r"(?:,? ?\\text\{,? ?and,?\} ?|,? ?\band\b ?|, ?)"
+AND_OR = r"(?:,? ?(?:\\text\{,? ?(?:and|or),?\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])|\\&))+"
 MEASURES = {word: kind.split()[0] for kind in (  # compared where both values have one, converted nowhere
     "hour hr h", "minute min", "second sec s", "day", "week", "month", "year yr", "mm millimeter", "meter m",
     "cm centimeter", "km kilometer", "inch in inche", "foot ft feet", "yard yd", "mile mi mph", "gram g",
     "mg milligram", "kg kilogram", "pound lb", "ounce oz", "ml mL", "liter l", "cent", "dollar")
     for word in kind.split()}
 MEASURE = "(" + "|".join(MEASURES) + r")s?(?![a-zA-Z])"
+
+def point(match):
+    """(3, 4) of "x = 3, y = 4", but x = 3, x = 4 as it is."""
+    parts = sorted(part.replace(" =", "=") for part in re.split(AND, match[0]))
+    names = {part[0] for part in parts}
+    return f"({','.join(part[2:] for part in parts)})" if len(names) == len(parts) else match[0]
+
 RULES = {
     "unicode": [
-        ("[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]", "", "1\u200b7 -> 17"),
-        ("[²³¹⁰-ⁿ]+", r"^{\g<0>}", "10³ -> 1000"),  # before NFKC, which would make 103 of it
-        ("[₀-ₜ]+", r"_{\g<0>}", "121₃ -> 121_3"),
-        ("[¼-¾⅐-⅞]", r" \g<0>", "2½ -> 5/2"),
-        ("[^ -~º]+", lambda m: unicodedata.normalize("NFKC", m[0]).translate(SYMBOLS), "７×８ -> 56")],
+        ("[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]", "", "1\u200b7 -> 17", "1\u200b7 -> 1"),
+        ("[²³¹⁰-ⁿ]+", r"^{\g<0>}", "10³ -> 1000", "10³ -> 103"),  # before NFKC, which would make 103 of it
+        ("[₀-ₜ]+", r"_{\g<0>}", "121₃ -> 121_3", "121₃ -> 121"),
+        ("[¼-¾⅐-⅞]", r" \g<0>", "2½ -> 5/2", "2½ -> 21/2"),
+        ("[^ -~º]+", lambda m: unicodedata.normalize("NFKC", m[0]).translate(SYMBOLS),
+         "７×８ -> 56", "７×８ -> 78")],
     "markup": [
-        (r"(?:\\q?quad(?![a-zA-Z])|~|(?<!\\)\\[,;: ]|\s)+", " ", r"\,\text{north} -> \text{north}"),
-        (r"(?<=[{(\[]) | (?=[{})\]^])", "", r"7\text{ units } -> 7"),
-        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])", "", r"\bigl(1,2\bigr) -> (1,2)"),
-        (r"\\(?:displaystyle|boxed|bf|[lL]arge|(?:text)?color ?\{\w+\})(?![a-zA-Z])", "", r"{\bf 9} -> 9"),
-        (r"\\?[$€£¥₹¢]", " ", "€7.50 -> 7.5"),
-        (r"^ ?(?:\\approx|\\sim|=) ", "", r"\approx 5.2 -> 5.2"),
-        (r"\\(?:math(?!bb)\w+|bm|boldsymbol) ?\{ ?(\w) ?\}", r" \1", r"\frac{1}{\mathrm{e}} -> e^{-1}"),
+        (r"(?:\\q?quad(?![a-zA-Z])|~|(?<!\\)\\[,;: ]|\s)+", " ", r"\,\text{up} -> up", r"5\,6 -> 56"),
+        (r"(?<=[{(\[]) | (?=[{})\]^])", "", r"7\text{ units } -> 7", r"7\text{ million } -> 7"),
+        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])", "", r"\big\{1\big\} -> 1", r"\left[0,1\right) -> 1"),
+        (r"\\(?:displaystyle|boxed|bf|[lL]arge|(?:text)?color ?\{\w+\})(?![a-zA-Z])", "", r"\bf 9 -> 9",
+         r"\bf 9 -> 8"),
+        (r"\\?\$ ?(\d(?:[\d.,]|\\!|\{,\})*(?<!,)|\.\d+)(?!,?\d| ?[\w\\.{])|\\?[$€£¥₹¢]",
+         lambda m: rf"{m[1]}\text{{dollars}}" if m[1] else " ", "€7.50 -> 7.5", r"\$7.50 -> 7.5 cents"),
+        (r"^ ?(?:\\approx|\\sim|=) ", "", r"\approx 5.2 -> 5.2", r"\neq 5.2 -> 5.2"),
+        (r"\\(?:math(?!bb)\w+|bm|boldsymbol)(?: ?\{ ?(\w) ?\}| (\w)\b)", r" \1\2",
+         r"\mathbf a -> \mathbf{a}", r"\mathbf a -> \mathbf{b}"),
         (r"\\(?:text\w+|mbox|operatorname|math(?!bb)\w+|bm|boldsymbol|underline) ?(?=\{)", r"\\text",
-         r"\mathrm{north} -> \text{north}"),
-        (r"\\text(?=\{[^{}]*\\)", "", r"\mathbf{\frac{3}{4}} -> \frac{3}{4}"),
-        (r"\\text\{([-+]?[\d(][^{}]*)\}", r"\1 ", r"\text{14/2} -> 7")],
+         r"\mathrm{west} -> \text{west}", r"\mathrm{west} -> \text{east}"),
+        (r"\\text(?=\{[^{}]*\\)", "", r"\mathbf{\frac{3}{4}} -> 3/4", r"\mathbf{\frac{3}{4}} -> 4/3"),
+        (r"\\text\{([-+]?[\d(][^{}]*)\}", r"\1 ", r"\text{14/2} -> 7", r"\text{14 or 7} -> 7"),
+        (r"^(?:\w ?= ?)?\\\{ ?\w(?: ?\\in ?\\mathbb ?\{?R\}?)? ?(?:[:|]|\\mid) ?(.+)\\\}$", r"\1",
+         r"\{x : x \le 3\} -> x \le 3", r"\{x \mid x < 3\} -> x \le 3")],
     "functions": [
         (r"(\\text\{)?(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)|pi|ln|log|exp)(?![a-zA-Z])(?(1)\})", r"\\\2 ",
-         r"sin(x) -> \sin x"),
+         r"sin(x) -> \sin x", r"sin(x) -> \cos x"),
         *[(r"(?:√|(?<![\\a-zA-Z])sqrt|\\sqrt(?= ?\()) ?(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}",
-           "sqrt(1+sqrt(9)) -> 2")] * 2,
-        (r"\\[dtc]?frac" + ARGUMENT * 2, r"\\frac{\1\2}{\3\4}", r"\tfrac12 -> \frac{1}{2}"),
-        (r"\\(sqrt|log_)" + ARGUMENT, r"\\\1{\2\3}", r"2\sqrt3 -> \sqrt{12}"),
-        (r"\*\*(?=[\w({\\-])", "^", "2**3 -> 8"),
-        (r"\^ ?(?:\(([^()]*)\)|(\\frac\{[^{}]*\}\{[^{}]*\}))", r"^{\1\2}", "e^(2x) -> e^{2x}"),
-        (r"\(?\\?(?<![a-z])p?mod ?\{?(\w+)\}?\)?", r"\\pmod{\1}", r"n \equiv 4 (mod 9) -> n \equiv 4 \pmod9"),
-        (r"(?<![\\a-zA-Z_])(?<!_\{)i(?![a-zA-Z])", r"\\sqrt{-1}", "(1+i)^2 -> 2i"),
-        (r"(?<=\\\\) ?\[[-\d. ]+[a-z]{2}\]", "", r"1\\[2pt] 2 -> 1 \\ 2"),
-        (r"\\varnothing", r"\\emptyset", r"\varnothing -> \emptyset")],
+           "sqrt(1+sqrt(9)) -> 2", "sqrt(1+sqrt(9)) -> 4")] * 2,
+        (r"\\[dtc]?frac" + ARGUMENT * 2, r"\\frac{\1\2}{\3\4}", r"\tfrac12 -> \frac{1}{2}", r"\frac12 -> 12"),
+        (r"\\(sqrt|log_)" + ARGUMENT, r"\\\1{\2\3}", r"2\sqrt3 -> \sqrt{12}", r"\sqrt32 -> \sqrt{32}"),
+        (r"\*\*(?=[\w({\\-])", "^", "2**3 -> 8", "2**3 -> 6"),
+        (r"\^ ?(?:\(([^()]*)\)|(\\frac\{[^{}]*\}\{[^{}]*\}|-\d+))", r"^{\1\2}", "2^(3) -> 8", "2^(3) -> 6"),
+        (r"\(?\\?(?<![a-z])[pb]?mod ?\{?(\w+)\}?\)?", r"\\pmod{\1}", r"4 mod 9 -> 4 \pmod9",
+         "4 mod 9 -> 4 mod 8"),
+        (r"(?<![\\a-zA-Z_])(?<!_\{)i(?![a-zA-Z])", r"\\sqrt{-1}", "(1+i)^2 -> 2i", "(1+i)^2 -> -2i"),
+        (r"(?<=\\\\) ?\[[-\d. ]+[a-z]{2}\]", "", r"1\\[2pt] 2 -> 1 \\ 2", r"1\\[2pt] 3 -> 1 \\ 2"),
+        (r"\\varnothing", r"\\emptyset", r"\varnothing -> \emptyset", r"\{\varnothing\} -> \emptyset"),
+        (r"\\langle(.*)\\rangle", r"(\1)", r"\langle 3,4\rangle -> (3,4)", r"\langle 4,3\rangle -> (3,4)")],
     "numbers": [
-        (r"\{([,:])\}", r"\1", "3{:}45 -> 3:45"),
-        (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot ", r"6 x 10^{23} -> 6 \cdot 10^{23}"),
-        (r"(?<=\d)[eE]\+?(-?\d{1,3})(?![\d.]|[\dA-F]*_)", r"\\cdot 10^{\1}", "3.2e-5 -> 0.000032"),
-        (r"(?<![\d./^_{}])(\d+) (\d+)/ ?(\d+)(?![\d./])", r"\1\\frac{\2}{\3}", "2 1/2 -> 2.5"),
+        (r"\{([,:])\}|(?<=,)\\! ?", r"\1", "3{:}45 -> 3:45", "3{:}45 -> 3:54"),
+        (r"(?<=\d) ?(?:\\colon|(\\text\{)?to(?(1)\})) ?(?=\d)", ":", "3 to 5 -> 3:5", "3 to 5 -> 5:3"),
+        (r"\((\w+)\)_", r"\1_", "(1011)_2 -> 1011_2", "(1011)_2 -> 1011"),
+        (r"(?<=\d)\^ ?\{?(?:\\text\{)?(st|nd|rd|th)\}*", r"\1", "5^{th} -> 5th", "5^{th} -> 4th"),
+        (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot ", r"6 x 10^{23} -> 6 \cdot 10^{23}", r"6 x 10^2 -> 60"),
+        (r"(?<=\d)[eE]\+?(-?\d{1,3})(?![\d.]|[\dA-F]*_)", r"\\cdot 10^{\1}", "2e-3 -> 0.002", "2e3 -> 0.002"),
+        (r"(?<=\d) ?(\\text\{)?(thousand|[mb]illion)\b(?(1)\})",
+         lambda m: r"\cdot 10^" + {"t": "3", "m": "6", "b": "9"}[m[2][0]], "2.5 million -> 2,500,000",
+         "2.5 million -> 2.5"),
+        (r"(?<![\d./^_{}])(\d+) (\d+)/ ?(\d+)(?![\d./])", r"\1\\frac{\2}{\3}", "2 1/2 -> 2.5", "2 1/2 -> 1"),
         (r"(?<![\d.,])\d{1,3}(?:(?:[ ']\d{3})+|(?:\.\d{3}){2,}|(?:,\d{3})+(?= ?\\?%))(?![\d.])",
-         lambda m: re.sub(r"\D", "", m[0]), "1'234'567 -> 1234567"),
-        (r"([\d.]+|\d*\\frac\{\d+\}\{\d+\}) ?(\\text\{)?(?:\\?%|percent\b)(?(2)\})", r"\\frac{\1}{100}",
-         r"33\frac{1}{3}\% -> 1/3"),
-        (r"\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: f".{m[1]}{m[2] * 30}", r"0.\bar{6} -> 2/3")],
+         lambda m: re.sub(r"\D", "", m[0]), "1'234'567 -> 1234567", "1'23 -> 123"),
+        (r"(?<=[\d)}.]) ?((?:\\text)?\{)?(?:\\?%|per ?cent\b)(?(1)\})(?: (?=[a-z\\]))?", r"\\%",
+         "25 percent -> 1/4", "25 percent gain -> 1/4"),
+        (r"\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: f".{m[1]}{m[2] * 30}", r"0.\bar{6} -> 2/3",
+         r"0.\bar{6} -> 0.6")],
     "units": [  # more in UNITS
-        (r"\^\{?\\circ\}?|\\degree|º", "°", r"30\degree -> 30"),
-        (r"(\\(?:sin|cos|tan|cot|sec|csc)[ ({]*)([\d.]+)°", r"\1\\frac{\2\\pi}{180}", r"\sin 30° -> 1/2"),
-        (r"°(?: ?(?:\\text\{[CF]\}|[CF](?![a-zA-Z])))?", " ", "20° C -> 20"),
+        (r"\\frac\{\\text\{(\w+)\}\}\{\\text\{(\w+)\}\}", r"\\text{\1/\2}",
+         r"60 \frac{\text{miles}}{\text{hour}} -> 60", r"60 \frac{\text{miles}}{\text{hour}} -> 60 km/h"),
+        (r"\^\{?\\circ\}?|\\degree|º", "°", r"30\degree -> 30", r"30\degree -> 3"),
+        (r"(\\(?:sin|cos|tan|cot|sec|csc)[ ({]*)([\d.]+)°", r"\1\\frac{\2\\pi}{180}", r"\sin 30° -> 1/2",
+         r"\sin 30 -> 1/2"),
+        (r"°(?: ?(?:\\text\{[CF]\}|[CF](?![a-zA-Z])))?", " ", "20° C -> 20", "20 C -> 20"),
         (r"(?<=\d) ?(?:\\text\{)?" + MEASURE + r"[., }and]*(?=[\d.]+ ?(?:\\text\{)?(?!\1)" + MEASURE + ")",
-         lambda m: rf"\text{{{MEASURES[m[1]]}}}", "2 hours and 30 minutes -> 2 hr 30 min"),
+         lambda m: rf"\text{{{MEASURES[m[1]]}}}", "2 hours and 30 minutes -> 2 hr 30 min",
+         "2 hours and 30 minutes -> 30 hr 2 min"),
         (r"(\\text\{\w+\}[\d.]+) ?" + MEASURE + "$", lambda m: rf"{m[1]}\text{{{MEASURES[m[2]]}}}",
-         "5 min 20 s -> 5 minutes 20 seconds"),
-        (r"(?i)\b([ap])\.(?=m)", r"\1", r"7:20 p.m -> 7:20 \text{ PM}")],
+         "5 min 20 s -> 5 minutes 20 seconds", "5 min 20 s -> 5 hr 20 s"),
+        (r"(?i)\b([ap])\.(?=m)", r"\1", r"7:20 p.m -> 7:20 \text{ PM}", r"7:20 a.m -> 7:20 \text{ PM}")],
     "lists": [
         (r"^.*(?:[<>]|\\[lg]eq?|\\neq?)(?![a-z]).*", lambda m: re.sub(  # between inequalities the word counts
-            AND_OR, lambda word: r"\lor " if "or" in word[0] else r"\land ", m[0]), "x>1 and x>3 -> x>3"),
-        (AND_OR, ",", r"2 \text{ or } 5 -> 2, 5"),
-        (r"^([^,]*)\\pm([^,]*)$", r"\1+\2,\1-\2", r"\frac{3 \pm i}{2} -> \frac{3}{2} \pm \frac{i}{2}")]}
+            AND_OR, lambda word: r"\lor " if "or" in word[0] else r"\land ", m[0]), "x>1 and x>3 -> x>3",
+         "x>1 or x>3 -> x>3"),
+        (rf"^[x-z] ?=[^=,]*?(?:{AND}[x-z] ?=[^=,]*?){{1,2}}$", point, "y = 4 and x = 3 -> (3,4)",
+         "x = 3, x = 4 -> (3,4)"),
+        (AND_OR, ",", r"2 \text{ or } 5 -> 2, 5", r"2 \text{ or } 5 -> 25"),
+        (r"^([^,]*)\\pm([^,]*)$", r"\1+\2,\1-\2", r"\frac{3 \pm i}{2} -> \frac{3}{2} \pm \frac{i}{2}",
+         r"3 \pm i -> 3 + i")]}
 
 # What may go behind a number. Not math-verify's list: it has single letters (2m would be 2), am and east.
+# Written for re.VERBOSE, with an example and a near miss as above.
 UNITS = [
-    ("|".join(word for word in MEASURES if len(word) > 1 and word != "hr"), "35 cm -> 35"),
-    (r"square|cubic|sq|cu", "5 sq ft -> 5"), ("people|person|children|[wo]*men|way", "7 men -> 7"),
-    ("per [a-z]+", "60 miles per hour -> 60"), (r"[Jm](?= ?/)|(?<=/)[smhK]", "7 m/s -> 7"),
-    (r"hr(?!\^)", "4 hrs -> 4"), (r"(?<=\{)[A-Zmgshl](?=[}/ ^])", r"4\text{ h} -> 4"),
-    ("nm|[kM]J|k?cal|k?mol|[kMG]?(?:eV|Hz|Pa)|deg|degree|unit|USD", "6.5 kJ -> 6.5"),
-    (r"(?!(?:ten|\w+red|thousand|\w+illion|dozen|third|\w+th|halve|quarter|\w+crease|\w+verge|plu|minu|les)s)"
-     r"[a-z]{3,}s", "14 stamps -> 14")]
-UNIT = re.compile(  # bare, or in \text; 5 gallons 2 quarts is not 52
-    r"(?:(?:(?<=[\d)}\]!]) ?|(?<=\\pi) )(?=[a-zA-Z]{2}|[Jm] ?/)|(?<=.) ?/? ?(\\text\{))"
-    r"(?:(?:" + "|".join(pattern for pattern, _ in UNITS) + r")s?(?![a-zA-Z])(?:[. /]|\^\{?-?[1-3]\}?)*)+"
-    r"(?(1)\}(?:\^\{?[23]\}?)?)(?! ?\d)")
+    ("|".join(word for word in MEASURES if len(word) > 1 and word != "hr"), "35 cm -> 35", "35 cm -> 35 m"),
+    ("squared? | cubed | cubic | sq | cu", "5 square units -> 5", "5 square cm -> 5 cm"),
+    ("people|person|children|[wo]*men|way", "7 men -> 7", "7 men -> 8"),
+    (r"per\ [a-z]+", "60 miles per hour -> 60", "60 per cent -> 6"),
+    (r"[Jm](?=\ ?/)|(?<=/)[smhK]", "7 m/s -> 7", "7m -> 7"),
+    (r"hr(?!\^)", "4 hrs -> 4", "4 hr^n -> 4"),
+    (r"(?<=\{)[A-Zmgshl](?=[}/\ ^])", r"4\text{ h} -> 4", "4 h -> 4"),
+    ("nm|[kM]J|k?cal|k?mol|[kMG]?(?:eV|Hz|Pa)|deg|degree|rad|unit|cup|USD", "6.5 kJ -> 6.5", "6.5 k -> 6.5"),
+    (r"(?!(?:ten|\w+red|thousand|\w+illion|dozen|third|\w+th|halve|quarter|\w+crease|\w+verge|plu|minu|"
+     r"\w+s)s)[a-z]{3,}s", "14 stamps -> 14", "14 minus -> 14")]
+UNIT = re.compile(r"""(?x)
+    (?: (?<!%) | (?= (?:\\text\{)?per\  ) )    # a percent sign keeps its "gains" and "losses", not "per year"
+    (?: (?: (?<=[\d)}\]!%])\ ? | (?<=\\pi)\  ) # a unit without \text stands behind a number or \pi,
+        (?= [a-zA-Z]{2} | [Jm]\ ?/ )           # and has two letters, or is that of 5 J/g or 7 m/s
+      | (?<=.) \ ?/?\ ? (\\text\{) )           # a unit in \text stands behind anything
+    (?: (?:""" + "|".join(pattern for pattern, *_ in UNITS) + r""") s? (?![a-zA-Z])
+        (?: [./\ ] | \^\{?-?[1-3]\}? )* )+     # several units, each with its power: kg m/s^2
+    (?(1) \} (?: \^\{?[23]\}? )? )             # \text{cm}^2
+    (?! \ ?\d )                                # 5 gallons 2 quarts is not 52
+    """)
+DIMENSION = re.compile(r"(?<![a-zA-Z])(?:(sq|cu)\w*[. ]+)?" + MEASURE + r"(?:\}?\^\{?-?(\d)| (sq|cu)\w*ed)?")
 # Misread by math-verify, so compared as text only, with what it would take for equal
 MISREAD = [
-    (r"(?<![a-zA-Z\d_{])\d[\dA-F]*_", "52_9 = 52_8"), (r"(?<![\d_^])\d+ \d", "5 6 = 11"), ("'", "f' = f"),
-    (r"\\text", r"5\text{ R }2 = 2\text{ R }5"), (r"\\angle", r"\angle AB = \angle BA"),
-    ("dots", r"2,4,6,\ldots = 2,4,6"), (r"[A-Z]{3}|(?<![\\{a-zA-Z])[a-z]{4}", "seat = east")]
+    (r"(?<![a-zA-Z\d_{])\d[\dA-F]*_", "52_9 -> 52_8"), (r"(?<![\d_^])\d+ \d", "5 6 -> 11"), ("'", "f' -> f"),
+    (r"\\text", r"5\text{ R }2 -> 2\text{ R }5"), (r"\\angle", r"\angle AB -> \angle BA"),
+    ("dots", r"2,4,6,\ldots -> 2,4,6"), (r"[A-Z]{3}|(?<![\\{a-zA-Z])[a-z]{4}", "seat -> east")]
 UNREAD = re.compile("|".join(pattern for pattern, _ in MISREAD))
+PERCENT = re.compile(r"((?:\d+/)?[\d.]+|(?:\d+ ?)?\\frac\{\d+\}\{\d+\})\\%")
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 OPTION = re.compile(r"\(?[A-J]\)?")
-# B, (B), B: seven, B because ...; no other letter beside it ("A measure" is none) but in its own sentence
-CHOICE = re.compile(r" ?(?:(?i:option|choice) )?[(\[{]?([A-J])(?:[.)] ?[A-Z][a-z].*|(?:[).,:;?!*\]}](?!\w)|"
-                    r"(?= [^=+*/^_<>])|$)(?:(?!(?<![\w'\\])(?:[B-HJ]|[AI](?! [a-z]))(?![\w'])).)*)")
+CHOICE = re.compile(r"""(?x)
+    \ ? (?: (?i:option|choice)\  )? [(\[{]? ([A-J])  # the letter
+    (?: [.)]\ ?[A-Z][a-z] .*                         # B. A sentence follows, which may name other options
+      | (?: [).,:;?!*\]}](?!\w)                      # B) or B: seven
+          | (?= \ [^=+*/^_<>] )                      # B because ..., but not B + 1
+          | $ )
+        (?: (?! (?<![\w'\\]) (?: [B-HJ]             # and no other letter in what follows,
+                | [AI](?!\ [a-z]) ) (?![\w']) ) . )* ) # where A or I may be a word
+    """)
 PAIR = re.compile(r"[(\[][^()\[\]]*[)\]]")
 NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|(?=\.?\d)\d*(?:\.\d*)?)")
-WORD = re.compile(r"(?<![\\a-zA-Z])(?:(?=\w*[aeiouyAEIOU])(?:[A-Z][a-z]{2,}|[A-Z]{3,})|N[oO]|[AP]M)\b")
+WORD = re.compile(r"(?<![\\a-zA-Z])(?:(?=\w*[aeiouyAEIOU])(?:[A-Z][a-z]{2,}|[A-Z]{3,})|N[oO]|[AP]M)"
+                  r"(?![a-zA-Z_])")
 
-def tidy(text):
+def normalise(text):
     """One spelling for each thing, still LaTeX that math-verify reads."""
     for rules in RULES.values():
-        for pattern, by, _ in rules:
-            text = re.sub(pattern, by, text)
+        for pattern, replacement, *_ in rules:
+            text = re.sub(pattern, replacement, text)
     return " ".join(text.split())
 
-def key(text):
-    """Canonical string of a tidied value: equal keys, equal answers. "3 5" keeps its space: it is not 35."""
+def canonical(text):
+    """The canonical form of a normalised value: equal forms, equal answers. "3 5" keeps its space: not 35."""
     text = WORD.sub(lambda m: m[0].lower(), TEXT.sub(r"\1", text))  # Marcus, DNE; but not in AB, CO, Mgh
     text = re.sub(r"(?<!\d) | (?!\d)", "", text)
     return re.sub(r"\{(\w)\}", r"\1", text).rstrip(".")  # \frac{1}{2} and \frac12, 5_{4} and 5_4
 
-def equal(answer, gold):
-    """What makes two tidied values equal, or "": exact rules first, then math-verify's opinion."""
-    if OPTION.fullmatch(key(gold)):  # multiple choice
-        return "letter" * (CHOICE.sub(r"\1", TEXT.sub(r" \1 ", answer).strip()) == key(gold).strip("()"))
-    power = r"(?<![a-zA-Z])" + MEASURE + r"\}?(?:\^\{?(\d))?"
-    units = [re.search(power, "".join(m[0] for m in UNIT.finditer(text))) for text in (answer, gold)]
-    if len({MEASURES[m[1]] for m in units if m}) > 1 or len({m[2] for m in units if m and m[2]}) > 1:
-        return ""  # of other kinds, or cm^2 and cm^3
-    bare = [UNIT.sub("", text).strip() for text in (answer, gold)]
-    a, g = map(key, bare)
-    if a == g or key(answer) == key(gold):
-        return "text"
-    if NUMBER.fullmatch(a) and NUMBER.fullmatch(g):  # 055, 11,111, .5
-        a, g = (fractions.Fraction(x.replace(",", "")) for x in (a, g))
-        return "number" * (a == g)
-    if (any(UNREAD.search(x.rpartition("=")[2]) for x in bare)
-            or PAIR.fullmatch(a) and PAIR.fullmatch(g) and a[0] != g[0]):  # [3, 1] and (3, 1) would be points
-        return ""
-    return "math-verify" * sympy_equal(*map(read, bare))
+def dimensions(text):
+    """What a normalised value is measured in: [("meter", "1"), ("second", "2")] of 7 m/s^2."""
+    units = DIMENSION.finditer("".join(unit[0] for unit in UNIT.finditer(text)))
+    powers = {None: "1", "sq": "2", "cu": "3"}
+    return [("%", "1")] * (r"\%" in text) + [(MEASURES[m[2]], m[3] or powers[m[1] or m[4]]) for m in units]
 
-def parse(text):
+def equal(answer, gold):
+    """Are two normalised values equal?"""
+    if OPTION.fullmatch(canonical(gold)):  # multiple choice
+        return CHOICE.sub(r"\1", TEXT.sub(r" \1 ", answer).strip()) == canonical(gold).strip("()")
+    if canonical(answer) == canonical(gold):
+        return True
+    if any(a != g for a, g in zip(dimensions(answer), dimensions(gold))):
+        return False  # cm and m, cm^2 and cm^3
+    bare = [UNIT.sub("", text).strip() for text in (answer, gold)]
+    readings = [r"\\frac{\1}{100}"]
+    if (r"\%" in answer) != (r"\%" in gold):  # on one side only the sign may go, as a unit may
+        readings.append(r"\1 ")
+    return any(equal_bare(*[PERCENT.sub(percent, text) for text in bare]) for percent in readings)
+
+def equal_bare(answer, gold):
+    """Exact rules first, then math-verify's opinion."""
+    a, g = canonical(answer), canonical(gold)
+    if ("=" in a) != ("=" in g):  # n = 52_8 and 52_8
+        a, g = (re.sub(r"^[a-zA-Z]=", "", x) for x in (a, g))
+    if a == g:
+        return True
+    if NUMBER.fullmatch(a) and NUMBER.fullmatch(g):  # 055, 11,111, .5
+        return fractions.Fraction(a.replace(",", "")) == fractions.Fraction(g.replace(",", ""))
+    if (any(UNREAD.search(x.rpartition("=")[2]) for x in (answer, gold))
+            or PAIR.fullmatch(a) and PAIR.fullmatch(g) and a[0] != g[0]):  # [3, 1] and (3, 1) would be points
+        return False
+    return sympy_equal(to_sympy(answer), to_sympy(gold))
+
+def latex_to_sympy(text):
     """Sympy's expression of a text. x<1 \\lor x>3 is joined; a comma beside the word means the same."""
     import sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     for word, join in ((r"\lor", sympy.Or), (r"\land", sympy.And)):
         if word in text:
-            return join(*map(parse, text.replace(",", word).split(word)))
+            return join(*map(latex_to_sympy, text.replace(",", word).split(word)))
     return latex2sympy(text, is_real=True, conversion_config=ConversionConfig(lowercase_symbols=False))
 
 @functools.lru_cache(1000)
-def read(text):
+def to_sympy(text):
     """A value as sympy has it: letters keep their case; conditions on x become x = the set they allow."""
     import sympy
-    value = parse(text)
+    value = latex_to_sympy(text)
     inequalities = (sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge, sympy.Ne)
     if not isinstance(value, (sympy.FiniteSet, sympy.And, sympy.Or)) or not value.atoms(*inequalities):
         return sympy.expand_log(value, force=True) if isinstance(value, sympy.Expr) else value
@@ -440,22 +515,23 @@ def read(text):
     return sympy.Eq(*value.free_symbols, allowed, evaluate=False)
 
 def sympy_equal(a, g):
-    """math-verify's opinion, less its false equalities."""
+    """Numbers by their digits, all else by math-verify's opinion, less its false equalities."""
     import sympy
     from math_verify import verify
-    # With 15 digits, the default, 1/2^99 = 1/2^98. The set option: -2 <= x <= 7 is the interval [-2, 7].
+    if all(getattr(x, "is_number", False) and x.is_finite for x in (a, g)):
+        # Not by math-verify: to its 6 decimals .0000672 = .0000674, and to its 15 digits 1/2^99 = 1/2^98.
+        x, y, rough = a.evalf(60), g.evalf(60), "." in f"{a}{g}"
+        return bool(abs(x - y) <= (1e-6 if rough else 1e-50) * max(abs(x), abs(y)))
+    # The set option: -2 <= x <= 7 is the interval [-2, 7].
     if not verify(g, a, numeric_precision=50, allow_set_relation_comp=True, timeout_seconds=None):
         return False
     kinds = {type(x.rhs if isinstance(x, sympy.Eq) else x).__name__ for x in (a, g)}
-    if "FiniteSet" in kinds:  # 1, 2, 2 is not 1, 1, 2; and no set is (1, 2), be it a pair or an interval
-        items = [sorted(map(str, x._unsorted_args)) for x in (a, g) if hasattr(x, "_unsorted_args")]
-        often = [[part.count(x) for x in part] for part in items]
-        return often[:1] == often[-1:] and not kinds & {"Tuple", "Interval"}
-    if not all(getattr(x, "is_number", False) and x.is_finite for x in (a, g)):
+    if "FiniteSet" not in kinds:
         return True
-    # Numbers again: floats were compared to 6 absolute decimals, which makes .0000672 = .0000674.
-    x, y, rough = a.evalf(60), g.evalf(60), "." in f"{a}{g}"
-    return bool(abs(x - y) <= (1e-6 if rough else 1e-40) * max(abs(x), abs(y)))
+    # 1, 2, 2 is not 1, 1, 2; and no set is (1, 2), be it a pair or an interval
+    items = [sorted(map(str, x._unsorted_args)) for x in (a, g) if hasattr(x, "_unsorted_args")]
+    often = [[part.count(x) for x in part] for part in items]
+    return often[:1] == often[-1:] and not kinds & {"Tuple", "Interval"}
 
 # math-verify runs in processes that can be killed: its alarm works in the main thread only and stops no C
 # code (9^9^9^9). They start by exec, not by fork of a trainer with CUDA and NCCL, and are kept: it is slow.
@@ -500,7 +576,7 @@ def worker_main():
         signal.setitimer(signal.ITIMER_PROF, limit)
         right = False
         with contextlib.suppress(Exception):  # what sympy cannot read is not the answer
-            right = bool(equal(*map(tidy, json.loads(line))))
+            right = bool(equal(*map(normalise, json.loads(line))))
         print(json.dumps(right), file=replies, flush=True)
 
 def grade_all(responses, golds, finished=None, workers=2):
@@ -582,7 +658,9 @@ def make_jobs(tokenizer, problems, samples, seed, instruction=None, thinking=Tru
     return jobs
 
 def make_records(tokenizer, jobs, outputs):  # one of each job, graded; outputs: (ids, logprobs, finished)
-    texts = [readable(tokenizer, job["prompt"], ids) for job, (ids, *_) in zip(jobs, outputs, strict=True)]
+    # The last id of a finished response ended it: no text, even where the tokenizer does not call it special.
+    texts = [readable(tokenizer, job["prompt"], ids[:-1] if done else ids)
+             for job, (ids, _, done) in zip(jobs, outputs, strict=True)]
     verdicts = grade_all(texts, [job["gold"] for job in jobs], [done for *_, done in outputs])
     thinks = [think_length(tokenizer, ids, text) for (ids, *_), text in zip(outputs, texts)]
     return [{name: value for name, value in job.items() if name != "prompt"} | {

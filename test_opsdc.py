@@ -51,6 +51,7 @@ import timeit
 import traceback
 import types
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
@@ -72,7 +73,7 @@ import opsdc  # noqa: E402
 SIDE_EFFECTS = ("vllm" in sys.modules, torch.distributed.is_initialized(), environment != os.environ)
 
 HERE = Path(__file__).resolve().parent
-MATH500 = HERE.parent / "shared/data/math500.jsonl"
+MATH500, AIME = (HERE.parent / f"shared/data/{name}.jsonl" for name in ("math500", "aime25"))
 # as it was before a test joined a process group; a forked script elsewhere finds eval.py
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 HANG = 3000  # seconds; only a hang takes as long: ten times what a slow, quiet machine needs
@@ -2457,29 +2458,29 @@ def pairs(table, sign):
     """(answer, gold) of each `answer SIGN gold`; two spaces or a line end between them."""
     return [pair.split(f" {sign} ") for pair in re.split(r"\s\s+|\n", table.strip())]
 
-def accepted(answer, gold):
-    """As a worker compares them, but in this process."""
+def accepted(pair):
+    """Is "answer -> gold" accepted? Compared as in a worker, but in this process."""
     try:
-        return bool(ev.equal(ev.tidy(answer), ev.tidy(gold)))
+        return ev.equal(*map(ev.normalise, pair.split(" -> ")))
     except Exception:  # not read, so not equal
         return False
 
-def test_no_rule_without_an_example_that_fails_without_it(monkeypatch):
+def test_no_rule_without_an_example_that_fails_without_it_and_a_near_miss(monkeypatch):
     for kind, rules in ev.RULES.items():
         for rule in rules:
-            (pair,) = pairs(rule[2], "->")
-            assert accepted(*pair), rule
+            _, _, example, near_miss = rule
+            assert accepted(example) and not accepted(near_miss), rule
             with monkeypatch.context() as without:
                 without.setitem(ev.RULES, kind, [other for other in rules if other != rule])
-                assert not accepted(*pair), rule
-    for table, name, sign in ((ev.UNITS, "UNIT", "->"), (ev.MISREAD, "UNREAD", "=")):
-        for rule, example in table:
-            ((answer, gold),) = pairs(example, sign)
-            whole, rest = ("|".join(p for p, _ in table if p != left_out) for left_out in (None, rule))
+                assert not accepted(example), rule
+    for table, name in ((ev.UNITS, "UNIT"), (ev.MISREAD, "UNREAD")):
+        for rule, *examples in table:
+            *example, near_miss = examples
+            whole, rest = ("|".join(p for p, *_ in table if p != left_out) for left_out in (None, rule))
+            assert all(map(accepted, example)) and not accepted(near_miss), (rule, examples)
             with monkeypatch.context() as without:
                 without.setattr(ev, name, re.compile(getattr(ev, name).pattern.replace(whole, rest)))
-                assert accepted(answer, gold) is (sign == "="), example
-            assert accepted(answer, gold) is (sign == "->"), example
+                assert accepted(near_miss) if table is ev.MISREAD else not accepted(example[0]), rule
 
 EQUAL = r"""
 055 -> 55  -8 -> -08  1,234 -> 1234  11,\!000 -> 11000  .75 -> 0.750  +6 -> 6  0.75 -> \frac34
@@ -2495,11 +2496,15 @@ x<2 \text{ or } x>3 -> (-\infty,2)\cup(3,\infty)  x>1 and x<3 -> 1<x<3  x>1, x<3
 x<1 or x>3 -> |x-2|>1  x \le -2 \text{ or } 5 \le x -> x \in (-\infty,-2]\cup[5,\infty)
 x<1, x>3 -> 3<x or x<1  x<0, 1<x<2, or x>3 -> (-\infty,0)\cup(1,2)\cup(3,\infty)  b<2 and a>1 -> a>1, b<2
 2 hours, 30 minutes -> 2\text{ hours and }30\text{ minutes}  6 sq in -> 6\text{ in}^2
-1 hour 5 minutes and 20 seconds -> 1 hr 5 min 20 s  (5,\infty)\cup[0,3) -> [0,3)\cup(5,\infty)"""
+1 hour 5 minutes and 20 seconds -> 1 hr 5 min 20 s  (5,\infty)\cup[0,3) -> [0,3)\cup(5,\infty)
+y = 4 and x=3 -> (3,4)  x=1,\ y=2,\ z=3 -> (1,2,3)  S = \{x \in \mathbb{R} : x<2\} -> (-\infty,2)
+602\times 10^{21} -> 6.02\times 10^{23}  3 x 10^-4 -> 0.0003  \$2.5 million -> 2,500,000  \$1{,}250 -> 1250
+24 sq. ft. -> 24\text{ ft}^2  24 feet squared -> 24 ft^2  \text{May }12 -> \text{May 12}
+17 \& 19 -> 17, 19  x = 52_8 -> 52_8  58,500 -> n = 58500"""
 UNEQUAL = r"""
 42 or 43 != 42  $42$ or $43$ != 42  42, 43 != 42  42 (or 43) != 42  not 42 != 42  42 43 != 42  3 5 != 35
 42 != -42  42.5 != 42  3.21 != 3.2100001  1/2^{99} != 1/2^{98}  (1/2^{99},0) != (1/2^{98},0)
-\sqrt{10^{40}+1} != 10^{20}  6.74\times10^{-5} != .0000672  10\% != 10  10 != 10\%  52 != 52_8  52_8 != 52
+\sqrt{10^{40}+1} != 10^{20}  6.74\times10^{-5} != .0000672  52 != 52_8  52_8 != 52
 (2,1) != (1,2)  [1,2] != (1,2)  x=2 != y=2  0.33 != 1/3  2k != 2k+1  \frac{1}{23} != \frac{1}{2}3  AB != ab
 Ab != ab  4 h != 4  (3,4) != 3,4  (3,4) != \{3,4\}  1,2,2 != 1,1,2  7 million != 7  0.46 != 7/15
 x<2, y<3 != y<2, x<3  7 millions != 7  7 halves != 7  Mgh != mgh  2mgH != 2mgh  mgH != mgh
@@ -2509,10 +2514,35 @@ x<2, y<3 != y<2, x<3  7 millions != 7  7 halves != 7  Mgh != mgh  2mgH != 2mgh  
 x>1 or x<3 != (1,3)  x<1 and x>3 != x<1 or x>3  x>1 and x<3 != x<1 or x>3  -2, 5 != -2<x<5
 a>1 or b<2 != a>1 and b<2  x<1 or x>3 != y<1 or y>3  x<1 and x>3 != x<2 and x>5  2 hours 30 minutes != 230
 2 hours 30 minutes != 30 hours 2 minutes  5 ft 3 in != 53  2, 30 != 2 hours 30 minutes
-5 gallons 3 quarts != 53  5^\circ 3 != 53  €5 3 != 53"""
+5 gallons 3 quarts != 53  5^\circ 3 != 53  €5 3 != 53  8 cm^2 != 8 cm  8 ft != 8\text{ square feet}
+\$8 != 8 cents  8\text{ cubic m} != 8 m^2  8 m/s != 8 m/h  x=3, y=4 != (4,3)  x=3,x = 4 != (3,4)
+a=3, b=4 != (3,4)  x=3 or y=4 != (3,4)  \{x : x<2\} != x>2  8 million != 8,000  10\% loss != 10\% gain
+10\% losses != 10\% gains  10\%\text{ loss} != 10\%  10\% loss != 10  10% loss != 0.1  10\% gains != 10%"""
+
+PERCENTAGES = [  # gold, other spellings of it, other values: a percent sign on one side only may go
+    (r"10\%", "10  0.1  10%  1/10  10 percent  10\\text{ percent}  x = 10\\%  .10",
+     "1  1\\%  0.1\\%  100  10 cm"),
+    ("10", "10\\%  10 percent  \\text{10\\%}  10.0 %", "0.1  1\\%  100\\%  0.1\\%  10\\% loss"),
+    ("0.1", "10\\%  0.1\\%  1/10  10 per cent", "1\\%  100\\%  10  1  0.01"),
+    (r"12.5\%", "12.5  1/8  0.125  \\frac{25}{2}\\%  12\\frac{1}{2}\\%  25/2",
+     "1.25  12\\%  125  1/2\\%  13"),
+    (r"33\frac{1}{3}\%", "33 1/3\\%  1/3  100/3\\%  33\\frac13  \\frac{100}{3} percent",
+     "33\\%  1/3\\%  33  0.333  \\frac{33}{100}"),
+    (r"\frac{3}{4}", "75\\%  75 percent  0.75  \\frac{3}{4}\\%  75.0\\%",
+     "75  7.5\\%  \\frac{4}{3}\\%  34\\%"),
+    (r"150\%", "1.5  150  3/2  1\\frac12", "15  1.5\\%  50\\%  0.15  15000"),
+    (r"-20\%", "-20  -0.2  -20 percent  −20%", "20\\%  -2  0.2  -2\\%  20"),
+    (r"1,200\%", "1200  12  1{,}200\\%  1200 percent", "1.2  12\\%  120  1,200,000"),
+    (r"10\%, 25\%", "25\\%, 10\\%  10, 25  0.1, 1/4  10\\% and 25\\%",
+     "10\\%  10, 2.5  1\\%, 25\\%  10\\%, 0.25\\%"),
+    (r"5\%\text{ per year}", "5\\%  5  0.05  5% per year", "5\\% per month  50\\%  0.5  5\\% losses"),
+    ("60", "60\\%  60 percent", "0.6  6\\%  60\\%\\text{ gain}  600\\%  60\\%, 40\\%")]
 
 def test_equal_and_not_equal():
     same, other = pairs(EQUAL, "->"), pairs(UNEQUAL, "!=") + [("", "42")]
+    for gold, spellings, values in PERCENTAGES:
+        same += [(spelling, gold) for spelling in spellings.split("  ")]
+        other += [(value, gold) for value in values.split("  ")]
     assert len(same) > 50 and len(other) > 50
     verdicts = ev.grade_all([f"Answer: {answer}" for answer, _ in same + other], [g for _, g in same + other])
     assert [pair for pair, v in zip(same, verdicts) if not v.correct] == []
@@ -2645,11 +2675,25 @@ def respelled(gold):
     bare, tight = "\\text" not in gold, not re.search(r"\\ |\\text", gold.replace("\\\\", ""))
     changes = [(r"(?<![a-zA-Z\d]) +| +(?![a-zA-Z\d])", "")] * tight + [
         (r"([+=&]|\\\\)", r" \1 "), (r"(?<=[(+=]) ?" if bare else "^", r"\\,"), (r"\\frac", r"\\dfrac"),
-        (r"\\frac\{(\d)\}\{(\d)\}", r"\\tfrac\1\2"),
-        (r"\\text\{", r"\\mathrm{"), (r"(?<![\d.,_{])\d{4,}(?![\d.,_}])", lambda m: f"{int(m[0]):,}")]
+        (r"\\frac\{(\d)\}\{(\d)\}", r"\\tfrac\1\2"), (r"^", r"\\displaystyle "), (r"\.?$", "."),
+        (r"\\(text|mbox)\{", r"\\mathrm{"), (r"(?<![\d.,_{])\d{4,}(?![\d.,_}])", lambda m: f"{int(m[0]):,}"),
+        (r"^-?\d+$", r"\g<0>.00"), (r"^-?[\d.]+$", r"\g<0>\\%"), (r"^-?[\d.]+$", r"\g<0>\\text{ units}"),
+        (r"^-?\d+$", lambda m: f"\\frac{{{2 * int(m[0])}}}{{2}}"), (r"^-?\d+$", r"\g<0>00\\%"),
+        (r"^\d+$", r"0\g<0>"), (r"^(?!.*(=|\\in|text|mbox)).*$", r"u = \g<0>"),
+        (r"(?<!\d)\\d?frac\{(\d+)\}\{(\d+)\}", r"\1/\2"), (r"^\\d?frac\{(\d+)\}\{(\d+)\}$", exact_decimal),
+        (r"\^\\circ|\\text\{ degrees\}", "°"), (r"\^\\circ", r"\\text{ degrees}"), (r"\^\\circ", ""),
+        (r"^\\\$(.*)", r"\1\\text{ dollars}"), (r"^\\\$", ""),
+        (r"^.*\\text\{\((.)\)\}", r"\\textbf{(\1)} because"),
+        (r"^.*\\text\{\((.)\)\}", r"Option \1"), (r"\\(text|mbox)\{([^()]*)\}", r"\2"),
+        (r"\\mbox\{ (cm|inches)\}\^2", ""), (r"(\d|\)) ?\\mbox\{ (cm|inches)\}\^2", r"\1\\text{ square \2}")]
     if gold.count("(") == gold.count(")") and "\\left" not in gold and bare:
         changes.append((r"([()])", lambda m: ("\\left" if m[1] == "(" else "\\right") + m[1]))
     return {re.sub(pattern, by, gold) for pattern, by in changes} - {gold}
+
+def exact_decimal(match):
+    """As a percentage, of a fraction that is one in few digits; else as it is."""
+    value = 100 * Fraction(int(match[1]), int(match[2]))
+    return f"{float(value)}\\%" if value * 1000 % 1 == 0 else match[0]
 
 def mutated(gold):
     """Other values, one change away: a sign, a digit, two cells, an end of an interval, an operator."""
@@ -2659,7 +2703,19 @@ def mutated(gold):
         (r"(?<=^)\[|(?<=cup )\[", lambda _: "("), (r"\](?=$)|\](?= \\cup)", lambda _: ")"))
         for m in re.finditer(pattern, gold)}
     if re.fullmatch(r"\d+(\.\d+)?|\\frac\{\d+\}\{\d+\}", gold) and gold != "0":
-        found.add("-" + gold)
+        found |= {"-" + gold, f"{gold} \\text{{ or }} 8191", f"{gold}, 8191", f"{gold}\\text{{ million}}",
+                  gold + "i", gold + "\\%\\text{ gain}"}
+    if re.fullmatch(r"\d+", gold) and gold != "0":
+        found |= {f"{int(gold) / 100}", f"{gold}0\\%", f"{gold}_9", f"{gold}\\%, 8191\\%", f"0.{gold}"}
+    if letter := re.search(r"\(([A-E])\)", gold):
+        found |= {other for other in "ABCDE" if other != letter[1]} | {f"{letter[1]} or F", letter[1].lower()}
+    elif gold.startswith("\\text"):
+        found |= {f"not {gold}", f"{gold} or north", "none"}
+    for pattern, by in ((r"^\\\$(.*)", r"\1 cents"), (r" ?\\text\{ cents\}", " dollars"), (r"\}\^2", "}^3"),
+                        (r"(?<=mbox\{ )(cm|inches)\}\^2", r"\1}"),
+                        (r"\\mbox\{ (cm|inches)\}", r"\\text{ m}")):
+        found.add(re.sub(pattern, by, gold))
+    found.discard(gold)
     swap = re.match(r"^(\\begin\{pmatrix\}|(?:\\left)?\()([^,&\\]+)(,|&|\\\\)([^,&\\]+)(?=&|\\|\)|,)", gold)
     if swap and swap[2].strip() != swap[4].strip():
         found.add(gold.replace(swap[0], "{}{}{}{}".format(swap[1], swap[4], swap[3], swap[2])))
@@ -2667,12 +2723,28 @@ def mutated(gold):
 
 def test_respelled_golds_are_accepted_and_mutated_ones_are_not():
     assert len(set().union(*map(respelled, GOLDS))) > 20 and len(set().union(*map(mutated, GOLDS))) > 40
-    for golds in (GOLDS, *math500("answer")):
+    lines = AIME.read_text().splitlines() if AIME.is_file() else []
+    aime = [str(json.loads(line)["answer"]) for line in lines]
+    for golds in (GOLDS, aime, *math500("answer")):
         for change, expected, tolerance in ((respelled, True, 0.005), (mutated, False, 0.002)):
             asked = [(x, gold) for gold in golds for x in sorted(change(gold))]
             verdicts = ev.grade_all([f"Answer: ${x}$" for x, _ in asked], [gold for _, gold in asked])
             wrong = [pair for pair, v in zip(asked, verdicts) if v.correct is not expected]
             assert len(wrong) <= tolerance * len(asked), wrong
+
+def test_the_id_that_ended_a_response_is_no_text():
+    """Whatever the tokenizer calls it. Of a truncated response nothing is dropped."""
+    tokenizer = make_tokenizer(["Answer: 7"], QWEN_TEMPLATE)
+    tokenizer.add_tokens(["[STOP]"])  # not special, so it is decoded as text
+    stop, ids = tokenizer.convert_tokens_to_ids("[STOP]"), tokenizer.encode("Answer: 7")
+    outputs = [(ids + end, None, finished) for end, finished in (
+        ([stop], True), ([tokenizer.eos_token_id], True), ([stop], False), ([stop, stop], True))]
+    jobs = [{"prompt": tokenizer.encode("7?"), "gold": "7"}] * len(outputs)
+    records = ev.make_records(tokenizer, jobs, outputs)
+    assert [r["response"] for r in records] == [
+        "Answer: 7", "Answer: 7", "Answer: 7[STOP]", "Answer: 7[STOP]"]
+    assert [r["correct"] for r in records] == [True, True, False, False]
+    assert [r["tokens"] for r in records] == [len(ids) + 1] * 3 + [len(ids) + 2]
 
 # ---------- benchmarks: the hub's own fields and layout in a local folder, through the same load_dataset call
 
