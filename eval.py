@@ -29,11 +29,13 @@ import dataclasses
 import fractions
 import functools
 import glob
+import gzip
 import hashlib
 import html
 import json
 import math
 import os
+import pickle
 import random
 import re
 import select
@@ -50,8 +52,28 @@ from typing import NamedTuple
 VERSION = 5  # of the grading rules and of the files written; runs of different versions are not compared
 
 # --------------------------------------------------------------------------------------------------- PROBLEMS
-# Reading problems and their answers from data, for both scripts. It is strict: otherwise the str() of a list, or
-# one turn of a conversation, would be trained on without a sign.
+# Reading problems and their answers from data, for both scripts. What is not text in a problem is refused with
+# its row's number: otherwise the str() of a list, or one turn of a conversation, would be trained on without a
+# sign. An answer that is no value is unknown and counted, because training needs no answers.
+# Names of fields are compared in lower case, with _ for a space.
+PROBLEM_FIELDS = "problem", "prompt", "question", "messages"  # the first one that is filled is the problem
+ANSWER_FIELDS = ("answer", "final_answer", "expected_answer", "correct_answer", "ground_truth", "solution",
+                 "reward_model")  # the first one that is filled has the answer, or it is unknown
+ID_FIELDS = "unique_id", "id", "level"
+# Fields that say which option is right: all that are filled must mean the same one
+GOLD_FIELD = (r"(final_|expected_)?answer|ground_truth|gold|cop|label|correct|(correct|right)_?(answer|option|index|"
+              r"letter)|answer_?(index|idx|letter|key|text|label|option)")
+WRONG_OPTION_FIELD = r"(incorrect|wrong)_answers?(_\d)?|distractors?_?\d?"
+# Fields without which the words of a filled problem are not all of it, and signs of that in the words
+MISSED_FIELD = (r"((decoded|question|problem|input)_)?(image|img|picture|figure|video|audio)s?(_?(\d+|path|url|file|"
+                r"base64|bytes))?|(option|choice)_?-?\d|body|passage|article")
+MISSED_IN_TEXT = r"(?i)!\[[^\]\n]*\]\([^)\n]+\)|<\|?(?:image|img|video|audio)[_ ]?(?:\d+|pad)?\|?>|\\includegraphics"
+OTHER_FORMAT = (r"####|\\boxed\b|</?answer>|(?i:last line of (your|the) (response|answer)|"
+                r"final answer (in|within|inside|after|as)\b)")
+OPTION_FIELDS = [[start + letter for letter in "abcdefghij"] for start in ("option_", "choice_", "answer_", "op", "")]
+READ_FIELD = re.compile("|".join([*PROBLEM_FIELDS, *ANSWER_FIELDS, *sum(OPTION_FIELDS, []), "options|choices|tools",
+                                  GOLD_FIELD, WRONG_OPTION_FIELD, MISSED_FIELD]))
+
 def say(text):
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
@@ -72,27 +94,126 @@ def load_json(text, where=""):
     with blaming(f"{where}expected a JSON object, found {text[:60]!r}"):
         return json.loads(text)
 
-def read_rows(source):  # (where, row) of every row of a file, a folder of files, a data set of the hub
-    name, config, split = [*([source] if Path(source).exists() else source.rsplit(":", 2)), "", ""][:3]
-    path = Path(name)
-    with blaming(f"{source}: expected a file .jsonl, .json, .csv, .parquet, a .gz of one, a folder of these, "
-                 "in the encoding UTF-8, or of the hub ID[:CONFIG[:SPLIT]], found"):
-        if path.suffix in (".jsonl", ".json", ".csv"):  # `datasets` would make 55 of 055, and shift columns
-            text = path.read_text("utf-8-sig")
-            lines = [line + "\n" for line in text.split("\n")]  # splitlines() also cuts at U+2028
-            parsed = (load_json(line, f"line {n}, ") for n, line in enumerate(lines, 1) if line.strip())
-            rows = csv.DictReader(lines, strict=True) if path.suffix == ".csv" else (
-                load_json(text) if text.lstrip().startswith("[") else parsed)
+@functools.cache
+def normal(field):
+    return field.lower().replace(" ", "_")
+
+@functools.cache
+def is_read(field):  # Does it decide what is trained on? Rows that agree in all such fields are repeats.
+    return READ_FIELD.fullmatch(normal(field)) is not None
+
+# ---------- files, folders and the hub
+KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # as `datasets` calls them
+
+def kind_of(path):  # x.csv.gz is a .csv
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+def read_rows(source, is_wanted=None):
+    """(where, row) of every row of a file, a folder of files or a data set of the hub. Of a table, fields for
+    which is_wanted(field) is false come as None."""
+    with blaming(f"{source}: expected a file .jsonl, .json, .csv (or a .gz of one) or .parquet, a folder of "
+                 "these, in the encoding UTF-8, or of the hub ID[:CONFIG[:SPLIT]], found"):
+        exists = os.path.exists(os.path.expanduser(source))  # then its colons are part of the name
+        parts = [source] if exists else source.rsplit(":", 2)
+        name, config, split = parts + [""] * (3 - len(parts))
+        path, split = Path(name).expanduser(), split or "train"
+        kind, files = kind_of(path), [path]
+        if path.is_dir() and name:
+            kind, files, arguments = open_folder(path, config, split)
+        elif path.is_file():
+            check(kind in KINDS, f"a file {path.suffix}")
+            arguments = dict(path="parquet", data_files=glob.escape(str(path.absolute())))
         else:
-            import datasets
-            kinds = {file.suffix for file in path.rglob("*")} & {".jsonl", ".csv", ".parquet"}
-            check(len(kinds) < 2, f"files {' and '.join(sorted(kinds))}; name one of them")
-            place = (str(path.parent), None, None, path.name) if path.is_file() else (name, config or None)
-            rows = datasets.load_dataset(*place, split=split or "train")
+            check(kind not in KINDS and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name),
+                  f"No such file or folder: {path}")
+            kind, arguments = "", dict(path=name, name=config or None)
+        if KINDS.get(kind) in ("json", "csv"):
+            rows = ((file, n, row) for file in files for n, row in enumerate(read_text(file), 1))
+        else:
+            rows = ((source, n, row) for n, row in enumerate(read_table(arguments, split, is_wanted), 1))
+        for file, n, row in rows:
+            yield f"{file}, row {n}", row
+
+def read_text(path):
+    """Rows of a .jsonl, .json or .csv or of a .gz of one. A .csv's values stay the texts that they are:
+    `datasets` would make 55 of 055, and let a row with too many cells shift the columns."""
+    csv.field_size_limit(1 << 30)
+    open_as = gzip.open if path.name.lower().endswith(".gz") else open
+    with open_as(path, "rt", encoding="utf-8-sig", newline="\n") as file:  # a line does not end at U+2028
+        is_array = file.read(4096).lstrip().startswith("[")
+        file.seek(0)
+        if kind_of(path) == ".csv":
+            rows = csv.DictReader(file, strict=True)
+        elif is_array:
+            rows = load_json(file.read())
+        else:
+            rows = (load_json(line, f"{path.name}, line {n}, ") for n, line in enumerate(file, 1) if line.strip())
         for n, row in enumerate(rows, 1):
             check(isinstance(row, dict) and None not in row,
                   f"in row {n} no JSON object, or more cells than columns: {str(row):.60}")
-            yield f"{source}, row {n}", row
+            yield {normal(field): value for field, value in row.items()}
+
+def open_folder(path, config, split):
+    """(kind, the split's files, arguments that load it) of a folder; splits and configurations are those that
+    `datasets` sees."""
+    import datasets
+    check(not any((path / name).exists() for name in ("state.json", "dataset_dict.json")),
+          "a dataset that was saved using `save_to_disk`; use its to_parquet or to_json instead")
+    files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+    kinds = {kind_of(file) for file in files if not any(part.startswith(".") for part in file.parts)}
+    kinds &= KINDS.keys()
+    if kinds & {".csv", ".parquet"}:
+        kinds.discard(".json")  # notes beside the data
+    check(len(kinds) == 1, f"files {' and '.join(sorted(kinds)) or 'of no such kind'}; name one of them")
+    kind, = kinds
+    arguments = dict(path=str(path), name=config or None)
+    if glob.has_magic(str(path)):  # brackets in its name
+        arguments = dict(path=KINDS[kind], data_dir=glob.escape(str(path.absolute())))
+    with in_one_line():
+        found = datasets.load_dataset_builder(**arguments).config.data_files or {}
+    name = split.partition("[")[0]
+    check(name in found, f"no split {name}, but {', '.join(map(str, found))}; name it: {path}::SPLIT")
+    return kind, [Path(file) for file in found[name] if kind_of(Path(file)) == kind], arguments
+
+def read_table(arguments, split, is_wanted):
+    """Rows of .parquet or the hub, in batches of Arrow's table: a tenth of the time of single rows."""
+    import datasets
+    with in_one_line():
+        table = datasets.load_dataset(**arguments, split=split)
+    table = table.rename_columns({field: normal(field) for field in table.column_names}).with_format("arrow")
+    unread = dict.fromkeys(field for field in table.column_names if is_wanted and not is_wanted(field))
+    table = table.remove_columns([*unread])
+    fields = table.column_names
+    for batch in table.iter(1000):
+        for values in zip(*(column.to_pylist() for column in batch.columns)):
+            yield unread | dict(zip(fields, values))
+
+@contextlib.contextmanager
+def in_one_line():
+    """`datasets` says that an error occurred, and why in later lines or in another error."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error).removeprefix("An error occurred while generating the dataset").strip()
+        text = text or f"{error.__cause__ or error!r}"
+        raise ValueError(" ".join(text.split())[:600]) from error
+
+# ---------- a row's problem
+def without_nulls(value):
+    """In Arrow's tables each tool has the others' parameters as null: such keys are absent."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+def is_filled(value):
+    if isinstance(value, (dict, list)):
+        return any(map(is_filled, value.values() if isinstance(value, dict) else value))
+    return bool(value) and value == value and str(value).strip() not in ("", "[]", "{}")  # NaN: not itself
+
+def is_turn(message):
+    return isinstance(message, dict) and isinstance(message.get("role"), str) and (
+        isinstance(message.get("content"), str)
+        or message["role"] == "assistant" and bool(message.get("tool_calls")))
 
 def as_problem(value, prefix="", suffix=""):
     """A text, or messages if there are several, without the prefix and suffix that the prompts will put around
@@ -100,9 +221,7 @@ def as_problem(value, prefix="", suffix=""):
     if isinstance(value, str):
         is_chat = re.fullmatch(r"(?s)\[?\s*\{.*[\"'](role|from)[\"']\s*:.*\}\s*\]?", value.strip())
         value = load_json(value) if is_chat else [{"role": "user", "content": value}]
-    value = [] if value is None else value
-    is_turn = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and (
-        isinstance(m.get("content"), str) or m["role"] == "assistant" and m.get("tool_calls"))
+    value = [] if value is None or value != value else without_nulls(value)
     check(isinstance(value, list) and all(map(is_turn, value)),
           f"expected a text, or messages with the texts role and content, found {value!r:.60}")
     json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
@@ -116,38 +235,38 @@ def as_problem(value, prefix="", suffix=""):
         value = edit_last_user(value, bare)
     return value[0]["content"] if len(value) == 1 else value
 
-def read_problem(row, where, prefix="", suffix=""):
-    """(field, problem, tools): {"prompt": prefix + "1+1?" + suffix} gives ("prompt", "1+1?", None)."""
-    unread = [name for name in row if re.fullmatch("(image|video|audio|option|choice)s?", name) and row[name]]
-    check(not unread, f"{where}: expected a problem in words, found {', '.join(unread)}; take such rows out")
-    for name in ("problem", "prompt", "question"):
-        with blaming(f"{where}, field {name}"):
-            if problem := as_problem(row.get(name), prefix, suffix):
-                tools = row.get("tools") or None
-                return name, problem, load_json(tools) if isinstance(tools, str) else tools
-    raise ValueError(f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
-
-def read_problems(source, prefix="", suffix=""):
-    """[dict(problem, tools, answer, row, number)], each problem once, with its first known answer."""
-    say(f"reading {source} ...")
-    found, fields, read, others, number = {}, {}, {}, 0, 0
-    for number, (where, row) in enumerate(read_rows(source), 1):
-        row, answer_field, answer = read_answer(row, where)
-        field, problem, tools = read_problem(row, where, prefix, suffix)
-        first = found.setdefault(json.dumps([problem, tools]), dict(
-            problem=problem, tools=tools, answer=answer, row=row, number=number))
-        others += None not in (first["answer"], answer) and first["answer"] != answer
-        first["answer"] = first["answer"] or answer
-        fields, read = fields | dict.fromkeys(row), read | {field: "problem", answer_field: "answer"}
-    unknown = sum(p["answer"] is None for p in found.values())
-    uses = ", ".join(f"{name} as {use}" for name, use in read.items() if name)
-    say(f"{source}: {number} rows, {len(found)} problems, {unknown} without a known answer, {others} again "
-        f"with another; read: {uses}; not read: {', '.join(name for name in fields if name not in read)}")
-    return list(found.values())
-
 def edit_last_user(messages, edit):
     last = max(i for i, message in enumerate(messages) if message["role"] == "user")
     return [m | {"content": edit(m["content"])} if i == last else m for i, m in enumerate(messages)]
+
+class NotInWords(ValueError):
+    """A part of the problem is in a picture or in another field."""
+
+def read_problem(row, where, prefix="", suffix=""):
+    """(field, problem, tools): {"prompt": prefix + "1+1?" + suffix} gives ("prompt", "1+1?", None)."""
+    for field in PROBLEM_FIELDS:
+        with blaming(f"{where}, field {field}"):
+            problem = as_problem(row.get(field), prefix, suffix)
+        if problem:
+            break
+    missed = [name for name in row if re.fullmatch(MISSED_FIELD, name) and is_filled(row[name])]
+    missed += [found[0] for found in re.finditer(MISSED_IN_TEXT, str(problem))]
+    if missed:
+        raise NotInWords(f"{where}: expected a problem in words, found {', '.join(missed)}; take such rows out")
+    check(problem, f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
+    with blaming(f"{where}, field tools"):
+        tools = without_nulls(row.get("tools")) or None
+        return field, problem, load_json(tools) if isinstance(tools, str) else tools
+
+# ---------- a row's answer
+# A gold that is no value: nothing is known by it, nor by the fields after it.
+SENTINEL = re.compile(r"(?is)(?:see )?(?:the )?(?:proof|solution|above|below)\.?|proof\b.*|(?:answer )?not ?"
+                      r"(?:found|available|provided|given)\.?|n/?a|nan|none\.?|null|unknown\.?|no answer\.?|"
+                      r"tbd|todo|[-?]+|(?:assert|def|import|from|class) .*")
+# A sentence ends here, but not behind St., Dr., U.S., a.m. or approx.
+SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\b[A-Z]\w)(?<!\b[A-Z]\w\w)(?<!\b[A-Z]\w{3})(?<!\b\w\.\w)"
+                          r"(?<!\bapprox)(?<!\b(?:vs|cf|ca))[.!?]\s+(?=[A-Z\\$(])|[。！？]")
+PLAIN_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|[\u3040-\u9fff]")
 
 def as_text(value):  # of a text, number or boolean; "" if it is missing or blank
     check(isinstance(value, (str, int, float, type(None))), f"expected a text, found {value!r:.60}")
@@ -155,61 +274,182 @@ def as_text(value):  # of a text, number or boolean; "" if it is missing or blan
         return ""
     return format(Decimal(str(value)), "f") if isinstance(value, float) else str(value).strip()
 
-# A gold that is no value: nothing is known by it. A text of several sentences is a proof
-NO_VALUE = re.compile(r"(?i:(?:see )?(?:the )?proof|not ?found|n/?a|nan|none|null|unknown)\.?|"
-                      r"(?s:.*[a-z)}$][.!?]\s+[A-Z][a-z ].*)")
+def gold_text(value):
+    """(text, why there is none) of a gold. It comes after GSM8K's ####, in a solution's last box, or is all of
+    it; of ["2"] and '["2"]' it is 2. Test cases are no text."""
+    if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"]; not [0, 1)
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+        value = None if value == "" else [] if isinstance(value, str) else value
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if not isinstance(value, (str, int, float, type(None))):
+        return "", f"{value!r:.40} is no text"
+    text = as_text(value)
+    return last_box(text)[1] or text.rpartition("####")[2].strip(), ""
 
-def read_answer(row, where):
-    """(row, field, known answer) of a row of data, the row with its options lettered. The answer comes after
-    GSM8K's ####, in a solution's last box, or is all of the field; None, as the field, if none is a value.
-    {"reward_model": {"ground_truth": 2}} has ("reward_model", "2")."""
-    row = letter_options(row, where)
-    for field in ("answer", "final_answer", "expected_answer", "solution", "reward_model"):
-        with blaming(f"{where}, field {field}"):
-            value = row.get(field)
-            if field == "reward_model":
-                value = load_json(value) if value and isinstance(value, str) else value or {}
-                check(isinstance(value, dict), f"expected an object with ground_truth, found {value!r:.60}")
-                value = value.get("ground_truth")
-            if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"]; not [0, 1)
-                value = load_json(value)
-            text = as_text(value[0] if isinstance(value, list) and len(value) == 1 else value)
-        value = last_box(text)[1] or text.rpartition("####")[2].strip()
-        unmarked = field == "solution" and value == text and " " in text  # its last words may be any step's
-        if value and not unmarked and not NO_VALUE.fullmatch(value):
-            return row, field, value
-    return row, None, None
+def why_no_value(text):
+    """Why a gold's text is no value, or "". Several sentences, or more than 25 words, are a proof."""
+    words = len(PLAIN_WORD.findall(text))
+    if SENTINEL.fullmatch(text):
+        return f"{text[:40]!r} is no value"
+    return f"{text[:40]!r} is a text of {words} words" if words > 25 or (
+        words >= 5 and SENTENCE_END.search(text)) else ""
 
-LETTERS = "ABCDEFGHIJ"
+def read_answer(row):
+    """(field, known answer, "") of a row, or (None, None, why it has none). A solution in words, without a box
+    or ####, is passed over. {"reward_model": {"ground_truth": 2}} gives ("reward_model", "2", "")."""
+    for field in ANSWER_FIELDS:
+        value = row.get(field)
+        if field == "reward_model" and value:
+            with contextlib.suppress(ValueError):
+                value = json.loads(value) if isinstance(value, str) else value
+            if not isinstance(value, dict):
+                return None, None, f"{field}: {value!r:.40} has no ground_truth"
+            value = value.get("ground_truth")
+        text, why = gold_text(value)
+        if (text or why) and not (field == "solution" and " " in text and text == str(value).strip()):
+            why = why or why_no_value(text)
+            return (None, None, f"{field}: {why}") if why else (field, text, "")
+    return None, None, "no answer"
 
-def letter_options(row, where):
-    """A row as it is or, of a multiple choice, one whose problem has the options lettered and whose answer is
-    a letter. As in MMLU and MMLU-Pro (the gold is an index or a letter), or in GPQA."""
-    options, gold = row.get("options") or row.get("choices"), row.get("answer")
-    if row.get("Correct Answer") is not None:  # GPQA
-        options, gold = [row["Correct Answer"], *(row.get(f"Incorrect Answer {i}") for i in (1, 2, 3))], 0
+# ---------- questions with options
+# The options keep their order and their letters, because some refer to others ("Both A and B"). Only where the
+# fields themselves tell the right option from the wrong ones, as GPQA's do, they are shuffled.
+LETTERS = [*"ABCDEFGHIJ"]
+
+def read_options(row):
+    """(fields, labels, options, are they shuffled) of a question with options. Without: no options."""
+    for field in ("options", "choices"):
+        if row.get(field):
+            found = load_json(row[field]) if isinstance(row[field], str) else row[field]
+            if isinstance(found, dict) and "text" in found:  # ARC
+                return [field], [*map(str, found["label"])], found["text"], False
+            if isinstance(found, dict):  # MedQA
+                found = [found[letter] for letter in sorted(found) if found[letter] is not None]
+            check(isinstance(found, list), f"expected a list of options, found {found!r:.60}")
+            return [field], LETTERS, found, False
+    for fields in OPTION_FIELDS:
+        fields = [field for field in fields if is_filled(row.get(field))]
+        if len(fields) >= 4 or len(fields) >= 2 and len(fields[0]) > 1:  # a, b alone may be anything
+            return fields, LETTERS, [row[field] for field in fields], False
+    wrong = [field for field in sorted(row) if re.fullmatch(WRONG_OPTION_FIELD, field)]
+    if wrong and is_filled(row.get("correct_answer")):
+        options = [row["correct_answer"]]
+        for field in wrong:
+            options += row[field] if isinstance(row[field], list) else [row[field]]
+        return ["correct_answer", *wrong], LETTERS, options, True
+    return [], LETTERS, [], False
+
+def places_of(gold, labels, options):
+    """Places of the options that a gold may mean. A number is a label, or a place from 0. A text is an option,
+    a label, both, or a place: 2, "Paris", "(C)", "C. Paris" and "2"."""
+    places = labels if labels[0].isdigit() else [str(place) for place in range(len(options))]
+    text = gold_text(gold)[0]
+    if isinstance(gold, (int, float)) and text.removesuffix(".0") in places:
+        return [places.index(text.removesuffix(".0"))]
+    bare = [option.strip("()[]. :").lower() for option in (text, *options)]
+    for wanted, among in ((text, options), (bare[0], bare[1:])):
+        if wanted in among:
+            return [place for place, option in enumerate(among) if option == wanted]
+    label, rest = re.fullmatch(r"(?s)(?:(?:option|choice|answer) )?(\w)(?:[).:]+\s*(.+))?|.*", bare[0]).groups()
+    for names in (labels, places):
+        if label and label.upper() in names[:len(options)]:
+            place = names.index(label.upper())
+            return [place] if rest in (None, bare[1 + place]) else []
+    return []
+
+def find_gold(row, labels, options):
+    """(fields that say which option is right, its place, "") or (fields, None, why it is unknown)."""
+    fields = [field for field in row if re.fullmatch(GOLD_FIELD, field) and row[field] not in (None, "", [])]
+    places = [*range(len(options))] if fields else [None]
+    for field in fields:
+        found, (text, why) = places_of(row[field], labels, options), gold_text(row[field])
+        if not found and (why or text in ("", "-1") or SENTINEL.fullmatch(text)):
+            return fields, None, f"{field}: {why or repr(text)} is no value"
+        check(found, f"expected as {field} the letter, text or place of an option, found {row[field]!r:.60}")
+        places = [place for place in places if place in found]
+        check(places, "expected fields that mean the same option, found "
+              + ", ".join(f"{name} {row[name]!r:.40}" for name in fields))
+    return fields, places[0], "" if fields else "no answer"
+
+def letter_options(row, problem, question):
+    """(problem with its options lettered, letter of the right one or None, why that is unknown, fields of the
+    options, of the answer). The question's text decides how options are shuffled."""
+    fields, labels, options, shuffled = read_options(row)
+    options = [as_text(option) for option in options]
+    padding = ("", "N/A") if options.count("N/A") > 1 else ("",)
+    while options and options[-1] in padding:  # as MMLU-Pro's
+        options.pop()
     if not options:
-        return row
-    with blaming(f"{where}, a question with choices"):
-        options = load_json(options) if isinstance(options, str) else options
-        field = next((name for name in ("problem", "prompt", "question", "Question") if row.get(name)), None)
-        check(field and isinstance(options, list) and 1 < len(options) <= len(LETTERS)
-              and all(isinstance(text, str) and text.strip() for text in (row[field], *options)),
-              f"expected a question and two to ten texts to choose from, found {field}, {options!r:.80}")
-        order = list(range(len(options)))
-        random.Random(digest(row[field])).shuffle(order)  # GPQA lists the correct answer first
-        lines = [row[field].strip(), "", "Answer with the letter of the correct option.",
-                 *(f"({letter}) {options[i].strip()}" for letter, i in zip(LETTERS, order))]
-        answer = as_text(gold) and LETTERS[order.index(place_of(gold, options))]
-    rest = {name: value for name, value in row.items() if name not in ("options", "choices", "Question")}
-    return rest | {field.lower(): "\n".join(lines), "answer": answer}
+        return problem, None, "", [], []
+    check(1 < len(options) <= len(LETTERS) and all(options),
+          f"expected a question and two to ten texts to choose from, found {options!r:.80}")
+    golds, place, why = ([], 0, "") if shuffled else find_gold(row, labels, options)
+    order = list(range(len(options)))
+    if shuffled:
+        random.Random(digest(question)).shuffle(order)
+    lines = ["", "Answer with the letter of the correct option."]
+    lines += [f"({letter}) {options[i]}" for letter, i in zip(LETTERS, order)]
 
-def place_of(gold, options):  # of the right option, which `gold` names by letter, text or, from 0, place
-    places = [str(place) for place in range(len(options))]
-    names = places if isinstance(gold, int) else [*LETTERS[:len(options)], *options, *places]
-    text = as_text(gold).strip("(). ")
-    check(text in names, f"expected as answer the letter or the place of an option, found {gold!r}")
-    return names.index(text) % len(options)
+    def lettered(text):
+        return "\n".join([text.strip(), *lines])
+    problem = lettered(problem) if isinstance(problem, str) else edit_last_user(problem, lettered)
+    return problem, None if place is None else LETTERS[order.index(place)], why, fields, golds
+
+# ---------- all rows
+def read_row(row, where, prefix="", suffix=""):
+    """dict(problem, tools, answer) of a row, why it has no answer, {field: what it is read as}."""
+    field, problem, tools = read_problem(row, where, prefix, suffix)
+    with blaming(f"{where}, a question with choices"):
+        problem, answer, why, options, golds = letter_options(row, problem, row[field])
+    if not options:
+        gold, answer, why = read_answer(row)
+        golds = [gold] if gold else []
+    uses = {field: "problem"} | dict.fromkeys(options, "options") | dict.fromkeys(golds, "answer")
+    return dict(problem=problem, tools=tools, answer=answer), why, uses | ({"tools": "tools"} if tools else {})
+
+def read_problems(source, prefix="", suffix=""):
+    """[dict(problem, tools, answer, ids, number)], each problem once, with its first known answer. A row that
+    says nothing new is skipped before it is parsed: DAPO repeats each of its 17,000 problems a hundred times."""
+    say(f"reading {source} ...")
+    found, fields, uses, reasons, seen, missed, formats = {}, {}, {}, {}, set(), [], []
+    number = others = 0
+
+    def is_wanted(field):
+        return is_read(field) or normal(field) in ID_FIELDS
+    for number, (where, row) in enumerate(read_rows(source, is_wanted), 1):
+        fields.update(row)
+        row_hash = hash(pickle.dumps([(field, row[field]) for field in row if is_read(field)]))
+        if row_hash in seen:  # of two million rows two have the same by chance once in ten million runs
+            continue
+        seen.add(row_hash)
+        try:
+            problem, why, used = read_row(row, where, prefix, suffix)
+        except NotInWords as error:
+            missed.append(error)
+            continue
+        uses |= used
+        key = json.dumps([problem["problem"], problem["tools"]])
+        if key not in found:
+            ids = {name: row.get(name) for name in ID_FIELDS}
+            found[key], reasons[key] = problem | dict(ids=ids, number=number), f"{where}, {why}"
+            if (prefix or suffix) and re.search(OTHER_FORMAT, str(problem["problem"])):
+                formats.append(where)
+        elif problem["answer"] is not None:
+            others += found[key]["answer"] not in (None, problem["answer"])
+            if found[key]["answer"] is None:
+                found[key]["answer"] = problem["answer"]
+    check(not missed, f"{' '.join(map(str, missed[:1]))} ({len(missed)} of {number} rows, repeats aside)")
+    unknown = [reasons[key] for key in found if found[key]["answer"] is None]
+    say(f"{source}: {number} rows, {len(found)} problems, {len(unknown)} without a known answer, {others} again "
+        f"with another; {number - len(found)} rows were repeats; "
+        f"{''.join(f'the first without an answer: {reason}; ' for reason in unknown[:1])}"
+        + f"read: {', '.join(f'{name} as {use}' for name, use in uses.items())}; "
+        f"not read: {', '.join(name for name in fields if name not in uses)}")
+    if formats:
+        say(f"{len(formats)} prompts ask for a format of their own ({formats[0]} is the first), and get that of "
+            "--wrapper math too; --wrapper none takes them as they are")
+    return list(found.values())
 
 # ---------------------------------------------------------------------------------------------------- GRADING
 # First half: find the answer. All is linear in the text: a megabyte of brackets must not hang.
@@ -629,16 +869,15 @@ def load_problems(source, wrapper="math"):
         blamed = blaming(f"benchmark {name} (if gated, accept its terms on its hub page; offline a "
                                  f"copy: {name}=DIR)")
     with blamed:
-        check(re.search("[./]", source) or Path(source).exists(),
+        check(re.search("[./]", source) or Path(source.partition(":")[0]).exists(),
               f"{source}: expected {', '.join(BENCHMARKS)}, a file, a folder or a hub ID")
         problems = [p for p in read_problems(source, *opsdc.WRAPPERS[wrapper]) if p["answer"] is not None]
         check(problems, f"{source}: expected a field answer, final_answer or solution, found none")
         for p in problems:
-            row = p.pop("row")
+            ids = p.pop("ids")
             with blaming(f"{source}, row {p['number']}, unique_id, id or level"):
-                level = row.get("level")
-                p["level"] = level if isinstance(level, int) else as_text(level) or None
-                p["id"] = as_text(row.get("unique_id")) or as_text(row.get("id")) or str(p["number"] - 1)
+                p["level"] = ids["level"] if isinstance(ids["level"], int) else as_text(ids["level"]) or None
+                p["id"] = as_text(ids["unique_id"]) or as_text(ids["id"]) or str(p["number"] - 1)
     often = collections.Counter(p["id"] for p in problems)
     for p in problems:
         p["id"] += f", row {p.pop('number')}" * (often[p["id"]] > 1)
@@ -1018,8 +1257,9 @@ def prepare(args):  # all checks -> base, {benchmark: jobs}, settings, folder, {
     for source in [args.data] if args.data else args.benchmarks.replace(" ", "").split(","):
         name = Path(source.partition("=")[0]).stem
         name += f"-{len(jobs) + 1}" * (name in jobs)  # two sources of one name are two
-        jobs[name] = make_jobs(base.tokenizer, load_problems(source, args.wrapper), args.samples, args.seed,
-                               args.instruction, args.thinking, args.wrapper)
+        problems = opsdc.from_rank_0(load_problems, source, args.wrapper)
+        jobs[name] = make_jobs(base.tokenizer, problems, args.samples, args.seed, args.instruction,
+                               args.thinking, args.wrapper)
     prompts = [(job["prompt"], job["id"]) for those in jobs.values() for job in those]
     opsdc.check_ids(base, [prompt for prompt, _ in prompts])
     say(f"the first prompt:\n{base.tokenizer.decode(prompts[0][0])}")

@@ -865,7 +865,16 @@ def claim_folder(out, resume, mark):  # new, empty or a run's, for this process 
         # the mark is a file, locked and never closed: the lock ends with the process
         fcntl.flock(os.open(out / mark, os.O_CREAT | os.O_WRONLY, 0o666), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-def load_problems(cfg, base, instruction):  # in the data's order, once each, without those of long prompts
+def from_rank_0(function, *arguments):
+    """What function(*arguments) returns on rank 0, on every rank: the others wait for it."""
+    found = [function(*arguments) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+def load_problems(cfg, base, instruction):  # rank 0 reads them and makes their prompts; all ranks get them
+    return from_rank_0(read_problems, cfg, base, instruction)
+
+def read_problems(cfg, base, instruction):  # in the data's order, once each, without those of long prompts
     prompt = partial(prompt_ids, base.tokenizer, thinking=cfg.thinking, wrapper=cfg.wrapper)
     problems = [Problem(p["problem"], p["answer"], prompt(p["problem"], tools=p["tools"]),
                         prompt(p["problem"], instruction, tools=p["tools"]))
