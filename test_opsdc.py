@@ -557,7 +557,8 @@ FORKS = {
          "    if dist.get_rank() == 0:\n"
          "        wandb.init(project=\"opsdc\", config=asdict(cfg))\n"
          "    engine = RolloutEngine(base, cfg)"),
-        ("    say(\"  \".join(", "    wandb.log(metrics, step=metrics[\"step\"])\n    say(\"  \".join("),
+        ("    evaluator.say(\"  \".join(",
+         "    wandb.log(metrics, step=metrics[\"step\"])\n    evaluator.say(\"  \".join("),
         ("    os._exit(status)", "    wandb.finish(status)\n    os._exit(status)")],
     # every tenth step the weights before it on a benchmark, by level
     "validate": [
@@ -1702,12 +1703,13 @@ def whole_run(folder):
 @beside()
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(folder):
     model, data, whole = whole_run(folder)
-    done = in_fork(die, "fsync", *small_run(model, data, folder / "out"))
+    done = in_fork(die, "fsync", *small_run(model, data, folder / "out", export_every=2))
     assert done.returncode == -signal.SIGKILL, done.stdout[-5000:]
     assert len(metrics_of(folder / "out")) == 4 and not (folder / "out/checkpoint-4").exists()
     with open(folder / "out/metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # what a kill in the middle of a line leaves
-    arguments = small_run(model, data, folder / "out", resume=True)
+    assert (folder / "out/model-2").exists() and not (folder / "out/model-4").exists()
+    arguments = small_run(model, data, folder / "out", resume=True, export_every=3)
     done = in_fork(leave, "export", folder / "left", *arguments)
     assert done.returncode == 0, done.stdout[-5000:]
     assert (folder / "left").exists() and not (folder / "destroyed").exists()  # nor does a normal end wait
@@ -1715,8 +1717,12 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(folder):
                                                   strict=True))
     assert [line["teacher_age"] for line in metrics_of(whole)] == [0, 1, 0, 1, 0, 1]
     assert sorted(p.name for p in (folder / "out").glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
-    a, b = (AutoModelForCausalLM.from_pretrained(x / "model").state_dict() for x in (whole, folder / "out"))
+    names = whole / "model", folder / "out/model", folder / "out/model-6", folder / "out/model-2"
+    a, b, c, d = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in names)
     assert all(torch.equal(a[name], b[name]) and a[name].dtype == torch.bfloat16 for name in a)
+    assert all(torch.equal(a[name], c[name]) for name in a) and not all(torch.equal(a[name], d[name]) for name in a)
+    assert [p.name for p in sorted((folder / "out").glob("model*"))] == ["model", "model-2", "model-6"]
+    assert "--resume: export_every 2 -> 3\n" in done.stdout and "each of 3 exports " in done.stdout
 
 @beside()
 def test_conversations_as_they_are_that_are_never_right_then_more_steps_than_asked_for(folder):
@@ -1851,8 +1857,8 @@ def test_rank_killed_while_saving_then_a_damaged_checkpoint_and_a_full_disk(fold
     done = in_fork(script, "opsdc.py", *small_run(model, data, out, save_every=3, resume=True))
     assert "checkpoint-2, which is not whole: " in done.stdout and "1 steps are done" in done.stdout
     assert done.returncode == 1
-    left = sorted(path.name for path in out.glob("checkpoint-*"))
-    assert left == ["checkpoint-1", "checkpoint-2", "checkpoint-best"]
+    left = sorted(path.name.partition("-1")[0] for path in out.glob("*checkpoint-*"))
+    assert left == ["checkpoint", "checkpoint-best", "damaged-checkpoint-2"]
     same_losses(whole, out, 3)
 
 def nan(*arguments):
@@ -1961,7 +1967,7 @@ def folder_with(directory, *names):
 
 WRONG_NUMBERS = {"steps": "0 -1", "batch_size": "0 -32", "lr": "-0.1 nan inf", "weight_decay": "-0.1 nan",
               "clip": "-1 inf", "temperature": "-1 nan", "max_prompt_tokens": "0", "refresh_every": "-1",
-              "vllm_tp": "0", "vllm_memory": "0 -0.5 nan", "save_every": "0", "seed": "-1"}
+              "vllm_tp": "0", "vllm_memory": "0 -0.5 nan", "save_every": "0", "export_every": "-1", "seed": "-1"}
 BAD_INPUT = {
     "model": (lambda d, good: dict(model=d / "nowhere"),
               "--model .*nowhere: expected a folder with a chat model, or the id .* found: "),
@@ -1990,8 +1996,10 @@ BAD_INPUT = {
     "no text": (lambda d, good: text_file(d, b" \n"), "--instruction @.*c.txt: expected v1, .* found ''"),
     "latin-1": (lambda d, good: text_file(d, "sois pr\u00e9cis".encode("latin-1")),
                 "--instruction @.* encoding UTF-8"),
-    "another's things": (lambda d, good: folder_with(d, "model", "tmp-theirs"),
-                         "--out .*theirs: expected a new or empty folder .* found: .*model.*tmp-theirs"),
+    "another's things": (lambda d, good: folder_with(d, "model", "tmp-theirs", "unfinished"),
+                         "--out .*theirs: expected a new or empty folder .* found: model, unfinished$"),
+    "another's settings": (lambda d, good: folder_with(d, "config.json", "resume") | dict(resume=True),
+                           "--out .*theirs: expected a new or empty folder .* found: config.json$"),
     "nothing to resume": (lambda d, good: folder_with(d, "checkpoint-1") | dict(resume=True),
                           "--out .*theirs: expected a new or empty folder .* found: .*checkpoint-1"),
     "the model's folder": (lambda d, good: dict(out=good["model"]), "--out .*: expected a new or empty"),
@@ -2094,7 +2102,7 @@ def test_too_old_a_driver_is_named(good, one_rank, monkeypatch):
     assert "no GPU is seen: expected a driver R580" in refusal(
         lambda: opsdc.prepare(opsdc.Config(**good)))
 
-def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch, capsys):
     """What may be spelled another way, and what may not."""
     out, model = tmp_path / "out", Path(shutil.copytree(good["model"], tmp_path / "m"))
     settings = dict(good) | dict(model=str(model), out=str(out), batch_size=8)
@@ -2103,9 +2111,18 @@ def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
     second = refusal(lambda: prepare(resume=True))  # the first is at work: this process
     assert "where no other process is at work, found: " in second
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    prepare(batch_size=8, resume=True)  # it died before its first checkpoint
+    (out / "log.txt").write_text("by tee")
+    (out / "lost+found").mkdir()
+    prepare()  # it died before its first checkpoint
+    for name in ("checkpoint-1", "model-50"):
+        (out / name).mkdir()
+        assert f"expected a new or empty folder or, with --resume, a run's, where no other process is at " \
+               f"work, found: {name}" in refusal(prepare)
+        prepare(resume=True)
+        if name == "checkpoint-1":
+            (out / name).rmdir()
     (out / "checkpoint-1").mkdir()
-    assert "expected a new or empty folder or, with --resume, a run's" in refusal(prepare)
+    assert (out / "log.txt").exists() and (out / "lost+found").exists()
     settings |= dict(resume=True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(model)
@@ -2121,8 +2138,22 @@ def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
     for change, name in ((broken_data(tmp_path, '{"problem": "x"}\n'), "problems"), (dict(seed=5), "seed"),
                          (dict(model="copy"), "weights"), (dict(instruction="v2"), "instruction"),
                          (dict(wrapper="none"), "wrapper"), (dict(batch_size=4), "batch_size"),
-                         (dict(thinking=False), "thinking"), (dict(refresh_every=3), "refresh_every")):
+                         (dict(thinking=False), "thinking"), (dict(refresh_every=3), "refresh_every"),
+                         (dict(temperature=0.5), "temperature"), (dict(max_response_tokens=25),
+                                                                  "max_response_tokens")):
         assert f"{out}/config.json: {name} is " in refusal(lambda: prepare(**change))
+    capsys.readouterr()
+    prepare(clip=0.5, loss_chunk=7, vllm_memory=0.4)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--resume: ")]
+    assert said[1:] == ["--resume: clip 1.0 -> 0.5", f"--resume: loss_chunk {opsdc.Config.loss_chunk} -> 7",
+                        "--resume: vllm_memory 0.5 -> 0.4"] and "--resume: data " in said[0]
+    prepare()
+    older = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({k: v for k, v in older.items() if k not in ("keep", "lr")}))
+    assert "keep is 'all', not 'correct'" in refusal(lambda: prepare(keep="correct"))
+    capsys.readouterr()
+    prepare(lr=5e-6)
+    assert "--resume: lr 1e-06 -> 5e-06\n" in capsys.readouterr().out
     (model / "chat_template.jinja").write_text(QWEN_TEMPLATE + " ")
     assert "config.json: template is " in refusal(prepare)
     for text in ("", "[1"):
@@ -2142,7 +2173,7 @@ def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, cap
     said = capsys.readouterr().out
     for text in ("8 rows, 5 problems, 2 without a known answer, 1 again with another;", "problem as problem",
                  "answer as answer", "not read: note", "4 of 5 problems have prompts of at most 512 tokens",
-                 "the first teacher's prompt:\n<", "each of 3 checkpoints takes ",
+                 "the first teacher's prompt:\n<", "each of 3 checkpoints takes ", "each of 1 exports ",
                  "Solve the following math problem correctly using 20% fewer tokens"):
         assert text in said, text
 
@@ -2978,7 +3009,7 @@ def test_eval_end_to_end_killed_resumed_compared(folder):
     assert untouched == (file.read_bytes(), (base / "summary.json").read_bytes())
 
 EVAL_RANGES = {"samples": "0 -1", "max-tokens": "0", "temperature": "-1 nan", "top-p": "0 -1",
-               "top-k": "-5", "seed": "-1", "vllm-tp": "0", "block": "0"}
+               "top-k": "-5", "seed": "-1", "vllm-tp": "0", "vllm-memory": "0 -1", "block": "0"}
 BAD_EVALUATION = {
     "benchmark": (lambda d, good: dict(data="", benchmarks="math501"), "math501: expected math500, .*aime25"),
     "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl: .* No such file"),
@@ -3019,6 +3050,8 @@ def test_bad_evaluation_is_refused_before_the_engine_starts(case, good, refused_
 def test_an_evaluation_keeps_its_folder(good, one_rank, tmp_path, monkeypatch):
     out = tmp_path / "out"
     prepare = lambda out=out, **change: ev.prepare(ev.parse_args(evaluation(good, out, **change))[0])
+    *_, cfg = prepare(out=tmp_path / "other", **{"vllm-memory": 0.3})
+    assert cfg.vllm_memory == 0.3
     settings = prepare()[2]
     assert "where no other process is at work, found: " in refusal(prepare)  # the first is: this process
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
