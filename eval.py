@@ -26,6 +26,7 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import fractions
 import functools
 import glob
@@ -44,6 +45,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import unicodedata
 from decimal import Decimal
 from pathlib import Path
@@ -88,7 +90,55 @@ def blaming(where):
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{where}: {str(error).strip() or repr(error)}".partition("\n")[0]) from None
+        raise ValueError(f"{where}: {str(error).strip() or repr(error)}".partition("\n")[0]) from error
+
+def explain(error):
+    """Why a command failed: a line for what the user can mend before the engine starts, else a traceback. A
+    NameError of this code or of a fork keeps its traceback, though `blaming` names an input for it."""
+    cause = error
+    while isinstance(cause, (ValueError, OSError)) and cause.__cause__:
+        cause = cause.__cause__
+    frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+    ours = frames and frames[-1].f_globals["__name__"] in ("__main__", "opsdc", "eval")  # no library's
+    if isinstance(error, SystemExit):
+        print(error)
+    elif isinstance(error, (ValueError, OSError)) and "vllm" not in sys.modules and (
+            not ours or isinstance(cause, (ValueError, OSError))):
+        print("error: " + " ".join(str(error).split()))
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
+
+def refuse_words(message):  # in place of argparse's usage, which every rank would print
+    raise ValueError(f"{message}; see --help")
+
+def claim_folder(out, mark, files, results=""):
+    """For this group of processes alone, until it ends. The file `mark` tells a run's folder. Without it
+    nothing may be there that matches `files`, the run's own names; with it, nothing that matches `results`.
+    Other things may be there."""
+    from torch import distributed as dist
+    token = [os.urandom(8).hex()]  # rank 0 writes its own into the mark, where all ranks must see it
+    if dist.get_rank() == 0:
+        with blaming(f"--out {out}: expected a new or empty folder or, with --resume, a run's, where no other "
+                     "process is at work, found"):
+            out.mkdir(parents=True, exist_ok=True)
+            names = sorted(path.name for path in out.iterdir())
+            check(out.name, "the present folder")
+            taken = [name for name in names if re.fullmatch(results if mark in names else files, name)]
+            check(not taken, ", ".join(taken[:4]))
+            file = os.open(out / mark, os.O_CREAT | os.O_RDWR, 0o666)  # never closed: locked until we end
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                say(f"warning: {out} cannot be locked ({error.strerror}); start no other command there")
+            os.ftruncate(file, 0)
+            os.write(file, token[0].encode())
+            os.fsync(file)
+    dist.broadcast_object_list(token)
+    with blaming(f"--out {out}: expected one folder that all nodes share; rank {dist.get_rank()} does not see "
+                 f"what rank 0 wrote to {mark} there, but"):
+        check((out / mark).read_text() == token[0], "another text")
 
 def load_json(text, where=""):
     with blaming(f"{where}expected a JSON object, found {text[:60]!r}"):
@@ -1050,7 +1100,7 @@ def compare(args):
         print(markdown(header, rows), end="\n\n")
     print(f"Base: {base_dir}. In brackets: 95 % paired bootstrap intervals over problems.")
     if args.plot:
-        plot_compare(args.plot, contrasts)
+        plot_compare(args.plot, args.directories, contrasts)
         print(f"wrote {args.plot}")
 
 # --------------------------------------------------------------------------------------------------- PICTURES
@@ -1059,17 +1109,23 @@ def pyplot():
     pyplot.switch_backend("Agg")  # a file, no screen
     return pyplot
 
-def plot_compare(path, contrasts):  # a line from the base to each run, thin ones by level; 95 % error bars
-    figure, ax = pyplot().subplots(figsize=(8, 6), layout="constrained")
-    for i, ((name, label), parts) in enumerate(contrasts.items()):
-        for level, *runs, _ in parts:
+def plot_compare(path, directories, contrasts):
+    """A line from the base through the runs in their order, each with its name; thin ones by level."""
+    figure, ax = pyplot().subplots(figsize=(9, 6), layout="constrained")
+    names = [Path(directory).name for directory in directories]
+    labels = names if len({*names}) == len(names) else directories
+    for i, benchmark in enumerate(dict.fromkeys(name for name, _ in contrasts)):
+        for parts in zip(*(contrasts[benchmark, directory] for directory in directories[1:])):
+            level, base, *_ = parts[0]
+            runs, whole = [base, *(ours for _, _, ours, _ in parts)], level == "all"
             x, dx, y, dy = ([scale * (run[column] or 0) for run in runs] for column, scale in (
                 ("tokens", 1), ("tokens_se", 1.96), ("accuracy", 100), ("accuracy_se", 196)))
-            whole = level == "all"
             ax.errorbar(x, y, dy, dx, color=f"C{i}", marker="o", capsize=3, elinewidth=0.8,
-                        linewidth=3 if whole else 0.8, label=f"{label}, {name}" if whole else None)
-            ax.annotate(f" {level}", (x[1], y[1]))
-    ax.set(xlabel="mean response tokens", ylabel="accuracy, %", title="from the base on, all and by level")
+                        linewidth=3 if whole else 0.8, label=benchmark if whole else None)
+            for *place, text in zip(x, y, labels) if whole else [(x[-1], y[-1], level)]:
+                ax.annotate(f" {text}", place)
+    ax.set(xlabel="mean response tokens", ylabel="accuracy, %",
+           title="from the base on, in the order given; thin: by level; bars: 95 %")
     figure.legend(loc="outside lower center")
     figure.savefig(path, dpi=150)
 
@@ -1114,6 +1170,7 @@ nats</span>.
 def token_options(argv):  # opsdc.py's and three more
     import opsdc
     parser = opsdc.HfArgumentParser(opsdc.Config)
+    parser.error = refuse_words
     parser.add_argument("--samples", type=int, default=4, help="number of responses")
     parser.add_argument("--given", action="store_true", help="show the responses in --data, which is a run's "
                         "samples.jsonl or an evaluation's records")
@@ -1127,7 +1184,8 @@ def read_responses(cfg, problems, tokenizer):
     places, rollouts = {digest(p.text): i for i, p in enumerate(problems)}, []
     for _, (where, row) in zip(range(cfg.samples), read_rows(cfg.data)):
         with blaming(f"{where}: expected a line of samples.jsonl or a record of eval.py, found no"):
-            place = places[digest(read_problem(row, where, *opsdc.WRAPPERS[cfg.wrapper])[1])]
+            place = places.get(digest(read_problem(row, where, *opsdc.WRAPPERS[cfg.wrapper])[1]))
+            check(place is not None and "response" in row, "response to a problem of them")
             text, finished = row["response"], row.get("finished", row.get("finish_reason") == "stop")
         if "finish_reason" in row:  # a record: undo `readable`
             text = text.removeprefix(readable(tokenizer, problems[place].student, []))
@@ -1225,9 +1283,10 @@ def show_tokens(cfg):  # samples as the trainer's first step does, or reads; sco
         print(f"wrote {out}")
 
 # ----------------------------------------------------------------------------------------------- COMMAND LINE
-def write_summary(out, settings, benchmarks, finished):
+def write_summary(out, settings, benchmarks, finished):  # beside the benchmarks that are in it already
     import opsdc
-    summary = {"settings": settings, "finished": finished, "benchmarks": {
+    older = read_summary(out)["benchmarks"] if (out / "summary.json").exists() else {}
+    summary = {"settings": settings, "finished": finished, "benchmarks": older | {
         name: summarise(records) for name, records in benchmarks.items()}}
     opsdc.replace_file(out / "summary.json", json.dumps(summary, indent=1))
     return summary
@@ -1236,7 +1295,7 @@ def read_parts(out, name, jobs, merge=False):
     """(records, jobs without one) of a benchmark's file and a killed run's parts, on any number of ranks, in
     the order of `jobs`. merge: into one file."""
     import opsdc
-    key_of = lambda r: (r["id"], r["sample"], r["problem_hash"])
+    key_of = lambda r: (r.get("id"), r.get("sample"), r.get("problem_hash"))
     paths = [p for p in out.glob("*.jsonl") if re.fullmatch(re.escape(name) + r"(\.rank-\d+)?", p.stem)]
     found, file = {key_of(r): r for path in paths for r in read_lines(path)}, out / f"{name}.jsonl"
     check(found.keys() <= {*map(key_of, jobs)}, f"--out {out}: {file.name} has other problems; give another")
@@ -1268,12 +1327,13 @@ def prepare(args):  # all checks -> base, {benchmark: jobs}, settings, folder, {
     check(longest + args.max_tokens <= context, f"the prompt of problem {worst} has {longest} tokens, and "
           f"{args.model} holds {context}: lower --max-tokens {args.max_tokens}, or leave that problem out")
     cfg = opsdc.Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,
-                         seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=0.9)  # no trainer beside it
+                         seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=args.vllm_memory)
     settings = {"version": VERSION, "model": args.model, "model_hash": opsdc.model_hash(base),
                 "template": digest(base.tokenizer.chat_template), **{name: getattr(args, name) for name in (
                     *SAMPLING, "max_tokens", "samples", "seed", "thinking", "wrapper", "instruction")}}
-    if opsdc.dist.get_rank() == 0:
-        opsdc.claim_folder(out, True, "eval.lock")
+    names = "|".join(map(re.escape, jobs))
+    claim_folder(out, "eval.lock",
+                 rf"opsdc\.lock|summary\.json|{opsdc.UNFINISHED}|({names})(\.rank-\d+)?\.jsonl")
     found = read_summary(out)["settings"] if (out / "summary.json").is_file() else settings
     differ = [f"{k}: there {found.get(k)!r}, here {v!r}" for k, v in settings.items()
               if k != "model" and found.get(k) != v]  # a copy elsewhere is the same model: its weights are
@@ -1335,7 +1395,9 @@ def evaluate(args):
             sample_and_write(engine, base.tokenizer, engine.share(left), path, settings, args.block)
         barrier()  # all have written before one reads
         if rank == 0:
-            done[name], _ = read_parts(out, name, jobs[name], merge=True)
+            done[name], missing = read_parts(out, name, jobs[name], merge=True)
+            check(not missing, f"--out {out}: {len(missing)} of {len(jobs[name])} samples of {name} have no "
+                  "record; repeat the command, which makes them")
     if rank == 0:
         print_table(write_summary(out, settings, done, finished=True))
         print(f"wrote {out}/summary.json")
@@ -1353,12 +1415,13 @@ NUMBERS = {  # option: default, help
     "temperature": (SAMPLING["temperature"], "of sampling"), "top-p": (SAMPLING["top_p"], "of sampling"),
     "top-k": (SAMPLING["top_k"], "of sampling, 0: all"), "seed": (0, "of sampling"),
     "vllm-tp": (1, "ranks of an engine"),
+    "vllm-memory": (0.9, "share of each GPU's memory for vLLM; no trainer is beside it"),
     "block": (128, "samples graded and written at a time, or what came in two minutes")}
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition("What counts")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: check(False, f"{message}; see --help")  # no usage
+    parser.error = refuse_words
     add = parser.add_argument
     if argv[:1] in (["compare"], ["curves"]):
         add("command")
@@ -1379,21 +1442,30 @@ def parse_args(argv):
     args = parser.parse_args([re.sub(r"^--\w+", lambda m: m[0].replace("_", "-"), a) for a in argv])
     return args, evaluate
 
+def refuse(error):  # once, though every rank finds it
+    import opsdc
+    opsdc.start_processes()
+    raise error
+
 def main(argv):
     if argv == ["worker"]:
         return worker_main()
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python -P` does not look there
     try:
         args, command = parse_args(argv)
         if command in (compare, curves):
             return command(args)
         import opsdc
-        opsdc.run_and_exit(lambda: command(args))
     except (ValueError, OSError) as error:
-        sys.exit(f"eval.py: {error}")
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            sys.exit(f"eval.py: {error}")
+        import opsdc
+        args, command = error, refuse
     except ModuleNotFoundError as error:
         hint = "it belongs beside eval.py" if error.name == "opsdc" else f"pip install {error.name}"
         sys.exit(f"eval.py: {error}; {hint}")
+    opsdc.run_and_exit(lambda: command(args))
 
 if __name__ == "__main__":
     main(sys.argv[1:])
