@@ -17,9 +17,11 @@ float64 or with a second real run.
 """
 import cProfile
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import difflib
+import errno
 import fcntl
 import functools
 import gc
@@ -51,6 +53,7 @@ import timeit
 import traceback
 import types
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
@@ -72,7 +75,7 @@ import opsdc  # noqa: E402
 SIDE_EFFECTS = ("vllm" in sys.modules, torch.distributed.is_initialized(), environment != os.environ)
 
 HERE = Path(__file__).resolve().parent
-MATH500 = HERE.parent / "shared/data/math500.jsonl"
+MATH500, AIME = (HERE.parent / f"shared/data/{name}.jsonl" for name in ("math500", "aime25"))
 # as it was before a test joined a process group; a forked script elsewhere finds eval.py
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 HANG = 3000  # seconds; only a hang takes as long: ten times what a slow, quiet machine needs
@@ -183,7 +186,7 @@ def fork_process(function, log, *arguments, **environment):
     try:
         with open(log, "a") as file:
             os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-        sys.stdout = sys.__stdout__  # not what the parent has redirected
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not what the parent has redirected
         os.environ.update({name: str(value) for name, value in environment.items()})
         function(*arguments)
         status = 0
@@ -561,7 +564,8 @@ FORKS = {
          "    if dist.get_rank() == 0:\n"
          "        wandb.init(project=\"opsdc\", config=asdict(cfg))\n"
          "    engine = RolloutEngine(base, cfg)"),
-        ("    say(\"  \".join(", "    wandb.log(metrics, step=metrics[\"step\"])\n    say(\"  \".join("),
+        ("    evaluator.say(\"  \".join(",
+         "    wandb.log(metrics, step=metrics[\"step\"])\n    evaluator.say(\"  \".join("),
         ("    os._exit(status)", "    wandb.finish(status)\n    os._exit(status)")],
     # every tenth step the weights before it on a benchmark, by level
     "validate": [
@@ -1021,14 +1025,14 @@ ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the er
     (dict(prompt=str(turns("user"))), "field prompt: expected a JSON object, found \"..'role': 'user'"),
     (dict(problem="a \ud800"), "field problem: .*surrogates not allowed"),
     (dict(prompt=[dict(role="user", content="a \ud800")]), "field prompt: .*surrogates not allowed"),
-    (dict(problem="x", answer=["2", "3"]), "field answer: expected a text, found ..2', '3'"),
-    (dict(problem="x", answer="['2', '3']"), "field answer: expected a JSON object, found"),
-    (dict(problem="x", answer='["2", "3"]'), "field answer: expected a text"),
-    (dict(problem="x", answer=dict(value=2)), "field answer: expected a text"),
-    (dict(problem="x", solution=b"2"), "field solution: expected a text"),
-    (dict(problem="x", reward_model="rule"), "field reward_model: expected a JSON object, found 'rule'"),
-    (dict(problem="x", reward_model=["2"]), "field reward_model: expected an object with ground_truth"),
-    (dict(problem="x", reward_model=dict(ground_truth=["2", "3"])), "field reward_model: expected a text"),
+    (dict(problem="x", answer=["2", "3"]), ("x", None)),
+    (dict(problem="x", answer="['2', '3']"), ("x", None)),
+    (dict(problem="x", answer='["2", "3"]'), ("x", None)),
+    (dict(problem="x", answer=dict(value=2)), ("x", None)),
+    (dict(problem="x", solution=b"2"), ("x", None)),
+    (dict(problem="x", reward_model="rule"), ("x", "rule")),
+    (dict(problem="x", reward_model=["2"]), ("x", "2")),
+    (dict(problem="x", reward_model=dict(ground_truth=["2", "3"])), ("x", None)),
 ]
 
 @pytest.mark.parametrize("row, math_, none", [(*case, case[-1])[:3] for case in ROWS])
@@ -1036,11 +1040,11 @@ def test_a_row_is_read_or_refused_by_name(row, math_, none):
     for wrapper, expected in (("math", math_), ("none", none)):
         if isinstance(expected, tuple):
             wrapper = opsdc.WRAPPERS[wrapper]
-            assert (ev.read_problem(row, "here", *wrapper)[1], ev.read_answer(row, "here")[2]) == expected
+            found, why, _ = ev.read_row(row, "here", *wrapper)
+            assert (found["problem"], found["answer"]) == expected and (found["answer"] is None) == bool(why)
         else:
             with pytest.raises(ValueError, match=expected) as error:
-                ev.read_problem(row, "here", *opsdc.WRAPPERS[wrapper])
-                ev.read_answer(row, "here")
+                ev.read_row(row, "here", *opsdc.WRAPPERS[wrapper])
             assert str(error.value).startswith("here")
 
 def test_conversations_keep_their_turns_and_only_the_last_is_wrapped():
@@ -1084,9 +1088,8 @@ def test_files_of_all_formats_read_alike(tmp_path):
             file = as_file(tmp_path, name, mark + content if mark else content)
             source = str(tmp_path / kind) if "/" in name else file
             wheres, found = zip(*ev.read_rows(source))
-            if kind == "csv" and name != "x.csv":  # read by datasets: 55 and 0.1
-                found = [dict(row, answer=expected["answer"]) for row, expected in zip(found, rows)]
-            assert list(found) == rows and wheres == (f"{source}, row 1", f"{source}, row 2"), (name, found)
+            named = source if kind == "parquet" else file
+            assert list(found) == rows and wheres == (f"{named}, row 1", f"{named}, row 2"), (name, found)
     assert list(ev.read_rows(as_file(tmp_path, "array.json", json.dumps(rows))))[1][1] == rows[1]
     as_file(tmp_path, "jsonl/test.jsonl", '{"problem": "c"}')  # another split
     assert len(list(ev.read_rows(str(tmp_path / "jsonl")))) == 2
@@ -1706,12 +1709,13 @@ def whole_run(folder):
 @beside()
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(folder):
     model, data, whole = whole_run(folder)
-    done = in_fork(die, "fsync", *small_run(model, data, folder / "out"))
+    done = in_fork(die, "fsync", *small_run(model, data, folder / "out", export_every=2))
     assert done.returncode == -signal.SIGKILL, done.stdout[-5000:]
     assert len(metrics_of(folder / "out")) == 4 and not (folder / "out/checkpoint-4").exists()
     with open(folder / "out/metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # what a kill in the middle of a line leaves
-    arguments = small_run(model, data, folder / "out", resume=True)
+    assert (folder / "out/model-2").exists() and not (folder / "out/model-4").exists()
+    arguments = small_run(model, data, folder / "out", resume=True, export_every=3)
     done = in_fork(leave, "export", folder / "left", *arguments)
     assert done.returncode == 0, done.stdout[-5000:]
     assert (folder / "left").exists() and not (folder / "destroyed").exists()  # nor does a normal end wait
@@ -1719,8 +1723,12 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(folder):
                                                   strict=True))
     assert [line["teacher_age"] for line in metrics_of(whole)] == [0, 1, 0, 1, 0, 1]
     assert sorted(p.name for p in (folder / "out").glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
-    a, b = (AutoModelForCausalLM.from_pretrained(x / "model").state_dict() for x in (whole, folder / "out"))
+    names = whole / "model", folder / "out/model", folder / "out/model-6", folder / "out/model-2"
+    a, b, c, d = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in names)
     assert all(torch.equal(a[name], b[name]) and a[name].dtype == torch.bfloat16 for name in a)
+    assert all(torch.equal(a[name], c[name]) for name in a) and not all(torch.equal(a[name], d[name]) for name in a)
+    assert [p.name for p in sorted((folder / "out").glob("model*"))] == ["model", "model-2", "model-6"]
+    assert "--resume: export_every 2 -> 3\n" in done.stdout and "each of 3 exports " in done.stdout
 
 @beside()
 def test_conversations_as_they_are_that_are_never_right_then_more_steps_than_asked_for(folder):
@@ -1782,8 +1790,11 @@ def leave(when, file, *arguments):
     opsdc.run_and_exit(opsdc.main)
 
 def seconds_to_leave(when, directory, arguments, ranks):
-    """(finished process, seconds from `when` to its end) of the worker above."""
-    file = directory / "left"
+    """(finished process, seconds from `when` to its end) of the worker above, whatever ran there before."""
+    file, out = directory / "left", Path(arguments[arguments.index("--out") + 1])
+    file.unlink(missing_ok=True)
+    if (out / "opsdc.lock").exists():
+        shutil.rmtree(out)
     done = run("leave", when, file, *arguments, ranks=ranks, script="test_opsdc.py")
     return done, time.time() - float(file.read_text()) if file.exists() else math.nan
 
@@ -1855,8 +1866,8 @@ def test_rank_killed_while_saving_then_a_damaged_checkpoint_and_a_full_disk(fold
     done = in_fork(script, "opsdc.py", *small_run(model, data, out, save_every=3, resume=True))
     assert "checkpoint-2, which is not whole: " in done.stdout and "1 steps are done" in done.stdout
     assert done.returncode == 1
-    left = sorted(path.name for path in out.glob("checkpoint-*"))
-    assert left == ["checkpoint-1", "checkpoint-2", "checkpoint-best"]
+    left = sorted(path.name.partition("-1")[0] for path in out.glob("*checkpoint-*"))
+    assert left == ["checkpoint", "checkpoint-best", "damaged-checkpoint-2"]
     same_losses(whole, out, 3)
 
 def nan(*arguments):
@@ -1965,7 +1976,8 @@ def folder_with(directory, *names):
 
 WRONG_NUMBERS = {"steps": "0 -1", "batch_size": "0 -32", "lr": "-0.1 nan inf", "weight_decay": "-0.1 nan",
               "clip": "-1 inf", "temperature": "-1 nan", "max_prompt_tokens": "0", "refresh_every": "-1",
-              "vllm_tp": "0", "vllm_memory": "0 -0.5 nan 1.5 90", "save_every": "0", "seed": "-1 4294967296"}
+              "vllm_tp": "0", "vllm_memory": "0 -0.5 nan 1.5 90", "save_every": "0", "export_every": "-1",
+              "seed": "-1 4294967296"}
 BAD_INPUT = {
     "model": (lambda d, good: dict(model=d / "nowhere"),
               "--model .*nowhere: expected a folder with a chat model, or the id .* found: "),
@@ -1994,8 +2006,10 @@ BAD_INPUT = {
     "no text": (lambda d, good: text_file(d, b" \n"), "--instruction @.*c.txt: expected v1, .* found ''"),
     "latin-1": (lambda d, good: text_file(d, "sois pr\u00e9cis".encode("latin-1")),
                 "--instruction @.* encoding UTF-8"),
-    "another's things": (lambda d, good: folder_with(d, "model", "tmp-theirs"),
-                         "--out .*theirs: expected a new or empty folder .* found: .*model.*tmp-theirs"),
+    "another's things": (lambda d, good: folder_with(d, "model", "tmp-theirs", "unfinished"),
+                         "--out .*theirs: expected a new or empty folder .* found: model, unfinished$"),
+    "another's settings": (lambda d, good: folder_with(d, "config.json", "resume") | dict(resume=True),
+                           "--out .*theirs: expected a new or empty folder .* found: config.json$"),
     "nothing to resume": (lambda d, good: folder_with(d, "checkpoint-1") | dict(resume=True),
                           "--out .*theirs: expected a new or empty folder .* found: .*checkpoint-1"),
     "the model's folder": (lambda d, good: dict(out=good["model"]), "--out .*: expected a new or empty"),
@@ -2101,7 +2115,7 @@ def test_too_old_a_driver_is_named(good, one_rank, monkeypatch):
     assert "no GPU is seen: expected a driver R580" in refusal(
         lambda: opsdc.prepare(opsdc.Config(**good)))
 
-def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch, capsys):
     """What may be spelled another way, and what may not."""
     out, model = tmp_path / "out", Path(shutil.copytree(good["model"], tmp_path / "m"))
     settings = dict(good) | dict(model=str(model), out=str(out), batch_size=8)
@@ -2110,9 +2124,18 @@ def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
     second = refusal(lambda: prepare(resume=True))  # the first is at work: this process
     assert "where no other process is at work, found: " in second
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    prepare(batch_size=8, resume=True)  # it died before its first checkpoint
+    (out / "log.txt").write_text("by tee")
+    (out / "lost+found").mkdir()
+    prepare()  # it died before its first checkpoint
+    for name in ("checkpoint-1", "model-50"):
+        (out / name).mkdir()
+        assert f"expected a new or empty folder or, with --resume, a run's, where no other process is at " \
+               f"work, found: {name}" in refusal(prepare)
+        prepare(resume=True)
+        if name == "checkpoint-1":
+            (out / name).rmdir()
     (out / "checkpoint-1").mkdir()
-    assert "expected a new or empty folder or, with --resume, a run's" in refusal(prepare)
+    assert (out / "log.txt").exists() and (out / "lost+found").exists()
     settings |= dict(resume=True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(model)
@@ -2128,8 +2151,22 @@ def test_a_resumed_run_is_the_same_run(good, one_rank, tmp_path, monkeypatch):
     for change, name in ((broken_data(tmp_path, '{"problem": "x"}\n'), "problems"), (dict(seed=5), "seed"),
                          (dict(model="copy"), "model_hash"), (dict(instruction="v2"), "instruction"),
                          (dict(wrapper="none"), "wrapper"), (dict(batch_size=4), "batch_size"),
-                         (dict(thinking=False), "thinking"), (dict(refresh_every=3), "refresh_every")):
+                         (dict(thinking=False), "thinking"), (dict(refresh_every=3), "refresh_every"),
+                         (dict(temperature=0.5), "temperature"), (dict(max_response_tokens=25),
+                                                                  "max_response_tokens")):
         assert f"{out}/config.json: {name} is " in refusal(lambda: prepare(**change))
+    capsys.readouterr()
+    prepare(clip=0.5, loss_chunk=7, vllm_memory=0.4)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--resume: ")]
+    assert said[1:] == ["--resume: clip 1.0 -> 0.5", f"--resume: loss_chunk {opsdc.Config.loss_chunk} -> 7",
+                        "--resume: vllm_memory 0.5 -> 0.4"] and "--resume: data " in said[0]
+    prepare()
+    older = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({k: v for k, v in older.items() if k not in ("keep", "lr")}))
+    assert "keep is 'all', not 'correct'" in refusal(lambda: prepare(keep="correct"))
+    capsys.readouterr()
+    prepare(lr=5e-6)
+    assert "--resume: lr 1e-06 -> 5e-06\n" in capsys.readouterr().out
     (model / "chat_template.jinja").write_text(QWEN_TEMPLATE + " ")
     assert "config.json: template is " in refusal(prepare)
     for text in ("", "[1"):
@@ -2244,7 +2281,7 @@ def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, cap
     said = capsys.readouterr().out
     for text in ("8 rows, 5 problems, 2 without a known answer, 1 again with another;", "problem as problem",
                  "answer as answer", "not read: note", "4 of 5 problems have prompts of at most 512 tokens",
-                 "the first teacher's prompt:\n<", "each of 3 checkpoints takes ",
+                 "the first teacher's prompt:\n<", "each of 3 checkpoints takes ", "each of 1 exports ",
                  "Solve the following math problem correctly using 20% fewer tokens"):
         assert text in said, text
 
@@ -2280,6 +2317,10 @@ def test_eval_py_beside_opsdc_py(tmp_path):
     def start(*arguments):
         done = run(*arguments, script=tmp_path / "opsdc.py", env=ENVIRONMENT | {"PYTHONPATH": ""})
         return done.returncode, done.stdout
+    for file, words in (("opsdc.py", "--lr high"), ("eval.py", "tokens --lr high")):  # which leaves out its folder
+        done = subprocess.run([sys.executable, "-P", HERE / file, *words.split()], text=True, capture_output=True,
+                              env=ENVIRONMENT | {"PYTHONPATH": ""})
+        assert "argument --lr: invalid float value: 'high'; see --help" in done.stdout + done.stderr
     status, said = start("--help")
     assert status == 1 and len(said.splitlines()) == 1 and "needs this project's eval.py beside it" in said
     (tmp_path / "eval.py").write_text("answer = 42\n")
@@ -2292,6 +2333,296 @@ def test_eval_py_beside_opsdc_py(tmp_path):
 
 def test_imports_without_vllm_or_gpu_and_without_side_effects():
     assert SIDE_EFFECTS == (False, False, False)
+
+# ------------------------------------------------------------------------------- what a run leaves and reads
+
+def damage_shard(folder):
+    shard = next(folder.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+def unreadable(name):
+    """A file whose reading is an error of input and output, of the system's own."""
+    def change(folder):
+        file = next(folder.glob(name))
+        file.unlink()
+        file.symlink_to("/proc/self/mem")
+    return change
+
+def test_a_checkpoint_that_cannot_be_read_stops_the_run_and_a_damaged_one_is_kept(good, one_rank, tmp_path, capsys):
+    model, cfg = loaded(good["model"]), opsdc.Config()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    state = model, optimizer, opsdc.snapshot(model)
+
+    def save(step):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        opsdc.update(model, optimizer, opsdc.Config())
+        opsdc.save_checkpoint(tmp_path, step, *state)
+        return next(model.parameters()).full_tensor().clone()
+
+    def names():
+        return sorted(path.name.partition("-17")[0] for path in tmp_path.iterdir())  # without the time
+    first, second = save(1), save(2)
+    kept = shutil.copytree(tmp_path / "checkpoint-2", tmp_path.with_name("kept"))
+    for spoil in (unreadable("*.distcp"), unreadable(".metadata")):
+        spoil(tmp_path / "checkpoint-2")
+        with pytest.raises(RuntimeError, match=r"(?s)checkpoint-2 may be whole, but .*\[Errno 5\] Input/output"):
+            opsdc.load_newest(tmp_path, *state, cfg)
+        assert names() == ["checkpoint-1", "checkpoint-2"]
+        shutil.rmtree(tmp_path / "checkpoint-2")
+        shutil.copytree(kept, tmp_path / "checkpoint-2")
+    assert opsdc.load_newest(tmp_path, *state, cfg) == 2
+    assert torch.equal(next(model.parameters()).full_tensor(), second)
+    damage_shard(tmp_path / "checkpoint-2")
+    assert opsdc.load_newest(tmp_path, *state, cfg) == 1
+    assert torch.equal(next(model.parameters()).full_tensor(), first)
+    assert "checkpoint-2, which is not whole: RuntimeError: PytorchStreamReader" in capsys.readouterr().out
+    assert names() == ["checkpoint-1", "damaged-checkpoint-2"]
+    for step in (2, 3, 4):
+        save(step)
+    assert names() == ["checkpoint-3", "checkpoint-4", "damaged-checkpoint-2"]
+    for spoil in (damage_shard, lambda folder: (folder / ".metadata").unlink()):
+        spoil(tmp_path / "checkpoint-4")
+        damage_shard(tmp_path / "checkpoint-3")
+        with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+            opsdc.load_newest(tmp_path, *state, cfg)
+        assert names() == ["checkpoint-3", "checkpoint-4", "damaged-checkpoint-2"]  # so the next try says it too
+
+def own_mounts():
+    """Of this process alone from now on. False where the machine does not allow it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    return libc.unshare(0x20000) == 0 and libc.mount(b"none", b"/", None, 0x44000, None) == 0  # private, recursive
+
+def save_on_a_small_disk(out, model):
+    """Worker: a checkpoint of 1.8 MB on a file system of 1 MiB."""
+    Path(out).mkdir()
+    if not own_mounts() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", out]).returncode:
+        return print("not allowed")
+    opsdc.start_processes()
+    model = loaded(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opsdc.update(model, optimizer, opsdc.Config())
+    opsdc.run_and_exit(lambda: opsdc.save_checkpoint(Path(out), 1, model, optimizer, opsdc.snapshot(model)))
+
+def test_a_full_disk_is_said_in_these_words(good, tmp_path):
+    done = in_fork(save_on_a_small_disk, tmp_path / "out", good["model"])
+    if done.stdout.startswith("not allowed"):
+        pytest.skip("no file systems are mounted here")
+    assert done.returncode == 1 and f"{tmp_path}/out: no space left on the device" in done.stdout, done.stdout
+
+def die_exporting(model, out, removals):
+    """Worker: an export over an older one, killed in the middle of its n-th removal of a folder."""
+    remaining, whole = iter(range(int(removals))), shutil.rmtree
+    opsdc.start_processes()
+    base = opened(model)
+    base.loaded = opsdc.read_weights(base)
+    model = opsdc.load_model(base, torch.device("cpu"), opsdc.Config())
+    opsdc.export(model, base, Path(out), "model")
+
+    def rmtree(folder, **options):
+        if Path(folder).exists() and not next(remaining, None):
+            next(Path(folder).glob("*.safetensors")).unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(folder, **options)
+    shutil.rmtree = rmtree
+    opsdc.export(model, base, Path(out), "model")
+
+def test_an_export_is_whole_or_absent_whenever_a_kill_comes(good, tmp_path):
+    done = in_fork(die_exporting, good["model"], tmp_path, 1)
+    assert done.returncode == -signal.SIGKILL, done.stdout
+    left = tmp_path / "model"
+    assert not left.exists() or len(list(left.glob("*.safetensors"))) == 1
+
+def two_nodes(folder, words, script):
+    """`script` by a torchrun on each of two nodes, where --out is a folder of its own -> their outputs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out, may_mount, nodes = folder / "out", subprocess.run(["unshare", "-m", "true"]).returncode == 0, []
+    for node in (0, 1):
+        place = folder / f"node-{node}"
+        place.mkdir()
+        out.mkdir(exist_ok=True)
+        bind = ["unshare", "-m", "sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', place, out]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
+                   "--node_rank", node, "--master_addr", "127.0.0.1", "--master_port", port, HERE / script,
+                   *words, "--out", out if may_mount else "out"]
+        nodes.append(subprocess.Popen([*map(str, bind * (may_mount and node == 1) + command)], env=ENVIRONMENT,
+                                      cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    said = [node.communicate(timeout=HANG)[0] for node in nodes]
+    assert all(node.returncode for node in nodes), said
+    return "".join(said)
+
+@beside("opsdc.py", "eval.py")
+def test_nodes_that_do_not_share_the_folder_are_told_so(script, folder):
+    folder.mkdir(exist_ok=True)
+    model, data = small_files(folder)
+    words = dict(small_run(model, data, "", steps=1)[k:k + 2] for k in range(0, 22, 2))
+    words = {name: value for name, value in words.items() if script == "opsdc.py" and name != "--out"
+             or name in ("--model", "--data")}
+    said = two_nodes(folder, [word for pair in words.items() for word in pair], script)
+    mark = dict([("opsdc.py", "opsdc.lock"), ("eval.py", "eval.lock")])[script]
+    assert said.count(f"expected one folder that all nodes share; rank 1 does not see what rank 0 wrote to {mark} "
+                      "there, but: [Errno 2]") == 1, said
+    assert "each of 3 checkpoints" not in said and "starting vLLM" not in said
+    assert {path.name for path in folder.glob("*/*") if path.parent.name in ("out", "node-0", "node-1")} <= {
+        mark, "out"}
+
+def test_a_file_system_without_locks_is_a_warning(good, one_rank, tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    opsdc.prepare(opsdc.Config(**good | dict(out=str(tmp_path / "out"))))
+    assert "out cannot be locked (No locks available); start no other" in capsys.readouterr().out
+
+def finished_evaluation(words):
+    """All records of an evaluation, none of which an engine made, in its folder."""
+    base, jobs, _, out, _, _ = ev.prepare(ev.parse_args(words)[0])
+    for name, those in jobs.items():
+        ids = base.tokenizer.encode("Answer: 2", add_special_tokens=False)
+        records = ev.make_records(base.tokenizer, those, [(ids, None, True)] * len(those))
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+def test_a_second_benchmark_joins_the_first_and_no_table_lacks_a_record(good, no_group, refused_early, tmp_path,
+                                                                       monkeypatch, capsys):
+    def evaluate(data):
+        words = evaluation(good, tmp_path / "out", data=data)
+        opsdc.start_processes()
+        finished_evaluation(words)
+        torch.distributed.destroy_process_group()
+        capsys.readouterr()
+        try:
+            ev.evaluate(ev.parse_args(words)[0])
+        finally:
+            torch.distributed.destroy_process_group()
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    other = write_rows(tmp_path / "other.jsonl", 7)
+    evaluate(good["data"])
+    first = ev.read_summary(tmp_path / "out")
+    evaluate(other)
+    both = ev.read_summary(tmp_path / "out")
+    assert list(both["benchmarks"]) == ["rows", "other"] and both["finished"]
+    assert both["benchmarks"]["rows"] == first["benchmarks"]["rows"]
+    table = capsys.readouterr().out
+    assert re.search(r"(?m)^\| in %, or tokens +\| rows +\| other +\|$", table)
+    assert re.search(r"(?m)^\| problems +\| 40 +\| 7 +\|$", table)
+    say, file = ev.say, tmp_path / "out/other.jsonl"
+
+    def lose(text):  # a record between the start and the table
+        if "samples are left to make" in text:
+            file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+        say(text)
+    monkeypatch.setattr(ev, "say", lose)
+    with pytest.raises(ValueError, match="1 of 14 samples of other have no record; repeat the command"):
+        evaluate(other)
+    assert "| in %" not in capsys.readouterr().out
+    after = ev.read_summary(tmp_path / "out")
+    assert not after["finished"] and after["benchmarks"] == both["benchmarks"]
+
+# ------------------------------------------------------------------------------------------ the end of a process
+
+def fail_with_the_store_gone(server):
+    """Worker: its store's process is stopped, as if on a host that is gone. The alarm ends it if it hangs."""
+    def main():
+        opsdc.start_processes()
+        os.kill(int(server), signal.SIGSTOP)
+        signal.alarm(120)
+        raise RuntimeError("this rank fails")
+    opsdc.run_and_exit(main)
+
+def test_a_failing_rank_ends_without_the_host_of_the_store(tmp_path):
+    def serve():
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        (tmp_path / "new").write_text(str(store.port))
+        (tmp_path / "new").rename(tmp_path / "port")
+        time.sleep(HANG)
+    server = fork_process(serve, tmp_path / "log")
+    while not (tmp_path / "port").exists():
+        time.sleep(0.01)
+    group = dict(WORLD_SIZE=1, RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, MASTER_ADDR="127.0.0.1",
+                 MASTER_PORT=(tmp_path / "port").read_text(), TORCHELASTIC_USE_AGENT_STORE="True")
+    try:
+        status = status_of(fork_process(fail_with_the_store_gone, tmp_path / "said", server, **group))
+    finally:
+        os.kill(server, signal.SIGKILL)
+        os.waitpid(server, 0)
+    assert status == 1 and "RuntimeError: this rank fails" in (tmp_path / "said").read_text()
+
+def fail_in_turn(folder, kind):
+    """Worker, of two ranks: rank 0 fails first and is slow to say why, while its peer fails too."""
+    folder = Path(folder)
+
+    def wait_for(name):
+        while not (folder / name).exists():
+            time.sleep(0.01)
+
+    def slowly(error, explain=ev.explain):
+        (folder / "failed").touch()
+        wait_for("peer")
+        time.sleep(3)  # enough for the peer to end, if it does not wait
+        state = Path("/proc", (folder / "peer").read_text(), "stat").read_text().split()[2]
+        print("its peer is gone" if state == "Z" else "its peer lives")
+        explain(error)
+
+    def main():
+        opsdc.start_processes()
+        if os.environ["RANK"] == "1":
+            wait_for("failed")
+            (folder / "new").write_text(str(os.getpid()))
+            (folder / "new").rename(folder / "peer")
+        error = {"exit": SystemExit, "error": RuntimeError}[kind]
+        raise error("the reason of rank " + os.environ["RANK"])
+    ev.explain = slowly
+    opsdc.run_and_exit(main)
+
+@pytest.mark.parametrize("kind", ["exit", "error"])
+def test_the_reason_of_the_first_failure_is_said_before_its_peers_end(kind, tmp_path):
+    done = in_fork(fail_in_turn, tmp_path, kind, ranks=2)
+    assert done.returncode == 1 and done.stdout.startswith("its peer lives\n"), done.stdout
+    assert "the reason of rank 0" in done.stdout and "the reason of rank 1" not in done.stdout
+
+def script_with_wandb(file, *arguments):
+    """As `script`, before an engine is imported, with the calls to wandb printed."""
+    sys.modules["wandb"] = types.SimpleNamespace(finish=lambda status: print(f"wandb ends with {status}"))
+    sys.modules.pop("vllm", None)
+    script(file, *arguments)
+
+def test_a_mistake_of_a_fork_keeps_its_traceback_and_a_users_is_one_line(good, tmp_path):
+    words = small_run(good["model"], good["data"], tmp_path / "out")
+    fork("wandb", tmp_path / "fork.py")
+    source = (tmp_path / "fork.py").read_text()
+    (tmp_path / "mistaken.py").write_text(source.replace("return tokenizer.apply", "return tokeniser.apply"))
+    done = in_fork(script_with_wandb, tmp_path / "mistaken.py", *words)
+    assert done.returncode == 1 and "NameError: name 'tokeniser' is not defined" in done.stdout, done.stdout
+    assert "mistaken.py\", line" in done.stdout and "chat template fails on What is 0" in done.stdout
+    assert done.stdout.splitlines()[-1] == "wandb ends with 1"
+    bad = bad_template(tmp_path, good)["model"]
+    done = in_fork(script_with_wandb, tmp_path / "fork.py", *small_run(bad, good["data"], tmp_path / "out"))
+    assert done.returncode == 1 and "Traceback" not in done.stdout
+    error, end = done.stdout.splitlines()[-2:]
+    assert error.startswith("error: the model's chat template fails on What is 0") and end == "wandb ends with 1"
+
+def late(file, *arguments):
+    """Worker: as `script`; the last rank starts later."""
+    time.sleep(6 * (os.environ["RANK"] == "1"))
+    script(file, *arguments)
+
+MISTYPED = {"opsdc.py": ("--learning_rate 1", "unrecognized arguments: --learning_rate 1"),
+            "eval.py": ("--model m --samples many", "argument --samples: invalid int value: 'many'")}
+
+@beside(*MISTYPED)
+def test_a_mistyped_option_is_one_line_from_one_rank_though_another_starts_late(file, folder):
+    words, message = MISTYPED[file]
+    done = run("late", file, *words.split(), ranks=2, script="test_opsdc.py")
+    said = [line for line in done.stdout.splitlines() if message in line]
+    assert done.returncode and said == [f"error: {message}; see --help"], done.stdout
+    assert "usage" not in done.stdout and "waits for" not in done.stdout
+
+def test_no_threads_are_refused(good, one_rank, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "0")
+    assert refusal(lambda: opsdc.prepare(opsdc.Config(**good))).startswith("OMP_NUM_THREADS=0: expected")
 
 # ------------------------------------------------------------------------------------------------------ forks
 
@@ -2457,29 +2788,29 @@ def pairs(table, sign):
     """(answer, gold) of each `answer SIGN gold`; two spaces or a line end between them."""
     return [pair.split(f" {sign} ") for pair in re.split(r"\s\s+|\n", table.strip())]
 
-def accepted(answer, gold):
-    """As a worker compares them, but in this process."""
+def accepted(pair):
+    """Is "answer -> gold" accepted? Compared as in a worker, but in this process."""
     try:
-        return bool(ev.equal(ev.tidy(answer), ev.tidy(gold)))
+        return ev.equal(*map(ev.normalise, pair.split(" -> ")))
     except Exception:  # not read, so not equal
         return False
 
-def test_no_rule_without_an_example_that_fails_without_it(monkeypatch):
+def test_no_rule_without_an_example_that_fails_without_it_and_a_near_miss(monkeypatch):
     for kind, rules in ev.RULES.items():
         for rule in rules:
-            (pair,) = pairs(rule[2], "->")
-            assert accepted(*pair), rule
+            _, _, example, near_miss = rule
+            assert accepted(example) and not accepted(near_miss), rule
             with monkeypatch.context() as without:
                 without.setitem(ev.RULES, kind, [other for other in rules if other != rule])
-                assert not accepted(*pair), rule
-    for table, name, sign in ((ev.UNITS, "UNIT", "->"), (ev.MISREAD, "UNREAD", "=")):
-        for rule, example in table:
-            ((answer, gold),) = pairs(example, sign)
-            whole, rest = ("|".join(p for p, _ in table if p != left_out) for left_out in (None, rule))
+                assert not accepted(example), rule
+    for table, name in ((ev.UNITS, "UNIT"), (ev.MISREAD, "UNREAD")):
+        for rule, *examples in table:
+            *example, near_miss = examples
+            whole, rest = ("|".join(p for p, *_ in table if p != left_out) for left_out in (None, rule))
+            assert all(map(accepted, example)) and not accepted(near_miss), (rule, examples)
             with monkeypatch.context() as without:
                 without.setattr(ev, name, re.compile(getattr(ev, name).pattern.replace(whole, rest)))
-                assert accepted(answer, gold) is (sign == "="), example
-            assert accepted(answer, gold) is (sign == "->"), example
+                assert accepted(near_miss) if table is ev.MISREAD else not accepted(example[0]), rule
 
 EQUAL = r"""
 055 -> 55  -8 -> -08  1,234 -> 1234  11,\!000 -> 11000  .75 -> 0.750  +6 -> 6  0.75 -> \frac34
@@ -2495,11 +2826,15 @@ x<2 \text{ or } x>3 -> (-\infty,2)\cup(3,\infty)  x>1 and x<3 -> 1<x<3  x>1, x<3
 x<1 or x>3 -> |x-2|>1  x \le -2 \text{ or } 5 \le x -> x \in (-\infty,-2]\cup[5,\infty)
 x<1, x>3 -> 3<x or x<1  x<0, 1<x<2, or x>3 -> (-\infty,0)\cup(1,2)\cup(3,\infty)  b<2 and a>1 -> a>1, b<2
 2 hours, 30 minutes -> 2\text{ hours and }30\text{ minutes}  6 sq in -> 6\text{ in}^2
-1 hour 5 minutes and 20 seconds -> 1 hr 5 min 20 s  (5,\infty)\cup[0,3) -> [0,3)\cup(5,\infty)"""
+1 hour 5 minutes and 20 seconds -> 1 hr 5 min 20 s  (5,\infty)\cup[0,3) -> [0,3)\cup(5,\infty)
+y = 4 and x=3 -> (3,4)  x=1,\ y=2,\ z=3 -> (1,2,3)  S = \{x \in \mathbb{R} : x<2\} -> (-\infty,2)
+602\times 10^{21} -> 6.02\times 10^{23}  3 x 10^-4 -> 0.0003  \$2.5 million -> 2,500,000  \$1{,}250 -> 1250
+24 sq. ft. -> 24\text{ ft}^2  24 feet squared -> 24 ft^2  \text{May }12 -> \text{May 12}
+17 \& 19 -> 17, 19  x = 52_8 -> 52_8  58,500 -> n = 58500"""
 UNEQUAL = r"""
 42 or 43 != 42  $42$ or $43$ != 42  42, 43 != 42  42 (or 43) != 42  not 42 != 42  42 43 != 42  3 5 != 35
 42 != -42  42.5 != 42  3.21 != 3.2100001  1/2^{99} != 1/2^{98}  (1/2^{99},0) != (1/2^{98},0)
-\sqrt{10^{40}+1} != 10^{20}  6.74\times10^{-5} != .0000672  10\% != 10  10 != 10\%  52 != 52_8  52_8 != 52
+\sqrt{10^{40}+1} != 10^{20}  6.74\times10^{-5} != .0000672  52 != 52_8  52_8 != 52
 (2,1) != (1,2)  [1,2] != (1,2)  x=2 != y=2  0.33 != 1/3  2k != 2k+1  \frac{1}{23} != \frac{1}{2}3  AB != ab
 Ab != ab  4 h != 4  (3,4) != 3,4  (3,4) != \{3,4\}  1,2,2 != 1,1,2  7 million != 7  0.46 != 7/15
 x<2, y<3 != y<2, x<3  7 millions != 7  7 halves != 7  Mgh != mgh  2mgH != 2mgh  mgH != mgh
@@ -2509,10 +2844,35 @@ x<2, y<3 != y<2, x<3  7 millions != 7  7 halves != 7  Mgh != mgh  2mgH != 2mgh  
 x>1 or x<3 != (1,3)  x<1 and x>3 != x<1 or x>3  x>1 and x<3 != x<1 or x>3  -2, 5 != -2<x<5
 a>1 or b<2 != a>1 and b<2  x<1 or x>3 != y<1 or y>3  x<1 and x>3 != x<2 and x>5  2 hours 30 minutes != 230
 2 hours 30 minutes != 30 hours 2 minutes  5 ft 3 in != 53  2, 30 != 2 hours 30 minutes
-5 gallons 3 quarts != 53  5^\circ 3 != 53  €5 3 != 53"""
+5 gallons 3 quarts != 53  5^\circ 3 != 53  €5 3 != 53  8 cm^2 != 8 cm  8 ft != 8\text{ square feet}
+\$8 != 8 cents  8\text{ cubic m} != 8 m^2  8 m/s != 8 m/h  x=3, y=4 != (4,3)  x=3,x = 4 != (3,4)
+a=3, b=4 != (3,4)  x=3 or y=4 != (3,4)  \{x : x<2\} != x>2  8 million != 8,000  10\% loss != 10\% gain
+10\% losses != 10\% gains  10\%\text{ loss} != 10\%  10\% loss != 10  10% loss != 0.1  10\% gains != 10%"""
+
+PERCENTAGES = [  # gold, other spellings of it, other values: a percent sign on one side only may go
+    (r"10\%", "10  0.1  10%  1/10  10 percent  10\\text{ percent}  x = 10\\%  .10",
+     "1  1\\%  0.1\\%  100  10 cm"),
+    ("10", "10\\%  10 percent  \\text{10\\%}  10.0 %", "0.1  1\\%  100\\%  0.1\\%  10\\% loss"),
+    ("0.1", "10\\%  0.1\\%  1/10  10 per cent", "1\\%  100\\%  10  1  0.01"),
+    (r"12.5\%", "12.5  1/8  0.125  \\frac{25}{2}\\%  12\\frac{1}{2}\\%  25/2",
+     "1.25  12\\%  125  1/2\\%  13"),
+    (r"33\frac{1}{3}\%", "33 1/3\\%  1/3  100/3\\%  33\\frac13  \\frac{100}{3} percent",
+     "33\\%  1/3\\%  33  0.333  \\frac{33}{100}"),
+    (r"\frac{3}{4}", "75\\%  75 percent  0.75  \\frac{3}{4}\\%  75.0\\%",
+     "75  7.5\\%  \\frac{4}{3}\\%  34\\%"),
+    (r"150\%", "1.5  150  3/2  1\\frac12", "15  1.5\\%  50\\%  0.15  15000"),
+    (r"-20\%", "-20  -0.2  -20 percent  −20%", "20\\%  -2  0.2  -2\\%  20"),
+    (r"1,200\%", "1200  12  1{,}200\\%  1200 percent", "1.2  12\\%  120  1,200,000"),
+    (r"10\%, 25\%", "25\\%, 10\\%  10, 25  0.1, 1/4  10\\% and 25\\%",
+     "10\\%  10, 2.5  1\\%, 25\\%  10\\%, 0.25\\%"),
+    (r"5\%\text{ per year}", "5\\%  5  0.05  5% per year", "5\\% per month  50\\%  0.5  5\\% losses"),
+    ("60", "60\\%  60 percent", "0.6  6\\%  60\\%\\text{ gain}  600\\%  60\\%, 40\\%")]
 
 def test_equal_and_not_equal():
     same, other = pairs(EQUAL, "->"), pairs(UNEQUAL, "!=") + [("", "42")]
+    for gold, spellings, values in PERCENTAGES:
+        same += [(spelling, gold) for spelling in spellings.split("  ")]
+        other += [(value, gold) for value in values.split("  ")]
     assert len(same) > 50 and len(other) > 50
     verdicts = ev.grade_all([f"Answer: {answer}" for answer, _ in same + other], [g for _, g in same + other])
     assert [pair for pair, v in zip(same, verdicts) if not v.correct] == []
@@ -2645,11 +3005,25 @@ def respelled(gold):
     bare, tight = "\\text" not in gold, not re.search(r"\\ |\\text", gold.replace("\\\\", ""))
     changes = [(r"(?<![a-zA-Z\d]) +| +(?![a-zA-Z\d])", "")] * tight + [
         (r"([+=&]|\\\\)", r" \1 "), (r"(?<=[(+=]) ?" if bare else "^", r"\\,"), (r"\\frac", r"\\dfrac"),
-        (r"\\frac\{(\d)\}\{(\d)\}", r"\\tfrac\1\2"),
-        (r"\\text\{", r"\\mathrm{"), (r"(?<![\d.,_{])\d{4,}(?![\d.,_}])", lambda m: f"{int(m[0]):,}")]
+        (r"\\frac\{(\d)\}\{(\d)\}", r"\\tfrac\1\2"), (r"^", r"\\displaystyle "), (r"\.?$", "."),
+        (r"\\(text|mbox)\{", r"\\mathrm{"), (r"(?<![\d.,_{])\d{4,}(?![\d.,_}])", lambda m: f"{int(m[0]):,}"),
+        (r"^-?\d+$", r"\g<0>.00"), (r"^-?[\d.]+$", r"\g<0>\\%"), (r"^-?[\d.]+$", r"\g<0>\\text{ units}"),
+        (r"^-?\d+$", lambda m: f"\\frac{{{2 * int(m[0])}}}{{2}}"), (r"^-?\d+$", r"\g<0>00\\%"),
+        (r"^\d+$", r"0\g<0>"), (r"^(?!.*(=|\\in|text|mbox)).*$", r"u = \g<0>"),
+        (r"(?<!\d)\\d?frac\{(\d+)\}\{(\d+)\}", r"\1/\2"), (r"^\\d?frac\{(\d+)\}\{(\d+)\}$", exact_decimal),
+        (r"\^\\circ|\\text\{ degrees\}", "°"), (r"\^\\circ", r"\\text{ degrees}"), (r"\^\\circ", ""),
+        (r"^\\\$(.*)", r"\1\\text{ dollars}"), (r"^\\\$", ""),
+        (r"^.*\\text\{\((.)\)\}", r"\\textbf{(\1)} because"),
+        (r"^.*\\text\{\((.)\)\}", r"Option \1"), (r"\\(text|mbox)\{([^()]*)\}", r"\2"),
+        (r"\\mbox\{ (cm|inches)\}\^2", ""), (r"(\d|\)) ?\\mbox\{ (cm|inches)\}\^2", r"\1\\text{ square \2}")]
     if gold.count("(") == gold.count(")") and "\\left" not in gold and bare:
         changes.append((r"([()])", lambda m: ("\\left" if m[1] == "(" else "\\right") + m[1]))
     return {re.sub(pattern, by, gold) for pattern, by in changes} - {gold}
+
+def exact_decimal(match):
+    """As a percentage, of a fraction that is one in few digits; else as it is."""
+    value = 100 * Fraction(int(match[1]), int(match[2]))
+    return f"{float(value)}\\%" if value * 1000 % 1 == 0 else match[0]
 
 def mutated(gold):
     """Other values, one change away: a sign, a digit, two cells, an end of an interval, an operator."""
@@ -2659,7 +3033,19 @@ def mutated(gold):
         (r"(?<=^)\[|(?<=cup )\[", lambda _: "("), (r"\](?=$)|\](?= \\cup)", lambda _: ")"))
         for m in re.finditer(pattern, gold)}
     if re.fullmatch(r"\d+(\.\d+)?|\\frac\{\d+\}\{\d+\}", gold) and gold != "0":
-        found.add("-" + gold)
+        found |= {"-" + gold, f"{gold} \\text{{ or }} 8191", f"{gold}, 8191", f"{gold}\\text{{ million}}",
+                  gold + "i", gold + "\\%\\text{ gain}"}
+    if re.fullmatch(r"\d+", gold) and gold != "0":
+        found |= {f"{int(gold) / 100}", f"{gold}0\\%", f"{gold}_9", f"{gold}\\%, 8191\\%", f"0.{gold}"}
+    if letter := re.search(r"\(([A-E])\)", gold):
+        found |= {other for other in "ABCDE" if other != letter[1]} | {f"{letter[1]} or F", letter[1].lower()}
+    elif gold.startswith("\\text"):
+        found |= {f"not {gold}", f"{gold} or north", "none"}
+    for pattern, by in ((r"^\\\$(.*)", r"\1 cents"), (r" ?\\text\{ cents\}", " dollars"), (r"\}\^2", "}^3"),
+                        (r"(?<=mbox\{ )(cm|inches)\}\^2", r"\1}"),
+                        (r"\\mbox\{ (cm|inches)\}", r"\\text{ m}")):
+        found.add(re.sub(pattern, by, gold))
+    found.discard(gold)
     swap = re.match(r"^(\\begin\{pmatrix\}|(?:\\left)?\()([^,&\\]+)(,|&|\\\\)([^,&\\]+)(?=&|\\|\)|,)", gold)
     if swap and swap[2].strip() != swap[4].strip():
         found.add(gold.replace(swap[0], "{}{}{}{}".format(swap[1], swap[4], swap[3], swap[2])))
@@ -2667,12 +3053,28 @@ def mutated(gold):
 
 def test_respelled_golds_are_accepted_and_mutated_ones_are_not():
     assert len(set().union(*map(respelled, GOLDS))) > 20 and len(set().union(*map(mutated, GOLDS))) > 40
-    for golds in (GOLDS, *math500("answer")):
+    lines = AIME.read_text().splitlines() if AIME.is_file() else []
+    aime = [str(json.loads(line)["answer"]) for line in lines]
+    for golds in (GOLDS, aime, *math500("answer")):
         for change, expected, tolerance in ((respelled, True, 0.005), (mutated, False, 0.002)):
             asked = [(x, gold) for gold in golds for x in sorted(change(gold))]
             verdicts = ev.grade_all([f"Answer: ${x}$" for x, _ in asked], [gold for _, gold in asked])
             wrong = [pair for pair, v in zip(asked, verdicts) if v.correct is not expected]
             assert len(wrong) <= tolerance * len(asked), wrong
+
+def test_the_id_that_ended_a_response_is_no_text():
+    """Whatever the tokenizer calls it. Of a truncated response nothing is dropped."""
+    tokenizer = make_tokenizer(["Answer: 7"], QWEN_TEMPLATE)
+    tokenizer.add_tokens(["[STOP]"])  # not special, so it is decoded as text
+    stop, ids = tokenizer.convert_tokens_to_ids("[STOP]"), tokenizer.encode("Answer: 7")
+    outputs = [(ids + end, None, finished) for end, finished in (
+        ([stop], True), ([tokenizer.eos_token_id], True), ([stop], False), ([stop, stop], True))]
+    jobs = [{"prompt": tokenizer.encode("7?"), "gold": "7"}] * len(outputs)
+    records = ev.make_records(tokenizer, jobs, outputs)
+    assert [r["response"] for r in records] == [
+        "Answer: 7", "Answer: 7", "Answer: 7[STOP]", "Answer: 7[STOP]"]
+    assert [r["correct"] for r in records] == [True, True, False, False]
+    assert [r["tokens"] for r in records] == [len(ids) + 1] * 3 + [len(ids) + 2]
 
 # ---------- benchmarks: the hub's own fields and layout in a local folder, through the same load_dataset call
 
@@ -2697,17 +3099,17 @@ def test_benchmarks_load_with_the_fields_of_the_hub(tmp_path):
         got, = ev.load_problems(f"{name}={hub_copy(tmp_path / name, [row], split)}")
         assert got["answer"] == answer
 
-def test_multiple_choice_is_shuffled_by_the_question_and_keeps_its_letter(tmp_path):
+def test_only_options_that_begin_with_the_right_one_are_shuffled(tmp_path):
     gpqa = [{"Question": f"Which is {i}?", "Correct Answer": f"it is {i}\n", "Incorrect Answer 1": "red",
              "Incorrect Answer 2": "green", "Incorrect Answer 3": "blue", "Record ID": f"rec{i}"}
             for i in range(40)]
     mmlu = [{"question": f"Which is {i}?", "subject": "s", "choices": ["red", "green", f"it is {i}", "blue"],
              "answer": 2} for i in range(40)]
-    for source in (f"gpqa_diamond={hub_copy(tmp_path / 'gpqa', gpqa, 'train', 'gpqa_diamond')}",
-                   f"mmlu={hub_copy(tmp_path / 'mmlu', mmlu, 'test', 'all')}"):
+    for source, letters in ((f"gpqa_diamond={hub_copy(tmp_path / 'gpqa', gpqa, 'train', 'gpqa_diamond')}", "ABCD"),
+                            (f"mmlu={hub_copy(tmp_path / 'mmlu', mmlu, 'test', 'all')}", "C")):
         problems = ev.load_problems(source)
         assert problems == ev.load_problems(source)
-        assert {p["answer"] for p in problems} == set("ABCD") and len({p["id"] for p in problems}) == 40
+        assert {p["answer"] for p in problems} == set(letters) and len({p["id"] for p in problems}) == 40
         for i, p in enumerate(problems):
             question, *lines = p["problem"].split("\n")
             assert question == f"Which is {i}?" and f"({p['answer']}) it is {i}" in lines
@@ -2829,6 +3231,10 @@ def test_compare_prints_table_and_picture(tmp_path, capsys):
     reductions = [float(line[6].split()[0]) for line in lines[3:6]]
     assert reductions[0] > reductions[1] > reductions[2] > 15  # easy problems were shortened more
     assert is_picture(tmp_path / "x.png")
+    ax, = ev.pyplot().gcf().axes  # through the runs in their order, all and by level
+    means = [ev.mean(ev.read_run(run)[1]["math500"], "tokens") for run in (base, ours, more)]
+    assert len(ax.containers) == 4 and ax.containers[0][0].get_xdata().tolist() == pytest.approx(means)
+    assert [note.get_text().strip() for note in ax.texts] == ["base", "ours", "more", "1", "2", "3"]
 
 def test_compare_refuses(tmp_path):
     def refused(directory, message):
@@ -3097,7 +3503,7 @@ def test_eval_end_to_end_killed_resumed_compared(folder):
     assert untouched == (file.read_bytes(), (base / "summary.json").read_bytes())
 
 EVAL_RANGES = {"samples": "0 -1", "max-tokens": "0", "temperature": "-1 nan", "top-p": "0 -1 95",
-               "top-k": "-5", "seed": "-1 4294967296", "vllm-tp": "0", "block": "0"}
+               "top-k": "-5", "seed": "-1 4294967296", "vllm-tp": "0", "vllm-memory": "0 -1 90", "block": "0"}
 BAD_EVALUATION = {
     "benchmark": (lambda d, good: dict(data="", benchmarks="math501"), "math501: expected math500, .*aime25"),
     "no data": (lambda d, good: dict(data=d / "no.jsonl"), "no.jsonl: .* No such file"),
@@ -3138,6 +3544,8 @@ def test_bad_evaluation_is_refused_before_the_engine_starts(case, good, refused_
 def test_an_evaluation_keeps_its_folder(good, one_rank, tmp_path, monkeypatch):
     out = tmp_path / "out"
     prepare = lambda out=out, **change: ev.prepare(ev.parse_args(evaluation(good, out, **change))[0])
+    *_, cfg = prepare(out=tmp_path / "other", **{"vllm-memory": 0.3})
+    assert cfg.vllm_memory == 0.3
     settings = prepare()[2]
     assert "where no other process is at work, found: " in refusal(prepare)  # the first is: this process
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
@@ -3206,7 +3614,8 @@ class Hub(BaseHTTPRequestHandler):
         sent = parse_qs(self.rfile.read(int(self.headers["Content-Length"] or 0)).decode())
         url = urlsplit(self.path)
         self.server.asked.append(self.path)
-        kind, name, verb, revision, rest = map(unquote, self.URL.fullmatch(url.path).groups(""))
+        parts = self.URL.fullmatch(url.path)
+        kind, name, verb, revision, rest = map(unquote, parts.groups("")) if parts else [""] * 5
         files = self.server.repositories.get(f"{kind or 'models'}/{name}")
         if files is None:
             return self.refuse("RepoNotFound")
@@ -3288,7 +3697,8 @@ def hub_contents(model):
     aime25 = [dict(problem=question, answer=answer, id=str(i))
               for i, (question, answer) in enumerate(sums[12:16])]
     gpqa = ("Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3,Record ID\n"
-            + "".join(f'{question},"{answer}\n",0,1,2,rec{answer}\n' for question, answer in sums[16:20]))
+            + "".join(f'{question},"it is {answer}\n",red,green,blue,rec{answer}\n'
+                      for question, answer in sums[16:20]))
     mmlu = [dict(question=question, subject="arithmetic", choices=["0", "1", "2", answer], answer=3)
             for question, answer in sums[20:]]
     weights = {path.name: path.read_bytes() for path in model.iterdir()} | card()
@@ -3353,8 +3763,8 @@ def run_commands(commands_of):
         os.chdir(folder)
         for command in commands:
             words = shlex.split(command)
-            ranks = 2 if words[:2] == ["torchrun", "--nproc_per_node"] else 1
-            done = in_fork(in_folder, *words[2 * ranks - 1:], ranks=ranks)
+            ranks, begin = (2, 3) if words[:2] == ["torchrun", "--nproc_per_node"] else (1, 1)
+            done = in_fork(in_folder, *words[begin:], ranks=ranks)
             print(f"$ {command}\n{done.stdout}", flush=True)
             if done.returncode:
                 sys.exit(f"that failed, in {folder}")
@@ -3406,7 +3816,7 @@ def test_commands_of_the_readme_by_hub_ids_then_offline(folder):
         def run_all(commands_of, **more):
             return run_by_hub(hub, folder / "home", "run_commands", json.dumps(commands_of), **more)
         said = run_all(commands_of)
-        assert said.count("-17k: 480 rows, 24 problems, 0 without a known answer") == len(commands_of)
+        assert said.count("480 rows, 24 problems") == len(commands_of)
         for clone in map(Path, commands_of):
             assert [line["loss"] > 0 for line in metrics_of(clone / "out")] == [True, True]
             config = json.loads((clone / "out/model/config.json").read_text())
@@ -3661,7 +4071,7 @@ def profile(*arguments):
 if __name__ == "__main__":
     commands = dict(toy=make_toy) | {command.__name__: command for command in (
         quickstart, claims, picture, families, fork, drill, large, profile, bench, bench_row,
-        die, die_evaluating, gradients, hashes, leave, gpu, objective_rows, run_beside, run_commands, sync,
+        die, die_evaluating, gradients, hashes, late, leave, gpu, objective_rows, run_beside, run_commands, sync,
         training_side)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         sys.exit(__doc__)
