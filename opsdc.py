@@ -807,12 +807,10 @@ def open_base(name, to_train):
     return base
 
 def model_hash(base):
-    """A hash of all that decides the model's output, the same on every rank; rank 0 reads the weights for it.
-    A copy in another place is the same model, one that was trained further is not."""
-    weights = [weights_hash(path) for path in base.weights if dist.get_rank() == 0]
-    found = [digest([sorted(base.files.items()), sorted(weights)])]
-    dist.broadcast_object_list(found)
-    return found[0]
+    """A hash of all that decides the model's output, on every rank; rank 0 alone reads the weights for it. A
+    copy in another place is the same model, one that was trained further is not."""
+    weights = from_rank_0(sorted, map(weights_hash, base.weights))
+    return digest([sorted(base.files.items()), weights])
 
 def weights_hash(path):  # the sha256 of the content, which is the file's name in the hub's cache
     with evaluator.blaming(f"{path}: expected weights, found a pointer or half a file"):
@@ -970,7 +968,7 @@ def prepare(cfg):  # all checks -> the base model, on rank 0 with its weights, p
     evaluator.claim_folder(out, "opsdc.lock", RUN_FILES, "" if cfg.resume else RESULTS)
     if dist.get_rank() == 0:
         start_run(base, out, asdict(cfg) | dict(
-            instruction=instruction, model_hash=identity, template=digest(base.tokenizer.chat_template),
+            instruction=instruction, template=digest(base.tokenizer.chat_template), model_hash=identity,
             problems=digest([(p.text, p.answer) for p in problems])))
         evaluator.say(f"the first teacher's prompt:\n{base.tokenizer.decode(problems[0].teacher)}")
     dist.barrier()  # the others wait for rank 0's checks
