@@ -641,8 +641,8 @@ def main():
         if step % cfg.save_every == 0 or step == cfg.steps:
             save_checkpoint(out, step, model, optimizer, thetabar)
         if cfg.export_every and step % cfg.export_every == 0:
-            export(model, base, out, f"model-{step}")
-    export(model, base, out, "model")
+            export(model, base, out / f"model-{step}")
+    export(model, base, out / "model")
     evaluator.say(f"done: {out}/model is that of step {max(done, cfg.steps)}")
 
 # ------------------------------------------------------------------------------------------------ CHECKPOINT
@@ -722,13 +722,13 @@ def replace_file(path, text):  # written beside and renamed: a kill never leaves
     path.with_name(UNFINISHED).write_text(text)
     path.with_name(UNFINISHED).replace(path)
 
-def export(model, base, out, name):
-    """out/name/: theta in bfloat16, gathered in rank 0's memory, and the base's other files as the run found
-    them at its start."""
+def export(model, base, target):
+    """The folder `target`: theta in bfloat16, gathered in rank 0's memory, and the base's other files as the run
+    found them at its start."""
     gathered = checkpoint_weights(model.lm, torch.bfloat16)
     weights = {name: w.to("cpu", copy=True) for name, w in gathered if dist.get_rank() == 0}
     if dist.get_rank() == 0:
-        folder, text = out / UNFINISHED, base.empty.config
+        out, folder, text = target.parent, target.with_name(UNFINISHED), base.empty.config
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         for name, content in base.files.items():
@@ -745,9 +745,9 @@ def export(model, base, out, name):
         save_torch_state_dict(weights, folder)
         for path in folder.glob("*.safetensors"):  # made for their owner alone
             path.chmod((folder / "config.json").stat().st_mode)
-        if (out / name).exists():  # an earlier run's, which no kill may leave half removed
-            (out / name).rename(out / f"{UNFINISHED}-{name}")
-        folder.rename(out / name)
+        if target.exists():  # an earlier run's, which no kill may leave half removed
+            target.rename(out / f"{UNFINISHED}-{target.name}")
+        folder.rename(target)
         remove_unfinished(out)
     dist.barrier()
 

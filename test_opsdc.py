@@ -2312,7 +2312,7 @@ def test_the_export_is_what_was_trained_whatever_happens_to_the_models_folder(go
     edited(model / "config.json", '"rope_theta": 10000.0', '"rope_theta": 20000.0')
     (model / "tokenizer.json").unlink()
     for moved in (False, True):
-        opsdc.export(module, base, tmp_path)
+        opsdc.export(module, base, tmp_path / "model")
         found = tmp_path / "model"
         assert json.loads((found / "config.json").read_text())["rope_theta"] == 10000
         assert (found / "tokenizer.json").read_bytes() == tokenizer
@@ -2502,7 +2502,7 @@ def die_exporting(model, out, removals):
     base = opened(model)
     base.loaded = opsdc.read_weights(base)
     model = opsdc.load_model(base, torch.device("cpu"), opsdc.Config())
-    opsdc.export(model, base, Path(out), "model")
+    opsdc.export(model, base, Path(out) / "model")
 
     def rmtree(folder, **options):
         if Path(folder).exists() and not next(remaining, None):
@@ -2510,7 +2510,7 @@ def die_exporting(model, out, removals):
             os.kill(os.getpid(), signal.SIGKILL)
         whole(folder, **options)
     shutil.rmtree = rmtree
-    opsdc.export(model, base, Path(out), "model")
+    opsdc.export(model, base, Path(out) / "model")
 
 def test_an_export_is_whole_or_absent_whenever_a_kill_comes(good, tmp_path):
     done = in_fork(die_exporting, good["model"], tmp_path, 1)
