@@ -3479,6 +3479,7 @@ def fake_gpu(ledger):
              "torch.cuda.current_device": lambda: 0, "torch.cuda.get_device_capability": lambda *_: (9, 0),
              "torch.UntypedStorage.resize_": resize_, "torch.distributed.init_device_mesh": init_device_mesh,
              "torch.nn.functional.scaled_dot_product_attention": flash,
+             "torch.distributed.tensor._sharding_prop.detect_fake_mode": lambda: None,  # a mode of its own
              "transformers.masking_utils.find_packed_sequence_indices": lambda *_: None}
     with contextlib.ExitStack() as stack:
         for name, stub in stubs.items():
