@@ -102,6 +102,7 @@ class Config:
     micro_batch_tokens: int = setting(16384, "padded tokens of a forward pass: memory, not mathematics")
     loss_chunk: int = setting(1024 if torch.cuda.is_available() else 256, "tokens that have logits at a time")
     gradient_checkpointing: bool = setting(True, "recompute activations in backward: less memory, more time")
+    replicas: int = setting(1, "groups of ranks that hold a whole copy each (HSDP); 1: shards over all ranks")
     vllm_tp: int = setting(1, "ranks that share one vLLM engine (tensor parallelism)")
     vllm_memory: float = setting(0.5, "share of each GPU's memory for vLLM while it generates")
     save_every: int = setting(10, "steps between checkpoints; the newest two are kept")
@@ -151,16 +152,20 @@ def edit_last_user(messages, edit):
 # --------------------------------------------------------------------------------------------- THE OBJECTIVE
 # loss = sum over tokens of w KL(p || q), w = 1 / (B |y|). With the student's logits s and a = log p - log q:
 #     KL = sum_v p_v a_v                             dKL/ds_v = p_v (a_v - sum_u p_u a_u)
-#        = sum_v p_v (a_v + exp(-a_v) - 1)           as sum_v p_v = sum_v q_v = sum_v p_v exp(-a_v) = 1
-# The second sum is taken, whose terms are never negative: those of the first have both signs and cancel to
-# second order, which in float32 leaves an error of 1.5e-4 of a KL of 1e-4 nats/token. Logits are float32 if
-# hidden states and heads are bfloat16 too: at a KL of 0.0016 nats/token, bfloat16 logits put an error of 20 %
-# on the loss and of 63 % on the head's gradient (README, The objective).
+#        = sum_v p_v (exp(-a_v) - 1 + a_v)           as sum_v p_v = sum_v q_v = sum_v p_v exp(-a_v) = 1
+# We compute the second sum. It has the form of the k3 estimator, r - 1 - log r with r = q / p = exp(-a), but
+# summed over the whole vocabulary instead of sampled. None of its terms is negative. The terms of the first
+# sum have both signs and cancel to second order, which in float32 leaves a relative error of 1.5e-4 at a KL
+# of 1e-4 nats/token. Logits are float32 even if hidden states and heads are bfloat16: at a KL of 0.0016
+# nats/token, bfloat16 logits cause an error of 20 % in the loss and of 63 % in the head's gradient (README,
+# The objective).
 
 def kl_divergence(p, q, a):  # KL(p || q) [n] in nats, given a = log p - log q [n, V]
-    near = torch.neg(a).expm1_().add_(a).mul_(p)  # p (expm1(-a) + a), in place: writing memory takes the time
-    far = torch.sub(q, p).addcmul_(p, a)  # q - p + p a: the same where exp(-a) may overflow, worse near 0
-    return torch.where(a > -1, near, far).sum(-1)  # any threshold from -80 to -1 would do
+    # Both forms equal p (exp(-a) - 1 + a). The first is accurate near a = 0, but exp(-a) overflows below
+    # a = -88. The second has no exponential. Any threshold from -80 to -1 would do.
+    near = p * (torch.expm1(-a) + a)
+    far = torch.addcmul(q - p, p, a)  # q - p + p a
+    return torch.where(a > -1, near, far).sum(-1)
 
 def divergence_and_gradient(p, log_p, q, log_q, kind):
     """[n, V] of student (p) and teacher (q) -> D [n] in nats and dD/ds [n, V], s the student's logits."""
@@ -180,47 +185,58 @@ def reverse_kl(student_logits, teacher_logits):
     log_p, log_q = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     return divergence_and_gradient(log_p.exp(), log_p, log_q.exp(), log_q, "reverse_kl")[0]
 
-class ChunkedDivergence(torch.autograd.Function):
-    """Loss and both gradients in one sweep over N. Logits exist for `chunk` tokens at a time and become their
-    own gradient in place; the head's gradient adds up on the way."""
-    BLOCK = dict(cpu=620_000, cuda=10_000_000)  # logits of one softmax: in a CPU's cache, or filling a GPU
+# How many logits a softmax takes at a time: few enough for a CPU's cache, or enough to keep a GPU busy.
+BLOCK = dict(cpu=620_000, cuda=10_000_000)
+
+@torch.no_grad()
+def chunked_divergence(student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, kind, chunk,
+                       scale, cap):
+    """One sweep over the N tokens. Returns the loss's gradients with respect to student_hidden [N, d] and
+    student_head [V, d] and, for each token [5, N], its divergence, the student's and the teacher's entropy,
+    the student's log-probability of its id, and its weight; all in float32. Logits exist for `chunk` tokens
+    at a time, and their gradients take their place."""
+    N, (V, d) = len(student_hidden), student_head.shape
+    new = partial(torch.empty, device=student_head.device, dtype=torch.float32)
+    grad_hidden, grad_head, per_token = new(N, d), new(V, d).zero_(), []
+    student_buffer, teacher_buffer = new(min(chunk, N), V), new(min(chunk, N), V)
+    rows = max(1, BLOCK[student_head.device.type] // V)
+
+    # The matrix products take a whole chunk of n tokens at once, the softmax a few rows of the chunk.
+    tensors = student_hidden, teacher_hidden, grad_hidden, weights, ids
+    for h, teacher_h, grad_h, chunk_weights, chunk_ids in zip(*(x.split(chunk) for x in tensors)):
+        logits, teacher_logits = student_buffer[:len(h)], teacher_buffer[:len(h)]  # [n, V]
+        float32_product(h, student_head.T, logits)
+        float32_product(teacher_h, teacher_head.T, teacher_logits)
+        tensors = logits, teacher_logits, chunk_weights, chunk_ids
+        for s, t, w, y in zip(*(x.split(rows) for x in tensors)):  # views of these rows
+            finished, slope = finish_logits(s, scale, cap)
+            teacher_finished, _ = finish_logits(t, scale, cap)
+            log_p, log_q = finished.log_softmax(-1), teacher_finished.log_softmax(-1)
+            p, q = log_p.exp(), log_q.exp()
+            divergence, gradient = divergence_and_gradient(p, log_p, q, log_q, kind)
+            student_entropy, teacher_entropy = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
+            logprob = log_p.gather(-1, y[:, None])[:, 0]
+            # a fork changes w here, the weights of these tokens, by their entropies or divergence
+            per_token.append(torch.stack([divergence, student_entropy, teacher_entropy, logprob, w]))
+            torch.mul(gradient, w[:, None] * slope, out=s)  # w dD/dlogits
+        grad_logits = logits  # this is what the buffer holds now
+        float32_product(grad_logits, student_head, grad_h)
+        float32_product(grad_logits.T, h, grad_head, add=True)
+    return grad_hidden, grad_head, torch.cat(per_token, dim=1)
+
+class WithGradients(torch.autograd.Function):
+    """Sums the loss's terms. Backward hands out the gradients that the sweep has computed already."""
 
     @staticmethod
-    def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, kind, chunk,
-                scale, cap):
-        N, (V, d), device = len(student_hidden), student_head.shape, student_head.device
-        new = partial(torch.empty, device=device, dtype=torch.float32)
-        grad_hidden, grad_head, per_token = new(N, d), new(V, d).zero_(), new(5, N)
-        student_logits, teacher_logits = new(2, min(chunk, N), V)
-        rows = max(1, ChunkedDivergence.BLOCK[device.type] // V)
-        for start in range(0, N, chunk):  # products, in chunks as large as memory allows
-            h, th = student_hidden[start:start + chunk], teacher_hidden[start:start + chunk]  # [n, d]
-            s, t = student_logits[:len(h)], teacher_logits[:len(h)]  # [n, V]
-            float32_product(h, student_head.T, s)
-            float32_product(th, teacher_head.T, t)
-            for row in range(0, len(h), rows):  # softmax and divergence, a few rows of the chunk at a time
-                block, at = slice(row, row + rows), slice(start + row, start + min(row + rows, len(h)))
-                (s_block, slope), (t_block, _) = (finish_logits(x[block], scale, cap) for x in (s, t))
-                log_p, log_q = s_block.log_softmax(-1), t_block.log_softmax(-1)
-                p, q = log_p.exp(), log_q.exp()
-                divergence, gradient = divergence_and_gradient(p, log_p, q, log_q, kind)
-                student_entropy, teacher_entropy = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
-                logprob = log_p.gather(-1, ids[at, None])[:, 0]
-                w = weights[at]  # here a fork weighs tokens by their entropies or divergence
-                per_token[:, at] = torch.stack([divergence, student_entropy, teacher_entropy, logprob, w])
-                torch.mul(gradient, w[:, None] * slope, out=s[block])  # logits become w dD/dlogits
-            float32_product(s, student_head, grad_hidden[start:start + chunk])
-            float32_product(s.T, h, grad_head, add=True)
-        ctx.gradients = grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype)
-        ctx.mark_non_differentiable(per_token)
-        divergence, _, _, _, w = per_token
-        return (w * divergence).sum(), per_token
+    def forward(ctx, student_hidden, student_head, terms, grad_hidden, grad_head):
+        ctx.gradients = grad_hidden, grad_head
+        return terms.sum()
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
+    def backward(ctx, grad_loss):
         grad_hidden, grad_head = ctx.gradients
-        ctx.gradients = None  # scaled in place to save a second [V, d]: hence one backward only
-        return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), *[None] * 8
+        ctx.gradients = None  # scaled in place to save a second [V, d]; backward can therefore run only once
+        return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None
 
 def finish_logits(raw, scale, cap):  # raw = h W^T [n, V] -> cap tanh(scale raw / cap), and its slope in raw
     logits = raw if scale == 1 else raw.mul_(scale)
@@ -243,14 +259,17 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
     8 V bytes, on a GPU 10 V. Returns the loss (float32 scalar) and stats without gradient: kl (divergence),
     student_entropy, teacher_entropy (means over N, nats/token); logprob [N] = log p(token), given tokens."""
     ids = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
-    loss, per_token = ChunkedDivergence.apply(student_hidden, student_head, teacher_hidden, teacher_head,
-                                              weights, ids, divergence, chunk, scale, cap)
+    grad_hidden, grad_head, per_token = chunked_divergence(
+        student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, divergence, chunk, scale,
+        cap)
+    # The logits are free by now, so that the gradients in the model's dtype take no memory beyond theirs.
+    loss = WithGradients.apply(student_hidden, student_head, per_token[4] * per_token[0],
+                               grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype))
     stats = dict(zip(("kl", "student_entropy", "teacher_entropy"), per_token[:3].mean(-1)))
     return loss, stats if tokens is None else stats | dict(logprob=per_token[3])
 
 # --------------------------------------------------------------------------------------- STUDENT AND TEACHER
 # One sharded module serves both: thetabar is a second set of shards, copied into the first for one pass.
-# After a forward the root's weights may still be gathered: reshard() before anything reads or writes shards.
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # of activations, thetabar, the engine
 
 class SelfDistillation(nn.Module):
@@ -288,7 +307,7 @@ def load_model(base, device, cfg):  # base in shards; rank 0 broadcasts its weig
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     weights = {f"{lm.base_model_prefix}.{name}": w for name, w in source.get_decoder().state_dict().items()}
     weights["lm_head.weight"] = source.get_output_embeddings().weight
-    model = shard(SelfDistillation(lm), device).to_empty(device=device)
+    model = shard(SelfDistillation(lm), device, cfg.replicas).to_empty(device=device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp_state.set_model_state_dict(lm, weights, options=options)
     for buffer, original in zip(lm.get_decoder().buffers(), source.get_decoder().buffers()):  # rotary tables
@@ -296,17 +315,27 @@ def load_model(base, device, cfg):  # base in shards; rank 0 broadcasts its weig
     base.loaded = None
     return model
 
-def shard(model, device):
-    """FSDP2: a group a decoder layer, one of all else, where tied weights stay tied; a replica a node."""
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    shape = dist.get_world_size() // local, local
+def shard(model, device, replicas):
+    """FSDP2: every decoder layer, the embedding and the last norm are groups of weights of their own. The
+    model's own group has the head, with the embedding if these are tied. A group is gathered for its forward
+    and again for its backward, and freed after each. With replicas > 1 (HSDP), each of so many groups of
+    consecutive ranks holds a whole copy of the model."""
+    shape = replicas, dist.get_world_size() // replicas
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    mesh = mesh if shape[0] > 1 else mesh["shard"]
+    mesh = mesh if replicas > 1 else mesh["shard"]
     policy = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)  # it would round the tokens' weights to bfloat16
-    for layer in model.lm.get_decoder().layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    split = partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    decoder, head = model.lm.get_decoder(), model.lm.get_output_embeddings().weight
+    others = [module for module in decoder.children() if not isinstance(module, nn.ModuleList)
+              and all(p is not head for p in module.parameters())]
+    for module in [*decoder.layers, *others]:
+        split(module)
+        # the gradient of an embedding needs no weights
+        module.set_unshard_in_backward(module is not model.lm.get_input_embeddings())
+    left = [p for p in model.parameters() if not isinstance(p, DTensor)]
+    split(model).set_unshard_in_backward(left != [head])  # nor does the head's: it is computed in forward
+    return model
 
 def checkpoint_weights(lm, dtype, both_names=False):
     """(name, gathered tensor) as in a checkpoint, for engine and export; collective. A layer at a time, whose
@@ -320,12 +349,10 @@ def checkpoint_weights(lm, dtype, both_names=False):
             yield from ((other, w) for other, source in tied.items() if both_names and source == name)
 
 def snapshot(model, dtype=None):  # a copy of theta's shards by name
-    model.reshard()
     return {name: p.detach().to(dtype or DTYPE, copy=True) for name, p in model.lm.named_parameters()}
 
 @torch.no_grad()
 def copy_into(model, weights):  # into the shards, where FSDP reads: it would not see other pointers
-    model.reshard()
     for name, p in model.lm.named_parameters():
         p.copy_(weights[name])
 
@@ -379,7 +406,6 @@ class RolloutEngine:
                        load_format=load_format, enable_sleep_mode=self.sleeps, enforce_eager=not cuda,
                        disable_log_stats=True, use_tqdm_on_load=False, dtype=engine_dtype(base.config),
                        hf_overrides=partial(engine_config, text_only=load_format == "dummy"))
-        os.environ["LOCAL_WORLD_SIZE"] = before["LOCAL_WORLD_SIZE"]  # on CPU vLLM rewrites it
         self.llm.llm_engine.engine_core._finalizer.detach()  # its exit hook destroys our process groups too
         dist.barrier()
         for shared in Path("/dev/shm").glob("-*cpushm*"):  # ours, open by now; left, they block the next
@@ -389,7 +415,6 @@ class RolloutEngine:
     def sync(self, model):
         """theta into the engine's own tensors (CUDA graphs stay valid), a layer at a time; collective. Where
         the engine has a head of its own it gets one, even if the trainer's is tied to the embedding."""
-        model.reshard()
         has_head, = self.llm.apply_model(lambda engine: any(
             name.endswith("lm_head") for name, _ in engine.named_modules(remove_duplicate=False)))
         weights = checkpoint_weights(model.lm, self.llm.llm_engine.model_config.dtype, both_names=has_head)
@@ -446,6 +471,7 @@ class MicroBatch(NamedTuple):
     tokens: torch.Tensor  # [N] the responses, one after another
     weights: torch.Tensor  # [N]
     logprobs: torch.Tensor  # [N] the engine's
+    real: bool  # False where a rank without a sequence of its own only takes part in the collectives
 
 def token_weights(rollouts):  # of each token in the loss: 1 / (B |y|), B rollouts kept on all ranks
     return [[1 / (len(rollouts) * len(r.ids))] * len(r.ids) for r in rollouts]
@@ -454,17 +480,21 @@ def plan_micro_batches(lengths, budget, rank, world):
     """Indices of `lengths` for `rank` to compute, in groups of at most `budget` padded tokens (or one
     sequence), a twentieth of it padding. Longest first, each rank gets one in turn: all have equally many
     groups. Lengths [9, 3, 9, 8, 8, 3], world 2, budget 20: rank 0 has [[0, 3], [1]]."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    groups = []
-    for deal in (order[k:k + world] for k in range(0, len(order), world)):  # a sequence a rank, longest first
-        group = [*(groups[-1] if groups else []), deal]
-        widths = [lengths[longest] for longest, *_ in group]  # rank 0's; the others' are not wider
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    rounds = [order[k:k + world] for k in range(0, len(order), world)]  # in each, a rank gets one sequence
+
+    def fits(group):  # judged by rank 0, which gets the longest of each round
+        widths = [lengths[dealt[0]] for dealt in group]
         padded = widths[0] * len(group)
-        if groups and padded <= budget and padded - sum(widths) <= budget / 20:
-            groups[-1] = group
+        return padded <= budget and padded - sum(widths) <= budget / 20
+
+    groups = []  # of rounds: each makes one micro-batch on every rank
+    for dealt in rounds:
+        if groups and fits([*groups[-1], dealt]):
+            groups[-1].append(dealt)
         else:
-            groups.append([deal])
-    return [[deal[rank] for deal in group if rank < len(deal)] for group in groups]
+            groups.append([dealt])
+    return [[dealt[rank] for dealt in group if rank < len(dealt)] for group in groups]
 
 def right_pad(prompts, responses, device):
     """Lists of ids -> inputs [b, T] and predicts [N], the flat places whose logits are for a response token.
@@ -478,17 +508,23 @@ def right_pad(prompts, responses, device):
 def make_micro_batches(rollouts, problems, device, cfg):
     """This rank's MicroBatches, the same number on all ranks, as FSDP's collectives demand: a rank without a
     sequence for one of them computes the shortest rollout with weight 0."""
-    weights, shortest = token_weights(rollouts), min(rollouts, key=lambda r: len(r.ids))
-    longer = lambda p: max(p.student, p.teacher, key=len)
-    lengths = [len(longer(problems[r.index])) + len(r.ids) for r in rollouts]
-    packed, batches = lambda lists: torch.tensor(sum(lists, []), device=device), []
+    def concatenated(lists):
+        return torch.tensor(sum(lists, []), device=device)
+
+    weights = token_weights(rollouts)
+    shortest = min(rollouts, key=lambda r: len(r.ids))
+    lengths = [max(len(problems[r.index].student), len(problems[r.index].teacher)) + len(r.ids)
+               for r in rollouts]
+    batches = []
     for group in plan_micro_batches(lengths, cfg.micro_batch_tokens, dist.get_rank(), dist.get_world_size()):
         mine = [rollouts[i] for i in group] or [shortest]
         w = [weights[i] for i in group] or [[0.0] * len(shortest.ids)]
-        prompts, responses = [problems[r.index] for r in mine], [r.ids for r in mine]
-        batches.append(MicroBatch(right_pad([p.student for p in prompts], responses, device),
-                                  right_pad([p.teacher for p in prompts], responses, device),
-                                  packed(responses), packed(w), packed([r.logprobs for r in mine])))
+        responses = [r.ids for r in mine]
+        batches.append(MicroBatch(
+            student=right_pad([problems[r.index].student for r in mine], responses, device),
+            teacher=right_pad([problems[r.index].teacher for r in mine], responses, device),
+            tokens=concatenated(responses), weights=concatenated(w),
+            logprobs=concatenated([r.logprobs for r in mine]), real=bool(group)))
     return batches
 
 def teacher_pass(model, thetabar, batches):
@@ -498,7 +534,6 @@ def teacher_pass(model, thetabar, batches):
     copy_into(model, thetabar)
     with torch.no_grad():
         hidden = [model(*batch.teacher) for batch in batches]
-    model.reshard()
     head = model.lm.get_output_embeddings().weight.detach().to(DTYPE, copy=True)  # thetabar's still
     copy_into(model, theta)
     return hidden, head.full_tensor()
@@ -511,14 +546,16 @@ def student_pass(model, batches, hidden, head, cfg):
     """Forward and backward of all micro-batches -> the loss, means over all tokens. RuntimeError: MAX_GAP."""
     sums, gap_max = torch.zeros(5, device=head.device), torch.zeros((), device=head.device)
     for batch, teacher_hidden in zip(batches, hidden):
+        model.set_requires_all_reduce(batch is batches[-1])  # between replicas: of the sum, once
         loss, stats = model(*batch.student, teacher_hidden, head, batch.weights, divergence=cfg.divergence,
                             chunk=cfg.loss_chunk, tokens=batch.tokens)
         (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the loss is a sum over them
-        trained = batch.weights > 0  # all tokens of a micro-batch or none, see make_micro_batches
-        n, gap = trained.sum(), ((stats["logprob"] - batch.logprobs) * trained).abs()
-        entropies = stats["student_entropy"] * n, stats["teacher_entropy"] * n
-        sums += torch.stack([loss.detach(), *entropies, gap.sum(), n])
-        gap_max = gap_max.maximum(gap.max())
+        if batch.real:
+            gap, n = (stats["logprob"] - batch.logprobs).abs(), len(batch.tokens)
+            sums[:4] += torch.stack([loss.detach(), n * stats["student_entropy"],
+                                     n * stats["teacher_entropy"], gap.sum()])
+            sums[4] += n
+            gap_max = gap_max.maximum(gap.max())
     dist.all_reduce(sums)
     dist.all_reduce(gap_max, op=dist.ReduceOp.MAX)
     sums[1:4] /= sums[4].clamp(min=1)
@@ -585,7 +622,6 @@ def main():
 UNFINISHED = "unfinished"
 
 def training_state(model, optimizer, thetabar):
-    model.reshard()
     adam = dcp_state.get_optimizer_state_dict(model, optimizer)
     return {"theta": dict(model.lm.named_parameters()), "thetabar": thetabar, "optimizer": adam}
 
@@ -632,7 +668,6 @@ def replace_file(path, text):  # written beside and renamed: a kill never leaves
 
 def export(model, base, out):
     """out/model/: theta in bfloat16, gathered in rank 0's memory, and the base's other files as they came."""
-    model.reshard()
     gathered = checkpoint_weights(model.lm, torch.bfloat16)
     weights = {name: w.to("cpu", copy=True) for name, w in gathered if dist.get_rank() == 0}
     if dist.get_rank() == 0:
@@ -873,8 +908,10 @@ def check_settings(settings):  # of both scripts, {option: value}
                   f"--{name} {value}: expected {'0 or more' if name in MAY_BE_0 else 'more than 0'}")
     check(torch.cuda.is_available() or not torch.version.cuda,  # it would run on the CPU, unsaid
           "no GPU is seen: expected a driver R580 or newer; without a GPU take the README's CPU builds")
-    tp, world = settings["vllm_tp"], dist.get_world_size()
-    check(world % tp == 0, f"--vllm_tp {tp}: expected a number of ranks that it divides, found {world}")
+    world = dist.get_world_size()
+    for name in ("vllm_tp", "replicas"):
+        check(world % settings.get(name, 1) == 0,  # eval.py has no replicas
+              f"--{name} {settings[name]}: expected a divisor of the number of ranks, which is {world}")
 
 def claim_folder(out, resume, mark):  # new, empty or a run's, for this process alone until it ends
     with blaming(f"--out {out}: expected a new or empty folder or, with --resume, a run's, where no other "
