@@ -3357,6 +3357,22 @@ class Ledger(TorchDispatchMode):
         self.held, self.streams, self.highest = Counter(), Counter(), Counter()
         self.flops, self.received = Counter(), Counter()
 
+    def __enter__(self):
+        resize = torch.UntypedStorage.resize_
+
+        def resize_(storage, n):  # FSDP2 frees by it, and no mode sees it
+            resize(storage, n)
+            if storage._cdata in self.live:
+                self.resized(storage)
+            return storage
+        self.patch = mock.patch("torch.UntypedStorage.resize_", resize_)
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.stop()
+        return super().__exit__(*error)
+
     def place(self, shape):
         """The phase, and who will hold what is made now, by the functions on the stack."""
         frame, calls, library = sys._getframe(3), [], []
@@ -3455,19 +3471,13 @@ def flash(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, e
 @contextlib.contextmanager
 def fake_gpu(ledger):
     """torch.cuda for as long as opsdc.py computes with fake tensors."""
-    resize, make_mesh, main_stream = torch.UntypedStorage.resize_, torch.distributed.init_device_mesh, Stub()
+    make_mesh, main_stream = torch.distributed.init_device_mesh, Stub()
 
     @contextlib.contextmanager
     def stream(now):
         before, ledger.stream = ledger.stream, now if now is not main_stream else None
         yield
         ledger.stream = before
-
-    def resize_(storage, n):
-        resize(storage, n)
-        if storage._cdata in ledger.live:
-            ledger.resized(storage)
-        return storage
 
     def init_device_mesh(*arguments, **options):
         with unset_fake_temporarily():  # it reads ranks
@@ -3477,7 +3487,7 @@ def fake_gpu(ledger):
     stubs = {"torch.cuda.Stream": Stub, "torch.cuda.Event": Stub, "torch.cuda.stream": stream,
              "torch.cuda.current_stream": lambda *_: ledger.stream or main_stream,
              "torch.cuda.current_device": lambda: 0, "torch.cuda.get_device_capability": lambda *_: (9, 0),
-             "torch.UntypedStorage.resize_": resize_, "torch.distributed.init_device_mesh": init_device_mesh,
+             "torch.distributed.init_device_mesh": init_device_mesh,
              "torch.nn.functional.scaled_dot_product_attention": flash,
              "torch.distributed.tensor._sharding_prop.detect_fake_mode": lambda: None,  # a mode of its own
              "transformers.masking_utils.find_packed_sequence_indices": lambda *_: None}
@@ -3575,40 +3585,69 @@ def memory(*options):
 SMALL = "--micro_batch_tokens 128 --max_prompt_tokens 64 --max_response_tokens 64 --loss_chunk 32".split()
 
 def small_shape(directory, tied):
-    """Rows that 8 and 16 divide and that they do not, so that shards differ."""
+    """Of some weights 8 and 16 divide the rows, of others they do not."""
     Qwen3Config(vocab_size=1003, hidden_size=72, intermediate_size=100, num_hidden_layers=2, head_dim=24,
                 num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=tied,
                 architectures=["Qwen3ForCausalLM"]).save_pretrained(directory)
     return directory
 
 def by_hand(config, shards):
-    """Bytes of rank 0 between steps, and of its gradients: FSDP2 gives it the first rows of each weight, as
-    many as any rank has; a weight is a block of the allocator, all gradients of a group one."""
+    """Bytes of rank 0 between steps, and of its gradients. FSDP2 gives it the first rows of each weight, as
+    many as any rank has, padded where there are fewer. Each is a block of the allocator, of 512 bytes or a
+    multiple; the gradients of a decoder layer share one."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
-    block = lambda n: -(-n // 512) * 512
+
+    def blocks(sizes):
+        return sum(-(-int(n) // 512) * 512 for n in sizes)
     shard = {name: -(-len(p) // shards) * p[0].numel() for name, p in lm.named_parameters()}
-    groups = {}
+    groups = Counter()
     for name, n in shard.items():
-        groups.setdefault(name.split(".")[2] if ".layers." in name else "root", []).append(n)
-    weights = lambda size: sum(block(size * n) for n in shard.values())
-    return {"theta": weights(4) + sum(block(4 * b.numel()) for b in lm.buffers()),
-            "Adam": 2 * weights(4) + 512 * len(shard), "thetabar": weights(2),
-            "gradients": sum(block(4 * sum(group)) for group in groups.values())}
+        groups[re.sub(r"(layers\.\d+).*", r"\1", name)] += n
+    float32 = blocks(4 * n for n in shard.values())
+    return {"theta": float32 + blocks(4 * buffer.numel() for buffer in lm.get_decoder().buffers()),
+            "Adam": 2 * float32 + 512 * len(shard),  # and a count of steps for each weight
+            "thetabar": blocks(2 * n for n in shard.values()),
+            "gradients": blocks(4 * n for n in groups.values())}
 
 @beside()
 def test_simulated_state_and_gradients_are_the_hand_counts_to_the_byte(folder):
-    """On fake GPUs, every branch for CUDA. Recomputation changes activations alone."""
+    """On fake GPUs, through every branch for CUDA; the last place is the second with a replica a node."""
     if not torch.version.cuda and not shutil.which(os.environ.get("CXX", "c++")):
         pytest.skip("torch built for CPUs needs a C++ compiler to simulate a GPU")
-    places = {(1, 1): 1, (8, 1): 8, (8, 2): 8}
-    cases = [(small_shape(folder / f"{tied}", tied), *place, extra) for tied in (True, False)
-             for place in places for extra in ("--gradient_checkpointing", "--no_gradient_checkpointing")]
-    found = simulations(*(["--model", path, "--gpus", gpus, "--nodes", nodes, "--batch_size", 32, extra, *SMALL]
-                          for path, gpus, nodes, extra in cases))
-    for (path, gpus, nodes, extra), got in zip(cases, found, strict=True):
-        hand = by_hand(AutoConfig.from_pretrained(path), places[gpus, nodes])
-        assert got["idle"] | {"gradients": got["peaks"]["update"][1]["gradients"]} == hand, got
+    places = [(1, 1, 1), (8, 1, 1), (8, 2, 1), (8, 2, 2)]  # GPUs of a node, nodes, replicas
+    cases = [(small_shape(folder / f"tied-{tied}", tied), recompute, *place) for tied in (True, False)
+             for place in places for recompute in (True, False)]
+    found = simulations(*(
+        ["--model", model, "--gradient_checkpointing", recompute, "--gpus", gpus, "--nodes", nodes,
+         "--replicas", replicas, "--batch_size", 32, *SMALL] for model, recompute, gpus, nodes, replicas in cases))
+    activations = {}
+    for (model, recompute, *place), got in zip(cases, found, strict=True):
+        hand = by_hand(AutoConfig.from_pretrained(model), place[0] * place[1] // place[2])
+        assert got["idle"] | {"gradients": got["peaks"]["update"][1]["gradients"]} == hand, (place, got)
+        activations[model, recompute, *place] = got["peaks"]["backward"][1]["activations"]
+    for model, recompute, *place in cases:
+        assert activations[model, True, *place] < activations[model, False, *place]
+
+def test_count_of_a_real_step_is_the_profilers(one_rank, monkeypatch):
+    """On the CPU with real tensors, the same ledger beside torch's profiler, which sees the allocator."""
+    monkeypatch.setattr(opsdc, "MAX_GAP", ANY_GAP)
+    config = Qwen3Config(vocab_size=4000, hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+                         head_dim=32, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+                         architectures=["Qwen3ForCausalLM"])
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    loaded, ledger = AutoModelForCausalLM.from_config(config), Ledger(empty, "cpu")
+    ledger.live = {w.untyped_storage()._cdata: None for w in [*loaded.parameters(), *loaded.buffers()]}
+    base = opsdc.Base("", None, config, None, "", empty, loaded)
+    cfg = opsdc.Config(batch_size=3, micro_batch_tokens=600, max_prompt_tokens=300, max_response_tokens=300)
+    with torch.profiler.profile(profile_memory=True) as profiler, ledger:
+        memory_steps(base, torch.device("cpu"), cfg, ledger)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    seen = max(itertools.accumulate(e.nbytes() for e in events))
+    print(f"counted {max(ledger.peaks.values())[0]}, seen by the profiler {seen}")
+    assert max(ledger.peaks.values())[0] == pytest.approx(seen, rel=0.01)
 
 # ---------------------------------------------------------------------------------------------------- profile
 
