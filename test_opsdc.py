@@ -3542,9 +3542,10 @@ def simulated(*options):
         with fake_gpu(ledger), ledger:
             base = opsdc.Base(cfg.model, None, config, None, "", empty, loaded)
             idle = memory_steps(base, torch.device("cuda", 0), cfg, ledger)
+    formula = opsdc.training_bytes(empty, dataclasses.asdict(cfg))
     torch.distributed.destroy_process_group()
     return dict(place=f"{cfg.model} on {place.nodes} x {place.gpus}", peaks=ledger.peaks, idle=idle,
-                pools=sum(ledger.highest.values()), flops=sum(ledger.flops.values()),
+                pools=sum(ledger.highest.values()), formula=formula, flops=sum(ledger.flops.values()),
                 received=ledger.received, parameters=sum(p.numel() for p in empty.parameters()),
                 settings=dataclasses.asdict(cfg))
 
