@@ -202,13 +202,13 @@ def chunked_divergence(student_hidden, student_head, teacher_hidden, teacher_hea
     rows = max(1, BLOCK[student_head.device.type] // V)
 
     # The matrix products take a whole chunk of n tokens at once, the softmax a few rows of the chunk.
-    tensors = student_hidden, teacher_hidden, grad_hidden, weights, ids
-    for h, teacher_h, grad_h, chunk_weights, chunk_ids in zip(*(x.split(chunk) for x in tensors)):
+    chunks = zip(*(x.split(chunk) for x in (student_hidden, teacher_hidden, grad_hidden, weights, ids)))
+    for h, teacher_h, grad_h, chunk_weights, chunk_ids in chunks:
         logits, teacher_logits = student_buffer[:len(h)], teacher_buffer[:len(h)]  # [n, V]
         float32_product(h, student_head.T, logits)
         float32_product(teacher_h, teacher_head.T, teacher_logits)
-        tensors = logits, teacher_logits, chunk_weights, chunk_ids
-        for s, t, w, y in zip(*(x.split(rows) for x in tensors)):  # views of these rows
+        blocks = zip(*(x.split(rows) for x in (logits, teacher_logits, chunk_weights, chunk_ids)))
+        for s, t, w, y in blocks:  # views of `rows` rows
             finished, slope = finish_logits(s, scale, cap)
             teacher_finished, _ = finish_logits(t, scale, cap)
             log_p, log_q = finished.log_softmax(-1), teacher_finished.log_softmax(-1)
@@ -218,8 +218,8 @@ def chunked_divergence(student_hidden, student_head, teacher_hidden, teacher_hea
             logprob = log_p.gather(-1, y[:, None])[:, 0]
             # a fork changes w here, the weights of these tokens, by their entropies or divergence
             per_token.append(torch.stack([divergence, student_entropy, teacher_entropy, logprob, w]))
-            torch.mul(gradient, w[:, None] * slope, out=s)  # w dD/dlogits
-        grad_logits = logits  # this is what the buffer holds now
+            torch.mul(gradient, w[:, None] * slope, out=s)  # the logits' place is taken by their gradients
+        grad_logits = logits
         float32_product(grad_logits, student_head, grad_h)
         float32_product(grad_logits.T, h, grad_head, add=True)
     return grad_hidden, grad_head, torch.cat(per_token, dim=1)
@@ -262,7 +262,7 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
     grad_hidden, grad_head, per_token = chunked_divergence(
         student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, divergence, chunk, scale,
         cap)
-    # The logits are free by now, so that the gradients in the model's dtype take no memory beyond theirs.
+    # The logits are freed by now. The gradients in the model's dtype take their place in memory.
     loss = WithGradients.apply(student_hidden, student_head, per_token[4] * per_token[0],
                                grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype))
     stats = dict(zip(("kl", "student_entropy", "teacher_entropy"), per_token[:3].mean(-1)))
@@ -323,18 +323,17 @@ def shard(model, device, replicas):
     shape = replicas, dist.get_world_size() // replicas
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     mesh = mesh if replicas > 1 else mesh["shard"]
-    policy = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=torch.float32,
-                                  cast_forward_inputs=False)  # it would round the tokens' weights to bfloat16
-    split = partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    # casting the inputs of forward would round the tokens' weights to bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=torch.float32, cast_forward_inputs=False)
     decoder, head = model.lm.get_decoder(), model.lm.get_output_embeddings().weight
-    others = [module for module in decoder.children() if not isinstance(module, nn.ModuleList)
-              and all(p is not head for p in module.parameters())]
-    for module in [*decoder.layers, *others]:
-        split(module)
-        # the gradient of an embedding needs no weights
-        module.set_unshard_in_backward(module is not model.lm.get_input_embeddings())
-    left = [p for p in model.parameters() if not isinstance(p, DTensor)]
-    split(model).set_unshard_in_backward(left != [head])  # nor does the head's: it is computed in forward
+    others = [module for module in decoder.children()
+              if not isinstance(module, nn.ModuleList) and head not in set(module.parameters())]
+    # An embedding's gradient does not depend on its weights; the head's gradient is computed in forward.
+    not_needed_in_backward = {model.lm.get_input_embeddings().weight, head}
+    for module in [*decoder.layers, *others, model]:
+        group = {p for p in module.parameters() if not isinstance(p, DTensor)}  # not yet in another group
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        module.set_unshard_in_backward(not group <= not_needed_in_backward)
     return model
 
 def checkpoint_weights(lm, dtype, both_names=False):
@@ -508,9 +507,6 @@ def right_pad(prompts, responses, device):
 def make_micro_batches(rollouts, problems, device, cfg):
     """This rank's MicroBatches, the same number on all ranks, as FSDP's collectives demand: a rank without a
     sequence for one of them computes the shortest rollout with weight 0."""
-    def concatenated(lists):
-        return torch.tensor(sum(lists, []), device=device)
-
     weights = token_weights(rollouts)
     shortest = min(rollouts, key=lambda r: len(r.ids))
     lengths = [max(len(problems[r.index].student), len(problems[r.index].teacher)) + len(r.ids)
@@ -523,8 +519,9 @@ def make_micro_batches(rollouts, problems, device, cfg):
         batches.append(MicroBatch(
             student=right_pad([problems[r.index].student for r in mine], responses, device),
             teacher=right_pad([problems[r.index].teacher for r in mine], responses, device),
-            tokens=concatenated(responses), weights=concatenated(w),
-            logprobs=concatenated([r.logprobs for r in mine]), real=bool(group)))
+            tokens=torch.tensor(sum(responses, []), device=device),
+            weights=torch.tensor(sum(w, []), device=device),
+            logprobs=torch.tensor(sum([r.logprobs for r in mine], []), device=device), real=bool(group)))
     return batches
 
 def teacher_pass(model, thetabar, batches):
@@ -546,7 +543,7 @@ def student_pass(model, batches, hidden, head, cfg):
     """Forward and backward of all micro-batches -> the loss, means over all tokens. RuntimeError: MAX_GAP."""
     sums, gap_max = torch.zeros(5, device=head.device), torch.zeros((), device=head.device)
     for batch, teacher_hidden in zip(batches, hidden):
-        model.set_requires_all_reduce(batch is batches[-1])  # between replicas: of the sum, once
+        model.set_requires_all_reduce(batch is batches[-1])  # replicas add up their gradients only once
         loss, stats = model(*batch.student, teacher_hidden, head, batch.weights, divergence=cfg.divergence,
                             chunk=cfg.loss_chunk, tokens=batch.tokens)
         (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the loss is a sum over them

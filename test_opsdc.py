@@ -513,14 +513,14 @@ def quickstart(directory="toy"):
 # Ideas of neighbouring papers as patches of opsdc.py: (lines there, what takes their place).
 # `python test_opsdc.py fork NAME FILE` writes the patched script, to be run in place of opsdc.py.
 
-WEIGHT = "w = weights[at]  # here a fork weighs tokens by their entropies or divergence"
+WEIGHT = "# a fork changes w here, the weights of these tokens, by their entropies or divergence"
 FORKS = {
     # arXiv 2605.06188: wrong rollouts only, which does damage there
     "incorrect": [('cfg.keep == "all" or r.correct', "not r.correct")],
     # arXiv 2605.13255: the more certain the teacher, the more a token weighs, with a floor
-    "egrsd": [(WEIGHT, "w = weights[at] * torch.exp(-teacher_entropy).clamp(min=0.1)")],
+    "egrsd": [(WEIGHT, "w = w * torch.exp(-teacher_entropy).clamp(min=0.1)")],
     # arXiv 2604.14084: only tokens where the student is uncertain, or certain and far from the teacher
-    "tip": [(WEIGHT, "w = weights[at] * ((student_entropy > 0.1) | (divergence > 0.1))")],
+    "tip": [(WEIGHT, "w = w * ((student_entropy > 0.1) | (divergence > 0.1))")],
     # arXiv 2603.11178: four rollouts a problem, weighted by p (1 - p) of its pass rate p
     "paced": [
         ("at = range(step * batch_size, (step + 1) * batch_size)",
@@ -549,7 +549,7 @@ FORKS = {
          "    globals()[\"larger\"] = load_model(other, device, cfg)\n"
          "    done")],
     # arXiv 2606.00755: a teacher with a temperature of its own, above 1 against a collapse of the entropy
-    "temperature": [("t_block.log_softmax(-1)", "(t_block / 1.5).log_softmax(-1)")],
+    "temperature": [("teacher_finished.log_softmax(-1)", "(teacher_finished / 1.5).log_softmax(-1)")],
     # arXiv 2601.18734 (OPSD): no entry of the vocabulary gives more than 0.05 nats, nor then a gradient
     "clip": [
         ("    return value, p * (a - (p * a).sum(-1, keepdim=True))",
@@ -1187,28 +1187,44 @@ def other_weights(parameters):
     """A thetabar that is not theta, the same function of each weight however it is sharded."""
     return {name: p.detach() * 1.1 + 0.01 for name, p in parameters}
 
+@contextlib.contextmanager
+def sums_over_groups():
+    """A list of (collective, ranks of its group), one for each sum of gradients over a group of ranks."""
+    sums, names = [], ("reduce_scatter_single", "all_reduce")
+    before = {name: getattr(torch.distributed, name) for name in names}
+
+    def recorded(name, *arguments, group=None, **options):
+        sums.append((name, torch.distributed.get_world_size(group)))
+        return before[name](*arguments, group=group, **options)
+    for name in names:
+        setattr(torch.distributed, name, partial(recorded, name))
+    yield sums
+    for name in names:
+        setattr(torch.distributed, name, before[name])
+
 def gradients(model_path, file, *settings):
-    """Worker: for each 'dtype,micro_batch_tokens,loss_chunk' of `settings`, loss and full gradients; and
-    whether theta came back."""
+    """Worker: for each 'dtype,micro_batch_tokens,loss_chunk,replicas' of `settings`, loss and full gradients;
+    whether theta came back; and the sizes of the groups that reduced gradients, in their order."""
     device = opsdc.start_processes()
     opsdc.MAX_GAP = ANY_GAP  # no engine here, hence no logprobs to agree with
     problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(model_path))
     found = []
-    for dtype, micro, chunk in (setting.split(",") for setting in settings):
+    for dtype, micro, chunk, replicas in (setting.split(",") for setting in settings):
         opsdc.DTYPE = getattr(torch, dtype)
-        model = loaded(model_path)
+        model = loaded(model_path, replicas=int(replicas))
         theta = {name: p.full_tensor().clone() for name, p in model.lm.named_parameters()}
         thetabar = other_weights(model.lm.named_parameters())
         cfg = opsdc.Config(model=model_path, micro_batch_tokens=int(micro), loss_chunk=int(chunk))
         batches = opsdc.make_micro_batches(rollouts, problems, device, cfg)
         hidden, head = opsdc.teacher_pass(model, thetabar, batches)
         same = all(torch.equal(p.full_tensor(), theta[name]) for name, p in model.lm.named_parameters())
-        objective = opsdc.student_pass(model, batches, hidden, head, cfg)
+        with sums_over_groups() as sums:
+            objective = opsdc.student_pass(model, batches, hidden, head, cfg)
         grads = {name: p.grad.full_tensor() for name, p in model.lm.named_parameters()}
         model.zero_grad()
         found.append(dict(objective=objective, grads=grads, theta_back=same, head=head,
-                          micro_batches=len(batches),
-                          mesh=next(model.parameters()).device_mesh.mesh_dim_names))
+                          micro_batches=len(batches), sums=sums,
+                          mesh=next(model.parameters()).device_mesh.shape))
     if torch.distributed.get_rank() == 0:
         torch.save(found, file)
     torch.distributed.destroy_process_group()
@@ -1249,7 +1265,7 @@ def check_gradients(results, exact, grads):
             assert relative_error(result["grads"][name], grad) < 1e-4, name
 
 # One sequence a micro-batch; some; all that fit: each with another chunk of the loss.
-CUTS = "float32,1,1000", "float32,700,7", "float32,100000,1000"
+CUTS = "float32,1,1000,1", "float32,700,7,1", "float32,100000,1000,1"
 
 RANKS = dict(qwen3=1, llama=2)  # tied; untied, and by tensor parallelism in one engine
 
@@ -1258,7 +1274,8 @@ def test_loss_and_gradients_of_the_sharded_model_equal_float64(family, folder):
     """And, as it runs on GPUs: bfloat16 activations, float32 weights of the tokens, logits, gradients and
     masters."""
     model = make_model(folder / "m", family)
-    done = in_fork(gradients, model, folder / "found.pt", *CUTS, "bfloat16,100000,1000", ranks=RANKS[family])
+    done = in_fork(gradients, model, folder / "found.pt", *CUTS, "bfloat16,100000,1000,1",
+                   ranks=RANKS[family])
     assert done.returncode == 0, done.stdout
     *results, rounded = torch.load(folder / "found.pt", weights_only=False)
     exact, grads = exact_gradients(model)
@@ -1270,14 +1287,79 @@ def test_loss_and_gradients_of_the_sharded_model_equal_float64(family, folder):
     print(f"bfloat16: {relative_error(whole(rounded['grads']), whole(grads)):.4f}")
     assert relative_error(whole(rounded["grads"]), whole(grads)) < 0.05
 
+def saved_and_resumed(model_path, directory):
+    """Worker: an update on shards over all four ranks, saved; then each layout goes on from it for a step,
+    and what it saves is read by the other."""
+    device, opsdc.MAX_GAP = opsdc.start_processes(), ANY_GAP
+    problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(model_path))
+
+    def run(out, replicas):
+        cfg = opsdc.Config(micro_batch_tokens=1, replicas=replicas, lr=1e-3)
+        model = loaded(model_path, replicas=replicas)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, fused=True)
+        thetabar = opsdc.snapshot(model)
+        done = opsdc.resume(out, model, optimizer, thetabar, cfg) if out.exists() else 0
+        loss = opsdc.train_step(model, thetabar, optimizer, rollouts, problems, device, cfg)["loss"]
+        thetabar = opsdc.snapshot(model)
+        opsdc.save_checkpoint(out, done + 1, model, optimizer, thetabar)
+        state = opsdc.training_state(model, optimizer, thetabar)
+        moments = state["optimizer"]["state"].values()
+        return loss, [w.full_tensor() for part in (state["theta"], thetabar, *moments) for w in part.values()
+                      if isinstance(w, DTensor)]
+
+    losses = {}
+    for name, layouts in dict(whole=(1, 1, 1), mixed=(1, 2, 1)).items():
+        losses[name] = [run(Path(directory) / name, replicas) for replicas in layouts]
+    if torch.distributed.get_rank() == 0:
+        torch.save(losses, Path(directory) / "found.pt")
+    torch.distributed.destroy_process_group()
+
 @beside()
-def test_two_nodes_shard_within_and_replicate_across(folder):
-    model = make_model(folder / "m", "qwen3")
-    done = in_fork(gradients, model, folder / "found.pt", CUTS[1], ranks=4, nodes=2)
+def test_four_ranks_shard_over_all_or_within_two_replicas(folder):
+    """Either way the gradients of the loss, from the same micro-batches. Replicas are summed over once, after
+    the last micro-batch. A run that changes its layout at each start goes on as one that does not."""
+    model = make_model(folder / "m", "llama")
+    settings = [f"float32,{tokens},1000,{replicas}" for replicas in (1, 2) for tokens in (1, 700)]
+    done = in_fork(gradients, model, folder / "found.pt", *settings, ranks=4)
     assert done.returncode == 0, done.stdout
-    result, = torch.load(folder / "found.pt", weights_only=False)
-    check_gradients([result], *exact_gradients(model))
-    assert result["mesh"] == ("replicate", "shard")
+    found = torch.load(folder / "found.pt", weights_only=False)
+    check_gradients(found, *exact_gradients(model))
+    assert [r["mesh"] for r in found] == [(4,), (4,), (2, 2), (2, 2)]
+    assert [r["micro_batches"] for r in found] == [2, 2, 2, 2]
+    groups = 5  # two layers, embedding, norm, head
+    for result in found:
+        *sums, loss, gap = result["sums"]
+        assert loss == gap == ("all_reduce", 4)
+        if result["mesh"] == (4,):
+            assert sums == [("reduce_scatter_single", 4)] * 2 * groups
+        else:
+            first, last = sums[:groups], sums[groups:]
+            assert first == [("reduce_scatter_single", 2)] * groups
+            assert last == [("reduce_scatter_single", 2), ("all_reduce", 2)] * groups
+
+    done = in_fork(saved_and_resumed, model, folder, ranks=4)
+    assert done.returncode == 0, done.stdout
+    whole, mixed = torch.load(folder / "found.pt", weights_only=False).values()
+    assert len({loss for loss, _ in whole}) == 3
+    for (a, state), (b, other) in zip(whole, mixed, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+        assert all(torch.allclose(x, y, rtol=1e-3, atol=1e-5) for x, y in zip(state, other, strict=True))
+
+def test_tokens_of_any_weight_count_in_the_means_but_a_stand_in_does_not(good, one_rank, monkeypatch):
+    """A fork may give a token a weight of zero, or a negative one. What a rank computes only because FSDP's
+    collectives need it is not part of the batch."""
+    monkeypatch.setattr(opsdc, "MAX_GAP", ANY_GAP)
+    problems, rollouts = fixed_batch(AutoTokenizer.from_pretrained(good["model"]))
+    cfg, model, found = opsdc.Config(**good | dict(micro_batch_tokens=1)), loaded(good["model"]), []
+    batches = opsdc.make_micro_batches(rollouts, problems, "cpu", cfg)
+    assert all(batch.real for batch in batches)
+    signs = itertools.cycle((-1.0, 0.0, 1.0))
+    for changed in (batches, [batch._replace(weights=batch.weights * next(signs)) for batch in batches],
+                    [*batches, batches[0]._replace(weights=batches[0].weights * 0, real=False)]):
+        teacher = opsdc.teacher_pass(model, other_weights(model.lm.named_parameters()), changed)
+        found.append(opsdc.student_pass(model, changed, *teacher, cfg))
+    usual, weighed, with_stand_in = found
+    assert usual == with_stand_in and weighed.pop("loss") != usual.pop("loss") and weighed == usual
 
 def test_recomputing_activations_or_not_gives_the_same_gradients(good, one_rank, monkeypatch):
     monkeypatch.setattr(opsdc, "MAX_GAP", ANY_GAP)
@@ -1971,7 +2053,7 @@ def folder_with(directory, *names):
 
 WRONG_NUMBERS = {"steps": "0 -1", "batch_size": "0 -32", "lr": "-0.1 nan inf", "weight_decay": "-0.1 nan",
               "clip": "-1 inf", "temperature": "-1 nan", "max_prompt_tokens": "0", "refresh_every": "-1",
-              "vllm_tp": "0", "vllm_memory": "0 -0.5 nan", "save_every": "0", "seed": "-1"}
+              "vllm_tp": "0", "replicas": "0", "vllm_memory": "0 -0.5 nan", "save_every": "0", "seed": "-1"}
 BAD_INPUT = {
     "model": (lambda d, good: dict(model=d / "nowhere"),
               "--model .*nowhere: expected a folder with a chat model, or the id .* found: "),
@@ -1987,7 +2069,8 @@ BAD_INPUT = {
                      "row 1, field prompt: expected the user's turn last"),
     "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "no problem with a prompt of at most 5"),
     "context": (lambda d, good: dict(max_response_tokens=4000), "expected at most the model's context, 2048"),
-    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a number of ranks that it divides"),
+    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a divisor of the number of ranks, .* 1"),
+    "replicas": (lambda d, good: dict(replicas=2), "--replicas 2: expected a divisor of the number of ranks"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
                    "for --keep correct, a known answer"),
     "save_to_disk": (lambda d, good: (d / "state.json").touch() or dict(data=d), "using `save_to_disk`"),
@@ -3008,7 +3091,7 @@ BAD_EVALUATION = {
     "instruction": (lambda d, good: dict(instruction="@nofile"), "--instruction @nofile.* No such file"),
     "one word": (lambda d, good: dict(instruction="short"), "--instruction short: expected v1"),
     "no text": (lambda d, good: dict(instruction=""), "--instruction : expected v1"),
-    "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp 2: expected a number of ranks that it divides"),
+    "tp": (lambda d, good: {"vllm-tp": 2}, "--vllm_tp 2: expected a divisor of the number of ranks"),
 } | {f"{name} {value}": (lambda d, good, change={name: value}: change,
                          f"--{name.replace('-', '_')} {value}.*: expected ")
      for name, values in EVAL_RANGES.items() for value in values.split()}
