@@ -14,7 +14,7 @@ float64 or with a second real run.
     python test_opsdc.py profile ARGUMENTS          opsdc.py with them, and where its seconds went
     python test_opsdc.py bench                      CPU time and memory of the objective beside naive autograd
     python test_opsdc.py gpu [DIR]                  what only a GPU can tell, in one table
-    python test_opsdc.py memory OPTIONS             GB a GPU of opsdc.py with them, simulated, and --gpus, --nodes
+    python test_opsdc.py memory OPTIONS             GB a GPU of opsdc.py with them, and --gpus, --nodes, simulated
 """
 import argparse
 import cProfile
@@ -3371,12 +3371,13 @@ def test_parts_of_the_gpu_command(folder):
     assert len(table.splitlines()) == 2 + 3 + 2 and table.count("head's gradient by 0.1") == 1
 
 # ----------------------------------------------------------------------------------------------------- memory
-# `memory` runs opsdc.py's own functions on fake CUDA tensors, which have shapes and no content, as rank 0 of a
-# fake process group, and counts the storages that are alive. It needs a config.json, no weights and no GPU.
+# `memory` runs opsdc.py's own functions on fake CUDA tensors, which have shapes and no content, as rank 0 of
+# a fake process group, and counts the storages that are alive. It needs a config.json, no weights, no GPU.
 
 def qwen3(d, f, layers, heads, tied):
     return Qwen3Config(vocab_size=VOCABULARY, hidden_size=d, intermediate_size=f, num_hidden_layers=layers,
-                       num_attention_heads=heads, num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied)
+                       num_attention_heads=heads, num_key_value_heads=8, head_dim=128,
+                       tie_word_embeddings=tied)
 
 SHAPES = {  # the published ones, by name
     "Qwen3-0.6B": qwen3(1024, 3072, 28, 16, True), "Qwen3-1.7B": qwen3(2048, 6144, 28, 16, True),
@@ -3531,7 +3532,8 @@ class Ledger(TorchDispatchMode):
             causal = "flash" in function.name()  # computes half of the pairs, counted in full
             self.flops[str(function)] += flops(*shapes, **options, out_val=result) / (1 + causal)
         if self.fake and function in collective_ops - sync_ops:
-            ranks = torch.distributed.get_process_group_ranks(CollectiveOp.get_process_group(function, arguments))
+            group = CollectiveOp.get_process_group(function, arguments)
+            ranks = torch.distributed.get_process_group_ranks(group)
             n, local = len(ranks), int(os.environ["LOCAL_WORLD_SIZE"])
             size = CollectiveOp.get_comm_tensor_size(function, result, arguments, options) * (n - 1) / n
             name = re.sub(r"\W|_", "", function.name().split("::")[1])
@@ -3644,29 +3646,28 @@ ASLEEP = 4e9  # of an engine that sleeps, with CUDA's contexts and NCCL's buffer
 def memory(*options):
     """Prints what a GPU holds, phase by phase, and which cards are enough."""
     found, = simulations(options)
-    peaks, settings, GB = found["peaks"], found["settings"], "{:.2f}".format
-    highest, held = max(peaks.values())
-    idle, room = sum(found["idle"].values()), max(sum(found["idle"].values()), peaks["sync"][0])
-    print(f"{found['place']} GPUs, {settings['batch_size']} rollouts, micro-batches of "
-          f"{settings['micro_batch_tokens']} tokens. GB a GPU, simulated: " + ", ".join(
-              f"{phase} {n / 1e9:.2f}" for phase, (n, _) in peaks.items() if phase != "start")
-          + f"; between steps {idle / 1e9:.2f}\nThe highest, {highest / 1e9:.2f}, is held by " + ", ".join(
-              f"{name} {n / 1e9:.2f}" for name, n in sorted(held.items(), key=lambda item: -item[1]) if n > 5e6)
-          + f".\nThe allocator's pools, one a stream, take at most {found['pools'] / 1e9:.2f} if none gives back.")
-    weights = 2 * found["parameters"] / settings["vllm_tp"]
-    for card in (24, 48, 80, 141):
-        share = (card - (room + ASLEEP / 4) / 1e9) / card
-        if found["pools"] + ASLEEP > card * 1e9:
-            print(f"{card} GB: no")
-        elif share * card * 1e9 < 1.15 * weights:
-            print(f"{card} GB: only with a larger --vllm_tp: the engine's weights take {weights / 1e9:.1f} GB")
-        else:
-            print(f"{card} GB: yes, beside a sleeping engine of {ASLEEP / 1e9:.0f} GB (estimated); "
-                  f"--vllm_memory up to {math.floor(100 * min(share, 0.95)) / 100}")
-    print(f"A step, a GPU: {found['flops'] / 1e12:.0f} TFLOP; receives " + ", ".join(
-        f"{n / 1e9:.2f} GB by {kind}" for kind, n in found["received"].items()))
 
-SMALL = "--micro_batch_tokens 128 --max_prompt_tokens 64 --max_response_tokens 64 --loss_chunk 32".split()
+    def listed(bytes_of):
+        return ", ".join(f"{name} {n / 1e9:.2f}" for name, n in bytes_of.items() if n > 5e6)
+    peaks, settings, idle = found["peaks"], found["settings"], sum(found["idle"].values())
+    highest, held = max(peaks.values())
+    print(f"{found['place']} GPUs, {settings['batch_size']} rollouts, {settings['micro_batch_tokens']} tokens a "
+          "micro-batch; GB a GPU, simulated, the peak of each phase:\n"
+          + listed({phase: n for phase, (n, _) in peaks.items()})
+          + f"\nThe highest is held by: {listed(held)}\nBetween steps: {listed(found['idle'])}\n"
+          f"The allocator, which keeps a pool for each stream, takes up to {found['pools'] / 1e9:.2f} GB; the "
+          f"estimate at the start of a run: {found['formula'] / 1e9:.2f}")
+    weights = 2 * found["parameters"] / settings["vllm_tp"]
+    for card in (24e9, 48e9, 80e9, 141e9):
+        share = min(0.95, (card - max(idle, peaks["sync"][0]) - ASLEEP / 4) / card)
+        fits = found["pools"] + ASLEEP <= card
+        print(f"{card / 1e9:.0f} GB: " + ("no" if not fits else "yes" if share * card > 1.15 * weights else
+                                          f"with a larger --vllm_tp, for weights of {weights / 1e9:.1f} GB")
+              + f", --vllm_memory up to {share:.2f}" * fits)
+    print(f"Beside an engine that sleeps in {ASLEEP / 1e9:.0f} GB, an estimate. A step of a GPU computes "
+          f"{found['flops'] / 1e12:.0f} TFLOP and receives, in GB: {listed(found['received'])}")
+
+SMALL = "--micro_batch_tokens 128 --max_prompt_tokens 64 --max_response_tokens 64 --loss_chunk 32"
 
 def small_shape(directory, tied):
     """Of some weights 8 and 16 divide the rows, of others they do not."""
@@ -3702,9 +3703,8 @@ def test_simulated_state_and_gradients_are_the_hand_counts_to_the_byte(folder):
     places = [(1, 1, 1), (8, 1, 1), (8, 2, 1), (8, 2, 2)]  # GPUs of a node, nodes, replicas
     cases = [(small_shape(folder / f"tied-{tied}", tied), recompute, *place) for tied in (True, False)
              for place in places for recompute in (True, False)]
-    found = simulations(*(
-        ["--model", model, "--gradient_checkpointing", recompute, "--gpus", gpus, "--nodes", nodes,
-         "--replicas", replicas, "--batch_size", 32, *SMALL] for model, recompute, gpus, nodes, replicas in cases))
+    options = SMALL + " --batch_size 32 --model {} --gradient_checkpointing {} --gpus {} --nodes {} --replicas {}"
+    found = simulations(*(options.format(*case).split() for case in cases))
     activations = {}
     for (model, recompute, *place), got in zip(cases, found, strict=True):
         hand = by_hand(AutoConfig.from_pretrained(model), place[0] * place[1] // place[2])
