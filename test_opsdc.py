@@ -14,7 +14,7 @@ float64 or with a second real run.
     python test_opsdc.py profile ARGUMENTS          opsdc.py with them, and where its seconds went
     python test_opsdc.py bench                      CPU time and memory of the objective beside naive autograd
     python test_opsdc.py gpu [DIR]                  what only a GPU can tell, in one table
-    python test_opsdc.py memory OPTIONS             GB a GPU of opsdc.py with them, and --gpus, --nodes, simulated
+    python test_opsdc.py memory OPTIONS             GB a GPU of opsdc.py with them (--gpus, --nodes), simulated
 """
 import argparse
 import cProfile
@@ -3651,12 +3651,12 @@ def memory(*options):
         return ", ".join(f"{name} {n / 1e9:.2f}" for name, n in bytes_of.items() if n > 5e6)
     peaks, settings, idle = found["peaks"], found["settings"], sum(found["idle"].values())
     highest, held = max(peaks.values())
-    print(f"{found['place']} GPUs, {settings['batch_size']} rollouts, {settings['micro_batch_tokens']} tokens a "
-          "micro-batch; GB a GPU, simulated, the peak of each phase:\n"
+    print(f"{found['place']} GPUs, {settings['batch_size']} rollouts, micro-batches of "
+          f"{settings['micro_batch_tokens']} tokens; GB a GPU, simulated, the peak of each phase:\n"
           + listed({phase: n for phase, (n, _) in peaks.items()})
           + f"\nThe highest is held by: {listed(held)}\nBetween steps: {listed(found['idle'])}\n"
-          f"The allocator, which keeps a pool for each stream, takes up to {found['pools'] / 1e9:.2f} GB; the "
-          f"estimate at the start of a run: {found['formula'] / 1e9:.2f}")
+          f"The allocator, which keeps a pool for each stream, takes up to {found['pools'] / 1e9:.2f} GB; "
+          f"the estimate at the start of a run: {found['formula'] / 1e9:.2f}")
     weights = 2 * found["parameters"] / settings["vllm_tp"]
     for card in (24e9, 48e9, 80e9, 141e9):
         share = min(0.95, (card - max(idle, peaks["sync"][0]) - ASLEEP / 4) / card)
@@ -3703,7 +3703,8 @@ def test_simulated_state_and_gradients_are_the_hand_counts_to_the_byte(folder):
     places = [(1, 1, 1), (8, 1, 1), (8, 2, 1), (8, 2, 2)]  # GPUs of a node, nodes, replicas
     cases = [(small_shape(folder / f"tied-{tied}", tied), recompute, *place) for tied in (True, False)
              for place in places for recompute in (True, False)]
-    options = SMALL + " --batch_size 32 --model {} --gradient_checkpointing {} --gpus {} --nodes {} --replicas {}"
+    options = "--model {} --gradient_checkpointing {} --gpus {} --nodes {} --replicas {} --batch_size 32 "
+    options += SMALL
     found = simulations(*(options.format(*case).split() for case in cases))
     activations = {}
     for (model, recompute, *place), got in zip(cases, found, strict=True):
