@@ -14,7 +14,7 @@ float64 or with a second real run.
     python test_opsdc.py profile ARGUMENTS          opsdc.py with them, and where its seconds went
     python test_opsdc.py bench                      CPU time and memory of the objective beside naive autograd
     python test_opsdc.py gpu [DIR]                  what only a GPU can tell, in one table
-    python test_opsdc.py memory OPTIONS             GB a GPU of opsdc.py with them (--gpus, --nodes), simulated
+    python test_opsdc.py memory OPTIONS             GB a GPU of opsdc.py with them (--gpus, --nodes)
 """
 import argparse
 import cProfile
@@ -3697,22 +3697,21 @@ def by_hand(config, shards):
 
 @beside()
 def test_simulated_state_and_gradients_are_the_hand_counts_to_the_byte(folder):
-    """On fake GPUs, through every branch for CUDA; the last place is the second with a replica a node."""
+    """On fake GPUs, through every branch for CUDA: one, eight, two nodes of eight, and a replica a node."""
     if not torch.version.cuda and not shutil.which(os.environ.get("CXX", "c++")):
         pytest.skip("torch built for CPUs needs a C++ compiler to simulate a GPU")
-    places = [(1, 1, 1), (8, 1, 1), (8, 2, 1), (8, 2, 2)]  # GPUs of a node, nodes, replicas
-    cases = [(small_shape(folder / f"tied-{tied}", tied), recompute, *place) for tied in (True, False)
-             for place in places for recompute in (True, False)]
-    options = "--model {} --gradient_checkpointing {} --gpus {} --nodes {} --replicas {} --batch_size 32 "
-    options += SMALL
-    found = simulations(*(options.format(*case).split() for case in cases))
-    activations = {}
-    for (model, recompute, *place), got in zip(cases, found, strict=True):
-        hand = by_hand(AutoConfig.from_pretrained(model), place[0] * place[1] // place[2])
-        assert got["idle"] | {"gradients": got["peaks"]["update"][1]["gradients"]} == hand, (place, got)
-        activations[model, recompute, *place] = got["peaks"]["backward"][1]["activations"]
-    for model, recompute, *place in cases:
-        assert activations[model, True, *place] < activations[model, False, *place]
+    cases = [  # tied, recomputation, GPUs of a node, nodes, replicas
+        (True, True, 1, 1, 1), (True, False, 8, 2, 1), (True, True, 8, 2, 2),
+        (False, True, 8, 1, 1), (False, False, 8, 1, 1), (False, True, 8, 2, 1)]
+    options = "--model {} --gradient_checkpointing {} --gpus {} --nodes {} --replicas {} --batch_size {} "
+    models = [small_shape(folder / f"tied-{tied}", tied) for tied, *_ in cases]
+    found = simulations(*((options + SMALL).format(model, *case, 2 * case[1] * case[2]).split()
+                          for model, (_, *case) in zip(models, cases)))
+    for model, (*_, gpus, nodes, replicas), got in zip(models, cases, found, strict=True):
+        hand = by_hand(AutoConfig.from_pretrained(model), gpus * nodes // replicas)
+        assert got["idle"] | {"gradients": got["peaks"]["update"][1]["gradients"]} == hand, (got, hand)
+    recomputed, kept = (got["peaks"]["backward"][1]["activations"] for got in found[3:5])
+    assert recomputed < kept
 
 def test_count_of_a_real_step_is_the_profilers(one_rank, monkeypatch):
     """On the CPU with real tensors, the same ledger beside torch's profiler, which sees the allocator."""
