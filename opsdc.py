@@ -940,6 +940,16 @@ def prepare(cfg):  # all checks -> the base model, on rank 0 with its weights, p
     dist.barrier()  # the others wait for rank 0's checks
     return base, problems, out
 
+def training_bytes(lm, settings):
+    """About the peak on a GPU, with gradient checkpointing: shards of weights, Adam's state, thetabar and
+    gradients, and the larger of what the loss and a layer's backward add. `test_opsdc.py memory` counts."""
+    (V, d), layers = lm.get_output_embeddings().weight.shape, lm.get_decoder().layers
+    T = settings["micro_batch_tokens"]
+    P, p = (sum(w.numel() for w in module.parameters()) for module in (lm, layers[0]))
+    shards = 18 * P * settings["replicas"] / dist.get_world_size()
+    loss = 8 * V * (d + settings["loss_chunk"]) + 45 * BLOCK["cuda"] + 24 * d * T
+    return shards + 2 * d * len(layers) * T + max(loss, 4 * V * d + 8 * p + (4 * p / d + 22 * d) * T)
+
 def start_run(base, out, settings):  # rank 0's checks: the folder, the run to go on with, the weights
     claim_folder(out, settings["resume"], "opsdc.lock")
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # what a kill left
@@ -952,6 +962,9 @@ def start_run(base, out, settings):  # rank 0's checks: the folder, the run to g
     replace_file(out / "config.json", json.dumps(settings, indent=1))
     size = (12 + DTYPE.itemsize) * sum(p.numel() for p in base.empty.parameters()) / 1e9
     say(f"each of 3 checkpoints takes {size:.3g} GB; {shutil.disk_usage(out).free / 1e9:.3g} GB are free")
+    if torch.cuda.is_available():
+        say(f"training takes about {training_bytes(base.empty, settings) / 1e9:.3g} GB of a GPU, whose "
+            f"{torch.cuda.mem_get_info()[1] / 1e9:.3g} GB also hold an engine that sleeps, 3 to 4 GB")
 
 # ------------------------------------------------------------------------------------------------------ LOGS
 def say(text):
