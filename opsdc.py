@@ -199,6 +199,20 @@ def reverse_kl(student_logits, teacher_logits):
 # How many logits a softmax takes at a time: few enough for a CPU's cache, or enough to keep a GPU busy.
 BLOCK = dict(cpu=620_000, cuda=10_000_000)
 
+def divergence_in_place(logits, teacher_logits, weights, ids, kind, scale, cap):
+    """Some tokens' rows of what chunked_divergence returns per token. Overwrites their logits [n, V] with the
+    loss's gradients with respect to them."""
+    finished, slope = finish_logits(logits, scale, cap)
+    teacher_finished, _ = finish_logits(teacher_logits, scale, cap)
+    log_p, log_q = finished.log_softmax(-1), teacher_finished.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    divergence, gradient = divergence_and_gradient(p, log_p, q, log_q, kind)
+    student_entropy, teacher_entropy = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
+    logprob = log_p.gather(-1, ids[:, None])[:, 0]
+    # a fork changes `weights` here, by the tokens' entropies or divergence
+    torch.mul(gradient, weights[:, None] * slope, out=logits)
+    return torch.stack([divergence, student_entropy, teacher_entropy, logprob, weights])
+
 @torch.no_grad()
 def chunked_divergence(student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, kind, chunk,
                        scale, cap):
@@ -218,19 +232,9 @@ def chunked_divergence(student_hidden, student_head, teacher_hidden, teacher_hea
         logits, teacher_logits = student_buffer[:len(h)], teacher_buffer[:len(h)]  # [n, V]
         float32_product(h, student_head.T, logits)
         float32_product(teacher_h, teacher_head.T, teacher_logits)
-        blocks = zip(*(x.split(rows) for x in (logits, teacher_logits, chunk_weights, chunk_ids)))
-        for s, t, w, y in blocks:  # views of `rows` rows
-            finished, slope = finish_logits(s, scale, cap)
-            teacher_finished, _ = finish_logits(t, scale, cap)
-            log_p, log_q = finished.log_softmax(-1), teacher_finished.log_softmax(-1)
-            p, q = log_p.exp(), log_q.exp()
-            divergence, gradient = divergence_and_gradient(p, log_p, q, log_q, kind)
-            student_entropy, teacher_entropy = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
-            logprob = log_p.gather(-1, y[:, None])[:, 0]
-            # a fork changes w here, the weights of these tokens, by their entropies or divergence
-            per_token.append(torch.stack([divergence, student_entropy, teacher_entropy, logprob, w]))
-            torch.mul(gradient, w[:, None] * slope, out=s)  # the logits' place is taken by their gradients
-        grad_logits = logits
+        for block in zip(*(x.split(rows) for x in (logits, teacher_logits, chunk_weights, chunk_ids))):
+            per_token.append(divergence_in_place(*block, kind, scale, cap))
+        grad_logits = logits  # this is what the buffer holds now
         float32_product(grad_logits, student_head, grad_h)
         float32_product(grad_logits.T, h, grad_head, add=True)
     return grad_hidden, grad_head, torch.cat(per_token, dim=1)
@@ -269,10 +273,9 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
     not. weights [N] float32; tokens [N] sampled ids; scale, cap: see finish_logits. A token of `chunk` takes
     8 V bytes, on a GPU 10 V. Returns the loss (float32 scalar) and stats without gradient: kl (divergence),
     student_entropy, teacher_entropy (means over N, nats/token); logprob [N] = log p(token), given tokens."""
-    ids = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
+    y = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
     grad_hidden, grad_head, per_token = chunked_divergence(
-        student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, divergence, chunk, scale,
-        cap)
+        student_hidden, student_head, teacher_hidden, teacher_head, weights, y, divergence, chunk, scale, cap)
     # The logits are freed by now. The gradients in the model's dtype take their place in memory.
     loss = WithGradients.apply(student_hidden, student_head, per_token[4] * per_token[0],
                                grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype))
@@ -723,8 +726,8 @@ def replace_file(path, text):  # written beside and renamed: a kill never leaves
     path.with_name(UNFINISHED).replace(path)
 
 def export(model, base, target):
-    """The folder `target`: theta in bfloat16, gathered in rank 0's memory, and the base's other files as the run
-    found them at its start."""
+    """The folder `target`: theta in bfloat16, gathered in rank 0's memory, and the base's other files as the
+    run found them at its start."""
     gathered = checkpoint_weights(model.lm, torch.bfloat16)
     weights = {name: w.to("cpu", copy=True) for name, w in gathered if dist.get_rank() == 0}
     if dist.get_rank() == 0:
@@ -908,8 +911,8 @@ def check_settings(settings):
     evaluator.check(os.environ.get("OMP_NUM_THREADS") != "0",  # every rank would take every core
           "OMP_NUM_THREADS=0: expected the number of threads of a rank; unset it, or name 1 or more")
     world = dist.get_world_size()
-    for name in ("vllm_tp", "replicas"):
-        evaluator.check(world % settings.get(name, 1) == 0,  # eval.py has no replicas
+    for name in ("vllm_tp", "replicas"):  # eval.py has no replicas
+        evaluator.check(world % settings.get(name, 1) == 0,
                         f"--{name} {settings.get(name)}: expected a divisor of the number of ranks, {world}")
 
 def context_of(base, to_train=True):
@@ -974,6 +977,16 @@ def prepare(cfg):  # all checks -> the base model, on rank 0 with its weights, p
     dist.barrier()  # the others wait for rank 0's checks
     return base, problems, out
 
+def training_bytes(lm, settings):
+    """About the peak on a GPU, with gradient checkpointing: shards of weights, Adam's state, thetabar and
+    gradients, and the larger of what the loss and a layer's backward add. `test_opsdc.py memory` counts."""
+    (V, d), layers = lm.get_output_embeddings().weight.shape, lm.get_decoder().layers
+    T = settings["micro_batch_tokens"]
+    P, p = (sum(w.numel() for w in module.parameters()) for module in (lm, layers[0]))
+    shards = 18 * P * settings["replicas"] / dist.get_world_size()
+    loss = 8 * V * (d + settings["loss_chunk"]) + 45 * BLOCK["cuda"] + 24 * d * T
+    return shards + 2 * d * len(layers) * T + max(loss, 4 * V * d + 8 * p + (4 * p / d + 22 * d) * T)
+
 def start_run(base, out, settings):  # rank 0's checks: the run to go on with, the weights
     if checkpoints(out):
         compare_settings(out / "config.json", settings)
@@ -984,6 +997,9 @@ def start_run(base, out, settings):  # rank 0's checks: the run to go on with, t
     exports = 1 + (settings["steps"] // settings["export_every"] if settings["export_every"] else 0)
     evaluator.say(f"each of 3 checkpoints takes {(12 + DTYPE.itemsize) * gigabytes:.3g} GB, each of {exports} "
                   f"exports {2 * gigabytes:.3g}; {shutil.disk_usage(out).free / 1e9:.3g} GB are free")
+    if torch.cuda.is_available():
+        evaluator.say(f"training takes about {training_bytes(base.empty, settings) / 1e9:.3g} GB of a GPU, whose "
+                      f"{torch.cuda.mem_get_info()[1] / 1e9:.3g} GB also hold an engine that sleeps, 3 to 4 GB")
 
 def compare_settings(file, settings):  # of the run that --resume goes on with
     with evaluator.blaming(f"--resume: the settings of the run in {file}"):

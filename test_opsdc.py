@@ -14,9 +14,12 @@ float64 or with a second real run.
     python test_opsdc.py profile ARGUMENTS          opsdc.py with them, and where its seconds went
     python test_opsdc.py bench                      CPU time and memory of the objective beside naive autograd
     python test_opsdc.py gpu [DIR]                  what only a GPU can tell, in one table
+    python test_opsdc.py memory OPTIONS             GB a GPU of opsdc.py with them (--gpus, --nodes)
 """
+import argparse
 import cProfile
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import datetime
@@ -52,22 +55,29 @@ import time
 import timeit
 import traceback
 import types
+import weakref
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
+from unittest import mock
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer,
-                          GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
-                          Qwen3Config, Qwen3ForCausalLM)
+                          GenerationConfig, HfArgumentParser, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
 environment = dict(os.environ)
 import eval as ev  # noqa: E402
@@ -509,14 +519,14 @@ def quickstart(directory="toy"):
 # Ideas of neighbouring papers as patches of opsdc.py: (lines there, what takes their place).
 # `python test_opsdc.py fork NAME FILE` writes the patched script, to be run in place of opsdc.py.
 
-WEIGHT = "# a fork changes w here, the weights of these tokens, by their entropies or divergence"
+WEIGHT = "# a fork changes `weights` here, by the tokens' entropies or divergence"
 FORKS = {
     # arXiv 2605.06188: wrong rollouts only, which does damage there
     "incorrect": [('cfg.keep == "all" or r.correct', "not r.correct")],
     # arXiv 2605.13255: the more certain the teacher, the more a token weighs, with a floor
-    "egrsd": [(WEIGHT, "w = w * torch.exp(-teacher_entropy).clamp(min=0.1)")],
+    "egrsd": [(WEIGHT, "weights = weights * torch.exp(-teacher_entropy).clamp(min=0.1)")],
     # arXiv 2604.14084: only tokens where the student is uncertain, or certain and far from the teacher
-    "tip": [(WEIGHT, "w = w * ((student_entropy > 0.1) | (divergence > 0.1))")],
+    "tip": [(WEIGHT, "weights = weights * ((student_entropy > 0.1) | (divergence > 0.1))")],
     # arXiv 2603.11178: four rollouts a problem, weighted by p (1 - p) of its pass rate p
     "paced": [
         ("at = range(step * batch_size, (step + 1) * batch_size)",
@@ -933,8 +943,8 @@ def test_never_holds_logits_of_all_tokens():
     inputs = objective_inputs(N=256, V=301)
     with Largest() as largest:
         opsdc.distill_loss(inputs[0].requires_grad_(), inputs[1].requires_grad_(), *inputs[2:],
-                           chunk=16)[0].backward()
-    assert largest.numel == 2 * 16 * 301  # the logits of one chunk, student's and teacher's
+                           chunk=32)[0].backward()
+    assert largest.numel == 32 * 301  # the logits of one chunk; the head has 16 x 301
 
 @beside("default", *["avx2"] * (torch.backends.cpu.get_cpu_capability() == "AVX512"))
 def test_the_objective_holds_with_the_processors_slower_kernels(kernels, folder):
@@ -4137,6 +4147,369 @@ def test_parts_of_the_gpu_command(folder):
     table = table.getvalue()
     assert len(table.splitlines()) == 2 + 3 + 2 and table.count("head's gradient by 0.1") == 1
 
+# ----------------------------------------------------------------------------------------------------- memory
+# `memory` runs opsdc.py's own functions on fake CUDA tensors, which have shapes and no content, as rank 0 of
+# a fake process group, and counts the storages that are alive. It needs a config.json, no weights, no GPU.
+
+def qwen3(d, f, layers, heads, tied):
+    return Qwen3Config(vocab_size=VOCABULARY, hidden_size=d, intermediate_size=f, num_hidden_layers=layers,
+                       num_attention_heads=heads, num_key_value_heads=8, head_dim=128,
+                       tie_word_embeddings=tied)
+
+SHAPES = {  # the published ones, by name
+    "Qwen3-0.6B": qwen3(1024, 3072, 28, 16, True), "Qwen3-1.7B": qwen3(2048, 6144, 28, 16, True),
+    "Qwen3-4B": qwen3(2560, 9728, 36, 32, True), "Qwen3-8B": qwen3(4096, 12288, 36, 32, False),
+    "Qwen3-14B": qwen3(5120, 17408, 40, 40, False), "Qwen3-32B": qwen3(5120, 25600, 64, 64, False),
+    "R1-Distill-Llama-8B": LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+                                       num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)}
+
+# Backward of fake CUDA tensors asks torch's C++ for an accelerator, which a build for CPUs does not have.
+HOOKS = """
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+namespace at {
+struct CUDAHooks : CUDAHooksInterface {
+  CUDAHooks(CUDAHooksArgs) {}
+  bool isBuilt() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+};
+REGISTER_CUDA_HOOKS(CUDAHooks)
+}
+struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
+  c10::DeviceIndex deviceCount() const noexcept override { return 0; }
+};
+namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, Guard) }
+"""
+
+def compile_hooks(directory):
+    """HOOKS as a library, to be loaded before torch. FileNotFoundError: there is no C++ compiler."""
+    compiler, home = shutil.which(os.environ.get("CXX", "c++")), Path(torch.__file__).parent
+    if not compiler:
+        raise FileNotFoundError("torch built for CPUs needs a C++ compiler to simulate a GPU: install g++")
+    source, library = directory / "hooks.cpp", directory / "hooks.so"
+    source.write_text(HOOKS)
+    subprocess.run([compiler, "-std=c++20", "-shared", "-fPIC", f"-I{home}/include", source, "-o", library,
+                    f"-L{home}/lib", f"-Wl,-rpath,{home}/lib", "-lc10", "-ltorch_cpu"], check=True)
+    return library
+
+def simulations(*cases):
+    """What `simulate` finds for each list of options, in a process where torch believes that it has a GPU."""
+    with tempfile.TemporaryDirectory() as directory:
+        hooks = {} if torch.version.cuda else {"LD_PRELOAD": str(compile_hooks(Path(directory)))}
+        done = subprocess.run([sys.executable, str(HERE / "test_opsdc.py"), "simulate",
+                               *(shlex.join(map(str, case)) for case in cases)], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT | hooks)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+PHASES = dict(load_model="load", distill_loss="loss", teacher_pass="teacher", forward="forward",
+              student_pass="backward", update="update", refresh="refresh", training_state="save",
+              checkpoint_weights="sync")  # by the first of these functions that is running
+
+class Ledger(TorchDispatchMode):
+    """The bytes of all living storages on a kind of device: who holds them, their peak in each phase, and the
+    peak of each stream, for the allocator gives no stream what another one freed."""
+
+    def __init__(self, lm, device, fake=None):
+        super().__init__()
+        self.device, self.fake, self.block = device, fake, 512 if fake else 1
+        self.head, self.sizes = lm.get_output_embeddings().weight.shape, {p.numel() for p in lm.parameters()}
+        self.live, self.peaks, self.stream = {}, {}, None
+        self.held, self.streams, self.highest = Counter(), Counter(), Counter()
+        self.flops, self.received = Counter(), Counter()
+
+    def __enter__(self):
+        resize = torch.UntypedStorage.resize_
+
+        def resize_(storage, n):  # FSDP2 frees by it, and no mode sees it
+            resize(storage, n)
+            if storage._cdata in self.live:
+                self.resized(storage)
+            return storage
+        self.patch = mock.patch("torch.UntypedStorage.resize_", resize_)
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.stop()
+        return super().__exit__(*error)
+
+    def place(self, shape):
+        """The phase, and who will hold what is made now, by the functions on the stack."""
+        frame, calls, library = sys._getframe(3), [], []
+        while frame:
+            code = frame.f_code
+            if code.co_filename == opsdc.__file__ and not code.co_name.startswith("<"):
+                calls.append(code.co_name)
+            elif not calls and re.search("_fully_shard|transformers", code.co_filename):
+                library.append(code.co_name if "_fully_shard" in code.co_filename else "transformers")
+            frame = frame.f_back
+        phase = next((name for function, name in PHASES.items() if function in calls), "start")
+        return phase, self.holder(phase, calls, library, shape)
+
+    def holder(self, phase, calls, library, shape):
+        V, matrix = self.head[0], len(shape) < 3 and math.prod(shape) in self.sizes
+        if phase == "load":
+            return "theta"
+        if calls[:1] == ["snapshot"]:
+            return "theta's copy" if phase == "teacher" else "thetabar"
+        if phase == "loss":
+            return "gradients" if shape == self.head else "logits" if V in shape else "hidden states"
+        if phase in ("update", "sync"):
+            return dict(update="Adam", sync="gathered weights")[phase]
+        if library and "transformers" not in library[0]:  # FSDP2
+            return "gradients" if any("reduce" in name for name in library) else "gathered weights"
+        if phase == "teacher" and calls[0] == "teacher_pass":
+            return "the teacher's head"
+        if phase == "backward" and matrix:
+            return "gradients"
+        return "activations" if library or phase == "backward" else "hidden states"
+
+    def add(self, n, holder, stream):
+        self.held[holder] += n
+        self.streams[stream] += n
+
+    def resized(self, storage, shape=()):
+        """A storage is new, or FSDP2 has freed it or asked for it again."""
+        key, n = storage._cdata, -(-storage.nbytes() // self.block) * self.block
+        phase, holder = self.place(shape)
+        if key not in self.live:
+            self.live[key] = [0, holder, self.stream]
+            weakref.finalize(storage, self.free, key).atexit = False
+        entry = self.live[key]
+        self.add(n - entry[0], *entry[1:])
+        entry[0], total = n, sum(self.held.values())
+        self.highest[entry[2]] = max(self.highest[entry[2]], self.streams[entry[2]])
+        if total > self.peaks.get(phase, (0,))[0]:
+            self.peaks[phase] = total, dict(self.held)
+
+    def free(self, key):
+        n, *where = self.live.pop(key)
+        self.add(-n, *where)
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its local tensors come by next
+        options = options or {}
+        if self.fake and function is torch.ops.aten._local_scalar_dense.default:
+            return 0.0  # of .item(): loss, gap and norm, which have no content
+        result = function(*arguments, **options)
+        for made in tree_leaves(result):
+            if (isinstance(made, torch.Tensor) and made.device.type == self.device
+                    and getattr(made, "fake_mode", None) is self.fake  # not DTensor's, to find out a shape
+                    and made.untyped_storage()._cdata not in self.live):
+                self.resized(made.untyped_storage(), made.shape)
+        self.count(function, arguments, options, result)
+        return result
+
+    def count(self, function, arguments, options, result):
+        """FLOPs, and the bytes that this rank receives in collectives."""
+        if flops := flop_registry.get(function._overloadpacket):
+            shapes = [x for x in arguments if not isinstance(x, torch.dtype)]
+            causal = "flash" in function.name()  # computes half of the pairs, counted in full
+            self.flops[str(function)] += flops(*shapes, **options, out_val=result) / (1 + causal)
+        if self.fake and function in collective_ops - sync_ops:
+            group = CollectiveOp.get_process_group(function, arguments)
+            ranks = torch.distributed.get_process_group_ranks(group)
+            n, local = len(ranks), int(os.environ["LOCAL_WORLD_SIZE"])
+            size = CollectiveOp.get_comm_tensor_size(function, result, arguments, options) * (n - 1) / n
+            name = re.sub(r"\W|_", "", function.name().split("::")[1])
+            kind = next(k for k in ("allgather", "reducescatter", "allreduce", "broadcast") if k in name)
+            where = "between nodes" if len({rank // local for rank in ranks}) > 1 else "in a node"
+            self.received[f"{kind} {where}"] += size * (1 + (kind == "allreduce"))
+
+class Stub:  # a CUDA stream or event, whose methods do nothing
+    def __init__(self, *arguments, **options):
+        pass
+
+    def __getattr__(self, name):
+        return lambda *arguments, **options: self
+
+def flash(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """The kernel that a GPU takes, for the model's queries, keys and values without a mask."""
+    assert attn_mask is None and is_causal
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[0]
+
+@contextlib.contextmanager
+def fake_gpu(ledger):
+    """torch.cuda for as long as opsdc.py computes with fake tensors."""
+    make_mesh, main_stream = torch.distributed.init_device_mesh, Stub()
+
+    @contextlib.contextmanager
+    def stream(now):
+        before, ledger.stream = ledger.stream, now if now is not main_stream else None
+        yield
+        ledger.stream = before
+
+    def init_device_mesh(*arguments, **options):
+        with unset_fake_temporarily():  # it reads ranks
+            return make_mesh(*arguments, **options)
+    kernels = torch.library.Library("aten", "IMPL")  # else silu's falls apart into many operations
+    kernels.impl("silu_backward", lambda gradient, x: torch.empty_like(gradient), "CUDA")
+    stubs = {"torch.cuda.Stream": Stub, "torch.cuda.Event": Stub, "torch.cuda.stream": stream,
+             "torch.cuda.current_stream": lambda *_: ledger.stream or main_stream,
+             "torch.cuda.current_device": lambda: 0, "torch.cuda.get_device_capability": lambda *_: (9, 0),
+             "torch.distributed.init_device_mesh": init_device_mesh,
+             "torch.nn.functional.scaled_dot_product_attention": flash,
+             "torch.distributed.tensor._sharding_prop.detect_fake_mode": lambda: None,  # a mode of its own
+             "transformers.masking_utils.find_packed_sequence_indices": lambda *_: None}
+    with contextlib.ExitStack() as stack:
+        for name, stub in stubs.items():
+            stack.enter_context(mock.patch(name, stub))
+        yield stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+
+def longest_rollouts(cfg, n):
+    """n rollouts that fill micro-batches as far as --micro_batch_tokens and the longest response allow."""
+    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
+    length = min(longest, cfg.micro_batch_tokens // -(-cfg.micro_batch_tokens // longest))
+    length = length if cfg.micro_batch_tokens > longest else longest
+    y = min(cfg.max_response_tokens, length - 1)
+    prompt = [1] * (length - y)
+    return [opsdc.Problem("", None, prompt, prompt)], [opsdc.Rollout(0, [1] * y, [0.0] * y, True)] * n
+
+def memory_steps(base, device, cfg, ledger):
+    """opsdc.py's main without engine and files: two steps, the first of them short, with a refresh after the
+    second. Returns the bytes between steps."""
+    model = opsdc.load_model(base, device, cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    thetabar = opsdc.snapshot(model)
+    for step, n in enumerate((torch.distributed.get_world_size(), cfg.batch_size), 1):
+        ledger.flops.clear(), ledger.received.clear()
+        for name, weight in opsdc.checkpoint_weights(model.lm, opsdc.DTYPE):
+            del weight
+        problems, rollouts = longest_rollouts(cfg, n)
+        opsdc.train_step(model, thetabar, optimizer, rollouts, problems, device, cfg)
+        thetabar = opsdc.refresh(model, thetabar, 1 - step % 2, dataclasses.replace(cfg, refresh_every=1))
+        opsdc.training_state(model, optimizer, thetabar)
+    model.reshard()
+    return dict(ledger.held)
+
+def simulated(*options):
+    """Of `--model M --gpus N --nodes K` and opsdc.py's options -> what `memory` prints, in bytes."""
+    parser = argparse.ArgumentParser(prog="memory", epilog="and opsdc.py's options")
+    parser.add_argument("--gpus", type=int, default=1, help="of a node")
+    parser.add_argument("--nodes", type=int, default=1)
+    place, rest = parser.parse_known_args(options)
+    cfg, = HfArgumentParser(opsdc.Config).parse_args_into_dataclasses(rest)
+    config = copy.deepcopy(SHAPES.get(cfg.model)) or AutoConfig.from_pretrained(cfg.model)
+    world = place.gpus * place.nodes
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(place.gpus))
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # the import registers a backend
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    with FakeTensorMode() as fake:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(opsdc.text_config(config), dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_config(empty.config, dtype=torch.float32)
+        ledger = Ledger(empty, "cuda", fake)
+        with fake_gpu(ledger), ledger:
+            base = opsdc.Base(cfg.model, None, config, None, "", empty, loaded)
+            idle = memory_steps(base, torch.device("cuda", 0), cfg, ledger)
+    formula = opsdc.training_bytes(empty, dataclasses.asdict(cfg))
+    torch.distributed.destroy_process_group()
+    return dict(place=f"{cfg.model} on {place.nodes} x {place.gpus}", peaks=ledger.peaks, idle=idle,
+                pools=sum(ledger.highest.values()), formula=formula, flops=sum(ledger.flops.values()),
+                received=ledger.received, parameters=sum(p.numel() for p in empty.parameters()),
+                settings=dataclasses.asdict(cfg))
+
+def simulate(*cases):
+    """Worker: `simulated`, as JSON, for each case."""
+    with mock.patch("torch.cuda.is_available", lambda: True):
+        importlib.reload(opsdc)
+    for case in cases:
+        print(json.dumps(simulated(*shlex.split(case))), flush=True)
+
+ASLEEP = 4e9  # of an engine that sleeps, with CUDA's contexts and NCCL's buffers; an estimate, 3 to 4 GB
+
+def memory(*options):
+    """Prints what a GPU holds, phase by phase, and which cards are enough."""
+    found, = simulations(options)
+
+    def listed(bytes_of):
+        return ", ".join(f"{name} {n / 1e9:.2f}" for name, n in bytes_of.items() if n > 5e6)
+    peaks, settings, idle = found["peaks"], found["settings"], sum(found["idle"].values())
+    highest, held = max(peaks.values())
+    print(f"{found['place']} GPUs, {settings['batch_size']} rollouts, micro-batches of "
+          f"{settings['micro_batch_tokens']} tokens; GB a GPU, simulated, the peak of each phase:\n"
+          + listed({phase: n for phase, (n, _) in peaks.items()})
+          + f"\nThe highest is held by: {listed(held)}\nBetween steps: {listed(found['idle'])}\n"
+          f"The allocator, which keeps a pool for each stream, takes up to {found['pools'] / 1e9:.2f} GB; "
+          f"the estimate at the start of a run: {found['formula'] / 1e9:.2f}")
+    weights = 2 * found["parameters"] / settings["vllm_tp"]
+    for card in (24e9, 48e9, 80e9, 141e9):
+        share = min(0.95, (card - max(idle, peaks["sync"][0]) - ASLEEP / 4) / card)
+        fits = found["pools"] + ASLEEP <= card
+        print(f"{card / 1e9:.0f} GB: " + ("no" if not fits else "yes" if share * card > 1.15 * weights else
+                                          f"with a larger --vllm_tp, for weights of {weights / 1e9:.1f} GB")
+              + f", --vllm_memory up to {share:.2f}" * fits)
+    print(f"Beside an engine that sleeps in {ASLEEP / 1e9:.0f} GB, an estimate. A step of a GPU computes "
+          f"{found['flops'] / 1e12:.0f} TFLOP and receives, in GB: {listed(found['received'])}")
+
+SMALL = "--micro_batch_tokens 128 --max_prompt_tokens 64 --max_response_tokens 64 --loss_chunk 32"
+
+def small_shape(directory, tied):
+    """Of some weights 8 and 16 divide the rows, of others they do not."""
+    Qwen3Config(vocab_size=1003, hidden_size=72, intermediate_size=100, num_hidden_layers=2, head_dim=24,
+                num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=tied,
+                architectures=["Qwen3ForCausalLM"]).save_pretrained(directory)
+    return directory
+
+def by_hand(config, shards):
+    """Bytes of rank 0 between steps, and of its gradients. FSDP2 gives it the first rows of each weight, as
+    many as any rank has, padded where there are fewer. Each is a block of the allocator, of 512 bytes or a
+    multiple; the gradients of a decoder layer share one."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+
+    def blocks(sizes):
+        return sum(-(-int(n) // 512) * 512 for n in sizes)
+    shard = {name: -(-len(p) // shards) * p[0].numel() for name, p in lm.named_parameters()}
+    groups = Counter()
+    for name, n in shard.items():
+        groups[re.sub(r"(layers\.\d+).*", r"\1", name)] += n
+    float32 = blocks(4 * n for n in shard.values())
+    return {"theta": float32 + blocks(4 * buffer.numel() for buffer in lm.get_decoder().buffers()),
+            "Adam": 2 * float32 + 512 * len(shard),  # and a count of steps for each weight
+            "thetabar": blocks(2 * n for n in shard.values()),
+            "gradients": blocks(4 * n for n in groups.values())}
+
+@beside()
+def test_simulated_state_and_gradients_are_the_hand_counts_to_the_byte(folder):
+    """On fake GPUs, through every branch for CUDA: one, eight, two nodes of eight, and a replica a node."""
+    if not torch.version.cuda and not shutil.which(os.environ.get("CXX", "c++")):
+        pytest.skip("torch built for CPUs needs a C++ compiler to simulate a GPU")
+    cases = [  # tied, recomputation, GPUs of a node, nodes, replicas
+        (True, True, 1, 1, 1), (True, False, 8, 2, 1), (True, True, 8, 2, 2),
+        (False, True, 8, 1, 1), (False, False, 8, 1, 1), (False, True, 8, 2, 1)]
+    options = "--model {} --gradient_checkpointing {} --gpus {} --nodes {} --replicas {} --batch_size {} "
+    models = [small_shape(folder / f"tied-{tied}", tied) for tied, *_ in cases]
+    found = simulations(*((options + SMALL).format(model, *case, 2 * case[1] * case[2]).split()
+                          for model, (_, *case) in zip(models, cases)))
+    for model, (*_, gpus, nodes, replicas), got in zip(models, cases, found, strict=True):
+        hand = by_hand(AutoConfig.from_pretrained(model), gpus * nodes // replicas)
+        assert got["idle"] | {"gradients": got["peaks"]["update"][1]["gradients"]} == hand, (got, hand)
+    recomputed, kept = (got["peaks"]["backward"][1]["activations"] for got in found[3:5])
+    assert recomputed < kept
+
+def test_count_of_a_real_step_is_the_profilers(one_rank, monkeypatch):
+    """On the CPU with real tensors, the same ledger beside torch's profiler, which sees the allocator."""
+    monkeypatch.setattr(opsdc, "MAX_GAP", ANY_GAP)
+    config = Qwen3Config(vocab_size=4000, hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+                         head_dim=32, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+                         architectures=["Qwen3ForCausalLM"])
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    loaded, ledger = AutoModelForCausalLM.from_config(config), Ledger(empty, "cpu")
+    ledger.live = {w.untyped_storage()._cdata: None for w in [*loaded.parameters(), *loaded.buffers()]}
+    base = opsdc.Base("", None, config, None, "", empty, loaded)
+    cfg = opsdc.Config(batch_size=3, micro_batch_tokens=600, max_prompt_tokens=300, max_response_tokens=300)
+    with torch.profiler.profile(profile_memory=True) as profiler, ledger:
+        memory_steps(base, torch.device("cpu"), cfg, ledger)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    seen = max(itertools.accumulate(e.nbytes() for e in events))
+    print(f"counted {max(ledger.peaks.values())[0]}, seen by the profiler {seen}")
+    assert max(ledger.peaks.values())[0] == pytest.approx(seen, rel=0.01)
+
 # ---------------------------------------------------------------------------------------------------- profile
 
 def large(directory="out-large"):
@@ -4155,7 +4528,8 @@ def profile(*arguments):
 if __name__ == "__main__":
     commands = dict(toy=make_toy) | {command.__name__: command for command in (
         quickstart, claims, picture, families, fork, drill, large, profile, bench, bench_row,
-        die, die_evaluating, gradients, hashes, late, leave, gpu, objective_rows, run_beside, run_commands, sync,
+        die, die_evaluating, gradients, hashes, late, leave, gpu, memory, objective_rows, run_beside,
+        run_commands, simulate, sync,
         training_side)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         sys.exit(__doc__)
