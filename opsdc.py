@@ -806,8 +806,8 @@ def read_problems(cfg, base, instruction):  # in the data's order, once each, wi
     evaluator.say(f"{len(short)} of {len(problems)} problems have prompts of at most {cfg.max_prompt_tokens} "
                   f"tokens; {evaluator.__file__} grades the rollouts")
     evaluator.check(any(cfg.keep == "all" or p.answer for p in short), f"--data {cfg.data}: found no problem "
-                    f"with a prompt of at most {cfg.max_prompt_tokens} tokens and, for --keep correct, an "
-                    "answer")
+                    f"with a prompt of at most {cfg.max_prompt_tokens} tokens and, for --keep correct, a "
+                    "known answer")
     return short
 
 IDENTITY = ("weights", "template", "instruction", "wrapper", "thinking", "problems", "batch_size", "seed",

@@ -1022,10 +1022,80 @@ ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the er
     (dict(problem="x", answer='["2", "3"]'), ("x", None)),
     (dict(problem="x", answer=dict(value=2)), ("x", None)),
     (dict(problem="x", solution=b"2"), ("x", None)),
-    (dict(problem="x", reward_model="rule"), ("x", "rule")),
-    (dict(problem="x", reward_model=["2"]), ("x", "2")),
+    (dict(problem="x", reward_model="rule"), ("x", None)),
+    (dict(problem="x", reward_model=["2"]), ("x", None)),
     (dict(problem="x", reward_model=dict(ground_truth=["2", "3"])), ("x", None)),
 ]
+
+VALUES = ("St. Louis", "Dr. Watson", "Mr. and Mrs. Smith of St. Louis", "3.5", "approx. Five", "7:20 a.m. Monday",
+          "Washington, D.C. Area", "U.S. Supreme Court", "no solution", "x = 3", "J. K. Rowling", "0", "DNE")
+NO_VALUES = ("proof", "Proof.", "notfound", "Not found", "n/a", "N/A", "none", "None.", "nan", "See proof", "unknown",
+             "Suppose that n is even. Then its square is even too.", "word " * 30, "Proof: trivial.", "?", "-",
+             "因为它是偶数。所以它的平方也是偶数。", '{"inputs": ["1\\n"], "outputs": ["2\\n"]}', ["1", "2"], {"a": 1})
+
+def test_what_is_a_value_and_what_is_none():
+    for value in VALUES:
+        assert ev.read_answer(dict(answer=value, solution="\\boxed{9}")) == ("answer", value, "")
+    for value in NO_VALUES:  # and the next field gives no gold either
+        field, answer, why = ev.read_answer(dict(answer=value, solution="\\boxed{9}"))
+        assert field is answer is None and why.startswith("answer: "), value
+    assert ev.read_answer(dict(answer=" ", solution="\\boxed{9}"))[1] == "9"
+    assert ev.read_answer(dict(answer=None, solution="It is nine.", reward_model=dict(ground_truth="9")))[1] == "9"
+
+RED = ["red", "green", "blue", "C"]
+CHOICES_READ = [  # fields of a row, letter of its answer, None if unknown, or words of the refusal
+    (dict(options=RED, answer="B"), "B"), (dict(choices=RED, answer=1), "B"), (dict(options=RED, answer=1.0), "B"),
+    (dict(options=json.dumps(RED), answer="1"), "B"), (dict(options=RED, answer="green"), "B"),
+    (dict(options=RED, answer="(green)."), "B"), (dict(options=RED, answer="(B)"), "B"),
+    (dict(options=RED, answer="B. green"), "B"), (dict(options=RED, answer="b"), "B"),
+    (dict(options=RED, answer="Option B"), "B"), (dict(options=RED, answer="so #### B"), "B"),
+    (dict(options=RED, answer="C"), "D"), (dict(options=RED, answer=["B"]), "B"),
+    (dict(options=["B", "A", "D", "C"], answer="A"), "B"), (dict(options=["2", "4", "1"], answer="1"), "C"),
+    (dict(options=["2", "4", "1"], answer=1), "B"), (dict(options=[3, 4.5], answer="4.5"), "B"),
+    (dict(options=["all", "none"], answer="none"), "B"), (dict(options=["all", "N/A"], answer="N/A"), "B"),
+    (dict(options=RED, answer="green", answer_letter="B"), "B"), (dict(options=RED, answer="B", answer_index=1), "B"),
+    (dict(options=dict(B="green", A="red", E=None), answer="green", answer_idx="B"), "B"),  # MedQA
+    (dict(choices=dict(text=["red", "green"], label=["A", "B"]), answerKey="B"), "B"),  # ARC
+    (dict(choices=dict(text=["red", "green", "blue"], label=["1", "2", "3"]), answerKey="2"), "B"),
+    (dict(A="red", B="green", C="blue", D="C", Answer="B"), "B"),  # CMMLU
+    (dict(opa="red", opb="green", opc="blue", opd="C", cop=1), "B"),  # MedMCQA
+    (dict(option_a="red", option_b="green", correct_answer="b"), "B"), (dict(options=RED, ground_truth=1), "B"),
+    (dict(options=[*RED, "N/A", "N/A"], answer="B"), "B"), (dict(options=[*RED, "", None], answer="B"), "B"),
+    (dict(options=RED), None), (dict(options=RED, answer=None), None), (dict(options=RED, answer=-1), None),
+    (dict(options=RED, answer="N/A"), None), (dict(options=RED, answer={"a": 1}), None),
+    (dict(options=RED, answer="B", answer_index=2), "the same option, found answer 'B', answer_index 2"),
+    (dict(options=RED, answer="green", answer_letter="A"), "the same option"),
+    (dict(options=RED, answer="B. red"), "letter, text or place of an option, found 'B. red'"),
+    (dict(options=RED, answer="F"), "found 'F'"), (dict(options=RED, answer="yellow"), "found 'yellow'"),
+    (dict(options=[*RED, ""], answer="E"), "found 'E'"), (dict(options=["x", "", "y"], answer="A"), "two to ten texts"),
+    (dict(options=["x"], answer="A"), "two to ten texts"), (dict(option1="red", option2="green", answer="1"), "option1"),
+]
+
+@pytest.mark.parametrize("fields, expected", CHOICES_READ)
+def test_the_right_option_is_found_by_letter_text_or_place_and_all_fields_agree(fields, expected):
+    row = {ev.normal(name): value for name, value in dict(question="Which?", **fields).items()}
+    if expected is not None and len(expected) > 1:
+        with pytest.raises(ValueError, match=f"^here.*{expected}"):
+            ev.read_row(row, "here")
+        return
+    found, why, uses = ev.read_row(row, "here")
+    assert found["answer"] == expected and (expected is None) == bool(why) and "options" in uses.values()
+    lines = found["problem"].split("\n")
+    assert [line[1] for line in lines[3:]] == [*"ABCDEFGHIJ"[:len(lines) - 3]] and "N/A" not in lines[5:]
+    if expected and "red" in found["problem"]:
+        assert ("(B) green" in lines) and lines[3] == "(A) red"
+
+def test_pictures_and_parts_in_other_fields_are_refused_and_counted(tmp_path):
+    for fields, found in ((dict(image_1=dict(bytes=b"x", path=None)), "image_1"), (dict(images=["a.png"]), "images"),
+                          (dict(problem="Find ![](https://x/y.png)"), "!.].https://x/y.png."), (dict(body="Tom"), "body"),
+                          (dict(problem="See <image_1>."), "<image_1>"), (dict(decoded_image="x"), "decoded_image")):
+        with pytest.raises(ValueError, match=f"here: expected a problem in words, found {found}; take"):
+            ev.read_row(dict(problem="x") | fields, "here")
+    for empty in (dict(image_1=dict(bytes=None, path=None)), dict(images=[None]), dict(image=""), dict(image=math.nan)):
+        assert ev.read_row(dict(problem="x, [asy] draw(); [/asy]") | empty, "here")[0]["problem"]
+    rows = [dict(problem="1"), dict(problem="2", image="x.png"), dict(problem="<image> 3"), dict(problem="4")]
+    with pytest.raises(ValueError, match="row 2: expected a problem in words, found image; .* .2 of 4 rows"):
+        ev.read_problems(as_file(tmp_path, "x.jsonl", "".join(json.dumps(row) + "\n" for row in rows)))
 
 @pytest.mark.parametrize("row, math_, none", [(*case, case[-1])[:3] for case in ROWS])
 def test_a_row_is_read_or_refused_by_name(row, math_, none):
@@ -1087,7 +1157,7 @@ def test_files_of_all_formats_read_alike(tmp_path):
     assert len(list(ev.read_rows(str(tmp_path / "jsonl")))) == 2
     assert list(ev.read_rows(str(tmp_path / "jsonl") + "::test"))[0][1]["problem"] == "c"
     number, = ev.read_rows(as_file(tmp_path, "n.jsonl", '{"problem": "x", "answer": 0.5}'))
-    assert ev.read_answer(number[1], "here")[2] == "0.5"
+    assert ev.read_answer(number[1])[1] == "0.5"
 
 @pytest.mark.parametrize("name, content, message", [
     ("x.jsonl", '{"problem": "x"}\n\n{"problem"\n', "line 3, expected a JSON object, found '{\"problem\""),
