@@ -118,7 +118,7 @@ def read_rows(source, is_wanted=None):
             kind, files, arguments = open_folder(path, config, split)
         elif path.is_file():
             check(kind in KINDS, f"a file {path.suffix}")
-            arguments = dict(path="parquet", data_files=glob.escape(str(path.absolute())))
+            arguments = dict(path="parquet", data_files=glob.escape(str(path.parent.resolve() / path.name)))
         else:
             check(kind not in KINDS and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name),
                   f"No such file or folder: {path}")
@@ -163,8 +163,8 @@ def open_folder(path, config, split):
     check(len(kinds) == 1, f"files {' and '.join(sorted(kinds)) or 'of no such kind'}; name one of them")
     kind, = kinds
     arguments = dict(path=str(path), name=config or None)
-    if glob.has_magic(str(path)):  # brackets in its name
-        arguments = dict(path=KINDS[kind], data_dir=glob.escape(str(path.absolute())))
+    if glob.has_magic(str(path.resolve())):  # brackets in its name
+        arguments = dict(path=KINDS[kind], data_dir=glob.escape(str(path.resolve())))
     with in_one_line():
         found = datasets.load_dataset_builder(**arguments).config.data_files or {}
     name = split.partition("[")[0]

@@ -12,10 +12,12 @@ float64 or with a second real run.
     python test_opsdc.py drill [DIR]                a rank killed at every moment of a step
     python test_opsdc.py large [DIR]                a random Qwen3 of the 0.6B's shape
     python test_opsdc.py profile ARGUMENTS          opsdc.py with them, and where its seconds went
+    python test_opsdc.py large-data [DIR]           1,791,700 rows in DAPO's schema, and what reading them takes
     python test_opsdc.py bench                      CPU time and memory of the objective beside naive autograd
     python test_opsdc.py gpu [DIR]                  what only a GPU can tell, in one table
 """
 import cProfile
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -1159,6 +1161,80 @@ def test_files_of_all_formats_read_alike(tmp_path):
     number, = ev.read_rows(as_file(tmp_path, "n.jsonl", '{"problem": "x", "answer": 0.5}'))
     assert ev.read_answer(number[1])[1] == "0.5"
 
+def test_paths_as_a_person_types_them(tmp_path, monkeypatch):
+    row = dict(problem="x", answer="055")
+    for folder in ("here", "br [1] *", "x.jsonl", "a:b"):
+        for name, content in (("rows.parquet", as_parquet([row])), ("rows.csv", "problem,answer\nx,055\n"),
+                              ("rows.jsonl.gz", json.dumps(row))):
+            (tmp_path / folder / name).mkdir(parents=True)  # a folder named as a file
+            as_file(tmp_path / folder / name, name, content)
+            as_file(tmp_path / folder / name, f"test.{name.partition('.')[2]}", content)  # another split
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link").symlink_to(tmp_path / "br [1] *")
+    for folder in ("here", "br [1] *", "x.jsonl", "a:b", "link"):
+        for name in ("rows.parquet", "rows.csv", "rows.jsonl.gz"):
+            monkeypatch.chdir(tmp_path / folder / name)
+            for source in (name, f"./{name}", f"../{name}/{name}", f"~/{folder}/{name}/{name}",
+                           str(tmp_path / folder / name / name), f"../{name}::test", f"~/{folder}/{name}::test"):
+                (_, found), = ev.read_rows(source)
+                assert found == row, source
+    monkeypatch.chdir(tmp_path / "here")
+    for source, message in (("rows.csv::validation", "no split validation, but .*test; name it: rows.csv::SPLIT"),
+                            ("no.jsonl", "No such file or folder: no.jsonl"), ("", "No such file"), (".", "files .*csv"),
+                            ("here/no such", "No such file or folder: here/no such")):
+        with pytest.raises(ValueError, match=message):
+            [*ev.read_rows(source)]
+
+def test_errors_of_datasets_keep_their_cause(tmp_path, monkeypatch):
+    one, two = dict(problem="x", answer="1"), dict(problem="y", answer=2, level=3)
+    for name, content in (("mixed/a.parquet", as_parquet([one])), ("mixed/b.parquet", as_parquet([two])),
+                          ("two/en/a.parquet", as_parquet([one])), ("two/cn/a.parquet", as_parquet([one])),
+                          ("two/README.md", "---\nconfigs:\n- config_name: en\n  data_files: en/*\n- config_name: cn\n"
+                           "  data_files: cn/*\n---\n")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        as_file((tmp_path / name).parent, Path(name).name, content)
+    for source, message in (("mixed", "mixed: expected .*level"), ("two", "two: expected .*'en', 'cn'"),
+                            ("two:fr", "two:fr: expected .*'en', 'cn'")):
+        with pytest.raises(ValueError, match=message):
+            [*ev.read_rows(str(tmp_path / source))]
+    assert [row for _, row in ev.read_rows(str(tmp_path / "two") + ":cn")] == [one]
+
+def test_a_row_that_comes_again_is_parsed_once(tmp_path, monkeypatch, capsys):
+    """Whatever its other fields say; of a table only the fields that are read become Python's objects."""
+    rows = [dict(prompt=[dict(role="user", content=f"What is {i}?")], reward_model=dict(ground_truth=str(i)),
+                 extra_info=dict(index=again)) for again in range(100) for i in range(7)]
+    parsed, parse = collections.Counter(), ev.read_row
+    monkeypatch.setattr(ev, "read_row", lambda row, *_: parsed.update([str(row["prompt"])]) or parse(row, *_))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for name, content in (("x.jsonl", lines), ("x.parquet", as_parquet(rows)), ("y.jsonl.gz", lines)):
+        parsed.clear()
+        found = ev.read_problems(as_file(tmp_path, name, content))
+        assert [(p["problem"], p["answer"], p["number"]) for p in found] == [
+            (f"What is {i}?", str(i), i + 1) for i in range(7)]
+        assert len(parsed) == 7 and {*parsed.values()} == {1}
+        assert {*found[0]} == {"problem", "tools", "answer", "ids", "number"}
+        assert "700 rows, 7 problems, 0 without a known answer, 0 again with another; 693 rows were repeats; read: "\
+            "prompt as problem, reward_model as answer; not read: extra_info" in capsys.readouterr().out
+
+def test_nulls_of_a_table_are_absent_in_tools_and_messages(tmp_path):
+    tools = [dict(type="function", function=dict(name=name, parameters=dict(properties={name: dict(type="number")})))
+             for name in "ab"]
+    chat = [dict(role="user", content="add"), dict(role="assistant", tool_calls=[
+        dict(function=dict(name="a", arguments=dict(x=1)))]), dict(role="user", content="and?")]
+    rows = [dict(prompt=chat, tools=tools, answer=1), dict(prompt=turns("user"), tools=None, answer=2)]
+    for name, content in (("x.parquet", as_parquet(rows)), ("x.jsonl", "".join(json.dumps(r) + "\n" for r in rows))):
+        first, second = ev.read_problems(as_file(tmp_path, name, content))
+        assert (first["problem"], first["tools"], second["tools"]) == (chat, tools, None)
+
+def test_a_prompt_with_a_format_of_its_own_gets_a_hint(tmp_path, capsys):
+    asked = ('Output the final answer after "####".', "Put your final answer within \\boxed{}.", "Use <answer> tags.")
+    rows = [dict(problem=WRAPPED), *[dict(problem=f"1+{i}? {text}") for i, text in enumerate(asked)]]
+    data = as_file(tmp_path, "x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    ev.read_problems(data, *opsdc.WRAPPERS["math"])
+    assert "3 prompts ask for a format of their own (" + data + ", row 2 is the first)" in capsys.readouterr().out
+    ev.read_problems(data)
+    assert "--wrapper none" not in capsys.readouterr().out
+
 @pytest.mark.parametrize("name, content, message", [
     ("x.jsonl", '{"problem": "x"}\n\n{"problem"\n', "line 3, expected a JSON object, found '{\"problem\""),
     ("x.jsonl", "5\n", "row 1 .* JSON object, .* 5"),
@@ -2209,7 +2285,8 @@ def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, cap
     assert [p.text for p in problems] == ["one", "two", "three", "four"]
     assert [p.answer for p in problems] == ["1", "2", None, None]
     said = capsys.readouterr().out
-    for text in ("8 rows, 5 problems, 2 without a known answer, 1 again with another;", "problem as problem",
+    for text in ("8 rows, 5 problems, 2 without a known answer, 1 again with another; 3 rows were repeats; the first "
+                 "without an answer: " + data["data"] + ", row 7, no answer; read: problem as problem",
                  "answer as answer", "not read: note", "4 of 5 problems have prompts of at most 512 tokens",
                  "the first teacher's prompt:\n<", "each of 3 checkpoints takes ",
                  "Solve the following math problem correctly using 20% fewer tokens"):
@@ -3362,8 +3439,29 @@ def profile(*arguments):
     profiler.runcall(opsdc.main)
     pstats.Stats(profiler).sort_stats("cumulative").print_stats(r"(opsdc|eval)\.py")
 
+def large_data(directory="out-large"):
+    """As many rows as DAPO-Math-17k has, each problem a hundred times; what reading takes on rank 0."""
+    import pyarrow
+    import pyarrow.parquet
+    file, words = Path(directory) / "dapo.parquet", opsdc.INSTRUCTIONS["v2"].split()
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rng = random.Random(0)
+        rows = [dict(data_source="math_dapo", ability="MATH", extra_info=dict(index=f"{i:036x}"), prompt=[dict(
+            role="user", content=f"{opsdc.STUDENT_PREFIX}{i}: {' '.join(rng.choices(words, k=40))}{opsdc.SUFFIX}")],
+            reward_model=dict(ground_truth=str(i), style="rule-lighteval/MATH_v2")) for i in range(17_000)]
+        table = pyarrow.Table.from_pylist(rows)
+        with pyarrow.parquet.ParquetWriter(file, table.schema) as writer:
+            for start in range(0, 1_791_700, len(table)):
+                writer.write_table(table.slice(0, 1_791_700 - start))
+    list(zip(range(1), ev.read_rows(str(file))))  # the first time `datasets` copies it into its cache
+    seconds = time.process_time()
+    assert len(ev.read_problems(str(file), *opsdc.WRAPPERS["math"])) == 17_000
+    memory = re.search(r"Anonymous: *(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]
+    print(f"{time.process_time() - seconds:.0f} CPU seconds; then {int(memory) >> 10} MiB beside the mapped file")
+
 if __name__ == "__main__":
-    commands = dict(toy=make_toy) | {command.__name__: command for command in (
+    commands = {"toy": make_toy, "large-data": large_data} | {command.__name__: command for command in (
         quickstart, claims, picture, families, fork, drill, large, profile, bench, bench_row,
         die, die_evaluating, gradients, leave, gpu, objective_rows, run_beside, sync, training_side)}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
