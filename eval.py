@@ -261,8 +261,8 @@ def read_problem(row, where, prefix="", suffix=""):
 # ---------- a row's answer
 # A gold that is no value: nothing is known by it, nor by the fields after it.
 SENTINEL = re.compile(r"(?is)(?:the )?proof\b.*|see .{0,20}(?:proof|solution|above|below)\.?|n/?a|nan|"
-                      r"none\.?|null|unknown\.?|(?:answer )?not ?(?:found|available|provided|given)\.?|no answer\.?|"
-                      r"tbd|todo|[-?]+|assert .*|def \w+\(.*")
+                      r"none\.?|null|unknown\.?|(?:answer )?not ?(?:found|available|provided|given)\.?|"
+                      r"no answer\.?|tbd|todo|[-?]+|assert .*|def \w+\(.*")
 # A sentence ends here, but not behind St., Dr., U.S., a.m. or approx.
 SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\b[A-Z]\w)(?<!\b[A-Z]\w\w)(?<!\b[A-Z]\w{3})(?<!\b\w\.\w)"
                           r"(?<!\bapprox)(?<!\b(?:vs|cf|ca))[.!?]\s+(?=[A-Z\\$(])|[。！？]")

@@ -1030,7 +1030,8 @@ ROWS = [  # row, what --wrapper math reads: (problem, answer) or words of the er
 ]
 
 VALUES = ("St. Louis", "Dr. Watson", "Mr. and Mrs. Smith of St. Louis", "3.5", "approx. Five",
-          "7:20 a.m. Monday", "From 2 to 5", "Class A", "below", "see Rome", "Washington, D.C. Area", "U.S. Supreme Court", "no solution", "x = 3", "J. K. Rowling", "0", "DNE")
+          "7:20 a.m. Monday", "From 2 to 5", "Class A", "below", "see Rome",
+          "Washington, D.C. Area", "U.S. Supreme Court", "no solution", "x = 3", "J. K. Rowling", "0", "DNE")
 NO_VALUES = ("proof", "Proof.", "notfound", "Not found", "n/a", "N/A", "none", "None.", "nan", "See proof",
              "unknown", "see the solution above", "assert f(1) == 2", "Proof: trivial.", "?", "-", "word " * 30,
              "Suppose that n is even. Then its square is even too.", ["1", "2"], {"a": 1},
@@ -1224,11 +1225,29 @@ def test_a_row_that_comes_again_is_parsed_once(tmp_path, monkeypatch, capsys):
             (f"What is {i}?", str(i), i + 1) for i in range(7)]
         assert len(parsed) == 7 and {*parsed.values()} == {1}
         assert {*found[0]} == {"problem", "tools", "answer", "ids", "number"}
-        assert ("700 rows, 7 problems, 0 without a known answer, 0 again with another; 693 rows were repeats; "
-                "read: prompt as problem, reward_model as answer; not read: extra_info") in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "700 rows, 7 problems, 0 without a known answer, 0 again with another; 693 rows were" in said
+        assert "read: prompt as problem, reward_model as answer; not read: extra_info" in said
+
+def read_on_each_rank(model, data, file):
+    """Worker: rank 1 cannot read, and gets what rank 0 read all the same."""
+    opsdc.start_processes()
+    rank = torch.distributed.get_rank()
+    if rank:
+        ev.read_rows = None
+    problems = opsdc.load_problems(opsdc.Config(data=data), opsdc.open_base(model, False), "Be brief.")
+    Path(f"{file}.{rank}").write_text(json.dumps([problems, opsdc.from_rank_0(ev.load_problems, data)]))
+
+@beside()
+def test_rank_0_reads_and_the_others_get_the_problems(folder):
+    model, data = make_model(folder / "m", "qwen3"), write_rows(folder / "rows.jsonl", 5)
+    done = in_fork(read_on_each_rank, model, data, folder / "found", ranks=2)
+    assert done.returncode == 0, done.stdout
+    texts = [(folder / f"found.{rank}").read_text() for rank in range(2)]
+    assert texts[0] == texts[1] and [len(problems) for problems in json.loads(texts[0])] == [5, 5]
 
 def test_nulls_of_a_table_are_absent_in_tools_and_messages(tmp_path):
-    tools = [dict(type="function", function=dict(name=name, parameters=dict(properties={name: dict(type="x")})))
+    tools = [dict(type="function", function=dict(name=name, parameters={name: dict(type="number")}))
              for name in "ab"]
     chat = [dict(role="user", content="add"), dict(role="assistant", tool_calls=[
         dict(function=dict(name="a", arguments=dict(x=1)))]), dict(role="user", content="and?")]
@@ -1238,7 +1257,7 @@ def test_nulls_of_a_table_are_absent_in_tools_and_messages(tmp_path):
         assert (first["problem"], first["tools"], second["tools"]) == (chat, tools, None)
 
 def test_a_prompt_with_a_format_of_its_own_gets_a_hint(tmp_path, capsys):
-    asked = ('Write the answer after "####".', "Put your final answer within \\boxed{}.", "Use <answer> tags.")
+    asked = ('Write the answer after "####".', "Put your answer within \\boxed{}.", "Use <answer> tags.")
     rows = [dict(problem=WRAPPED), *[dict(problem=f"1+{i}? {text}") for i, text in enumerate(asked)]]
     data = as_file(tmp_path, "x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     ev.read_problems(data, *opsdc.WRAPPERS["math"])
@@ -2296,8 +2315,8 @@ def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, cap
     assert [p.text for p in problems] == ["one", "two", "three", "four"]
     assert [p.answer for p in problems] == ["1", "2", None, None]
     said = capsys.readouterr().out
-    for text in ("8 rows, 5 problems, 2 without a known answer, 1 again with another; 3 rows were repeats; "
-                 "the first without an answer: " + data["data"] + ", row 7, no answer; read: problem as problem",
+    for text in ("8 rows, 5 problems, 2 without a known answer, 1 again with another; 3 rows were repeats; ",
+                 f"the first without an answer: {data['data']}, row 7, no answer; read: problem as problem",
                  "answer as answer", "not read: note", "4 of 5 problems have prompts of at most 512 tokens",
                  "the first teacher's prompt:\n<", "each of 3 checkpoints takes ",
                  "Solve the following math problem correctly using 20% fewer tokens"):
@@ -2759,7 +2778,8 @@ def test_only_options_that_begin_with_the_right_one_are_shuffled(tmp_path):
     mmlu = [{"question": f"Which is {i}?", "subject": "s", "choices": ["red", "green", f"it is {i}", "blue"],
              "answer": 2} for i in range(40)]
     gpqa = hub_copy(tmp_path / "gpqa", gpqa, "train", "gpqa_diamond")
-    for source, letters in ((f"gpqa_diamond={gpqa}", "ABCD"), (f"mmlu={hub_copy(tmp_path / 'mmlu', mmlu, 'test', 'all')}", "C")):
+    mmlu = hub_copy(tmp_path / "mmlu", mmlu, "test", "all")
+    for source, letters in ((f"gpqa_diamond={gpqa}", "ABCD"), (f"mmlu={mmlu}", "C")):
         problems = ev.load_problems(source)
         assert problems == ev.load_problems(source)
         assert {p["answer"] for p in problems} == set(letters) and len({p["id"] for p in problems}) == 40
@@ -3468,10 +3488,12 @@ def large_data(directory="out-large"):
             for start in range(0, 1_791_700, len(table)):
                 writer.write_table(table.slice(0, 1_791_700 - start))
     list(zip(range(1), ev.read_rows(str(file))))  # the first time `datasets` copies it into its cache
-    seconds = time.process_time()
+
+    def memory():
+        return int(re.search(r"Anonymous: *(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) >> 10
+    seconds, before = time.process_time(), memory()
     assert len(ev.read_problems(str(file), *opsdc.WRAPPERS["math"])) == 17_000
-    memory = re.search(r"Anonymous: *(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]
-    print(f"{time.process_time() - seconds:.0f} CPU seconds, {int(memory) >> 10} MiB beside the mapped file")
+    print(f"{time.process_time() - seconds:.0f} CPU seconds, {memory() - before} MiB beside the mapped file")
 
 if __name__ == "__main__":
     commands = {"toy": make_toy, "large-data": large_data} | {command.__name__: command for command in (
