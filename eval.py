@@ -67,10 +67,11 @@ MISSED_IN_TEXT = (r"(?i)!\[[^\]\n]*\]\([^)\n]+\)|<\|?(image|img|video|audio)[_ ]
                   r"\\includegraphics")
 OTHER_FORMAT = (r"####|\\boxed\b|</?answer>|(?i:last line of (your|the) (response|answer)|"
                 r"final answer (in|within|inside|after|as)\b)")
+OPTION_LISTS = "options", "choices", "option_list", "choice_list", "answer_choices"
 OPTION_FIELDS = [[start + letter for letter in "abcdefghij"]
                  for start in ("option_", "choice_", "answer_", "op", "")]
 READ_FIELD = re.compile("|".join([*PROBLEM_FIELDS, *ANSWER_FIELDS, *sum(OPTION_FIELDS, []), GOLD_FIELD,
-                                  WRONG_OPTION_FIELD, MISSED_FIELD, "options|choices|tools"]))
+                                  WRONG_OPTION_FIELD, MISSED_FIELD, *OPTION_LISTS, "tools"]))
 
 def say(text):
     if os.environ.get("RANK", "0") == "0":
@@ -319,7 +320,7 @@ LETTERS = [*"ABCDEFGHIJ"]
 
 def read_options(row):
     """(fields, labels, options, are they shuffled) of a question with options. Without: no options."""
-    for field in ("options", "choices"):
+    for field in OPTION_LISTS:
         if row.get(field):
             found = load_json(row[field]) if isinstance(row[field], str) else row[field]
             if isinstance(found, dict) and "text" in found:  # ARC
@@ -352,7 +353,7 @@ def places_of(gold, labels, options):
     for wanted, among in ((text, options), (bare[0], bare[1:])):
         if wanted in among:
             return [place for place, option in enumerate(among) if option == wanted]
-    named = re.fullmatch(r"(?s)(?:(?:option|choice|answer) )?(\w)(?:[).:]+\s*(.+))?", bare[0])
+    named = re.fullmatch(r"(?s)(?:(?:the )?(?:option|choice|answer)(?: is)?:? )?(\w)(?:[).:]+\s*(.+))?", bare[0])
     for names in (labels, places):
         if named and named[1].upper() in names[:len(options)]:
             place = names.index(named[1].upper())
@@ -366,7 +367,7 @@ def find_gold(row, labels, options):
     for field in fields:
         found, (text, why) = places_of(row[field], labels, options), gold_text(row[field])
         if not found and (why or text in ("", "-1") or SENTINEL.fullmatch(text)):
-            return fields, None, f"{field}: {why or repr(text)} is no value"
+            return fields, None, f"{field}: {why or repr(text) + ' is no value'}"
         check(found, f"expected as {field} the letter, text or place of an option, found {row[field]!r:.60}")
         places = [place for place in places if place in found]
         check(places, "expected fields that mean the same option, found "
