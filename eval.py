@@ -54,27 +54,30 @@ from typing import NamedTuple
 VERSION = 5  # of the grading rules and of the files written; runs of different versions are not compared
 
 # --------------------------------------------------------------------------------------------------- PROBLEMS
-# Reading problems and their answers from data, for both scripts. What is not text in a problem is refused with
-# its row's number: otherwise the str() of a list, or one turn of a conversation, would be trained on without a
-# sign. An answer that is no value is unknown and counted, because training needs no answers.
+# Reading problems and their answers from data, for both scripts. What is not text in a problem is refused
+# with its row's number: otherwise the str() of a list, or one turn of a conversation, would be trained on
+# without a sign. An answer that is no value is unknown and counted, because training needs no answers.
 # Names of fields are compared in lower case, with _ for a space.
 PROBLEM_FIELDS = "problem", "prompt", "question", "messages"  # the first one that is filled is the problem
 ANSWER_FIELDS = ("answer", "final_answer", "expected_answer", "correct_answer", "ground_truth", "solution",
                  "reward_model")  # the first one that is filled has the answer, or it is unknown
 ID_FIELDS = "unique_id", "id", "level"
 # Fields that say which option is right: all that are filled must mean the same one
-GOLD_FIELD = (r"(final_|expected_)?answer|ground_truth|gold|cop|label|correct|(correct|right)_?(answer|option|index|"
-              r"letter)|answer_?(index|idx|letter|key|text|label|option)")
+GOLD_FIELD = ("(final_|expected_)?answer|ground_truth|gold|cop|label|correct|(correct|right)_?(answer|option|"
+              "index|letter)|answer_?(index|idx|letter|key|text|label|option)")
 WRONG_OPTION_FIELD = r"(incorrect|wrong)_answers?(_\d)?|distractors?_?\d?"
 # Fields without which the words of a filled problem are not all of it, and signs of that in the words
-MISSED_FIELD = (r"((decoded|question|problem|input)_)?(image|img|picture|figure|video|audio)s?(_?(\d+|path|url|file|"
-                r"base64|bytes))?|(option|choice)_?-?\d|body|passage|article")
-MISSED_IN_TEXT = r"(?i)!\[[^\]\n]*\]\([^)\n]+\)|<\|?(?:image|img|video|audio)[_ ]?(?:\d+|pad)?\|?>|\\includegraphics"
+MISSED_FIELD = (r"((decoded|question|problem|input)_)?(image|img|picture|figure|video|audio)s?(_?(\d+|path|"
+                r"url|file|base64|bytes))?|(option|choice)[_-]?\d|body|passage|article")
+MISSED_IN_TEXT = (r"(?i)!\[[^\]\n]*\]\([^)\n]+\)|<\|?(image|img|video|audio)[_ ]?(\d+|pad)?\|?>|"
+                  r"\\includegraphics")
 OTHER_FORMAT = (r"####|\\boxed\b|</?answer>|(?i:last line of (your|the) (response|answer)|"
                 r"final answer (in|within|inside|after|as)\b)")
-OPTION_FIELDS = [[start + letter for letter in "abcdefghij"] for start in ("option_", "choice_", "answer_", "op", "")]
-READ_FIELD = re.compile("|".join([*PROBLEM_FIELDS, *ANSWER_FIELDS, *sum(OPTION_FIELDS, []), "options|choices|tools",
-                                  GOLD_FIELD, WRONG_OPTION_FIELD, MISSED_FIELD]))
+OPTION_LISTS = "options", "choices", "option_list", "choice_list", "answer_choices"
+OPTION_FIELDS = [[start + letter for letter in "abcdefghij"]
+                 for start in ("option_", "choice_", "answer_", "op", "")]
+READ_FIELD = re.compile("|".join([*PROBLEM_FIELDS, *ANSWER_FIELDS, *sum(OPTION_FIELDS, []), GOLD_FIELD,
+                                  WRONG_OPTION_FIELD, MISSED_FIELD, *OPTION_LISTS, "tools"]))
 
 def say(text):
     if os.environ.get("RANK", "0") == "0":
@@ -172,7 +175,7 @@ def read_rows(source, is_wanted=None):
             kind, files, arguments = open_folder(path, config, split)
         elif path.is_file():
             check(kind in KINDS, f"a file {path.suffix}")
-            arguments = dict(path="parquet", data_files=glob.escape(str(path.absolute())))
+            arguments = dict(path="parquet", data_files=glob.escape(str(path.parent.resolve() / path.name)))
         else:
             check(kind not in KINDS and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name),
                   f"No such file or folder: {path}")
@@ -197,10 +200,11 @@ def read_text(path):
         elif is_array:
             rows = load_json(file.read())
         else:
-            rows = (load_json(line, f"{path.name}, line {n}, ") for n, line in enumerate(file, 1) if line.strip())
+            rows = (load_json(line, f"{path.name}, line {n}, ")
+                    for n, line in enumerate(file, 1) if line.strip())
         for n, row in enumerate(rows, 1):
-            check(isinstance(row, dict) and None not in row,
-                  f"in row {n} no JSON object, or more cells than columns: {str(row):.60}")
+            if not isinstance(row, dict) or None in row:
+                raise ValueError(f"in row {n} no JSON object, or more cells than columns: {str(row):.60}")
             yield {normal(field): value for field, value in row.items()}
 
 def open_folder(path, config, split):
@@ -217,8 +221,8 @@ def open_folder(path, config, split):
     check(len(kinds) == 1, f"files {' and '.join(sorted(kinds)) or 'of no such kind'}; name one of them")
     kind, = kinds
     arguments = dict(path=str(path), name=config or None)
-    if glob.has_magic(str(path)):  # brackets in its name
-        arguments = dict(path=KINDS[kind], data_dir=glob.escape(str(path.absolute())))
+    if glob.has_magic(str(path.resolve())):  # brackets in its name
+        arguments = dict(path=KINDS[kind], data_dir=glob.escape(str(path.resolve())))
     with in_one_line():
         found = datasets.load_dataset_builder(**arguments).config.data_files or {}
     name = split.partition("[")[0]
@@ -266,8 +270,8 @@ def is_turn(message):
         or message["role"] == "assistant" and bool(message.get("tool_calls")))
 
 def as_problem(value, prefix="", suffix=""):
-    """A text, or messages if there are several, without the prefix and suffix that the prompts will put around
-    it. None if it is blank."""
+    """A text, or messages if there are several, without the prefix and suffix that the prompts will put
+    around it. None if it is blank."""
     if isinstance(value, str):
         is_chat = re.fullmatch(r"(?s)\[?\s*\{.*[\"'](role|from)[\"']\s*:.*\}\s*\]?", value.strip())
         value = load_json(value) if is_chat else [{"role": "user", "content": value}]
@@ -302,7 +306,8 @@ def read_problem(row, where, prefix="", suffix=""):
     missed = [name for name in row if re.fullmatch(MISSED_FIELD, name) and is_filled(row[name])]
     missed += [found[0] for found in re.finditer(MISSED_IN_TEXT, str(problem))]
     if missed:
-        raise NotInWords(f"{where}: expected a problem in words, found {', '.join(missed)}; take such rows out")
+        raise NotInWords(f"{where}: expected a problem in words, found {', '.join(missed)}; take such rows "
+                         "out")
     check(problem, f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
     with blaming(f"{where}, field tools"):
         tools = without_nulls(row.get("tools")) or None
@@ -310,9 +315,9 @@ def read_problem(row, where, prefix="", suffix=""):
 
 # ---------- a row's answer
 # A gold that is no value: nothing is known by it, nor by the fields after it.
-SENTINEL = re.compile(r"(?is)(?:see )?(?:the )?(?:proof|solution|above|below)\.?|proof\b.*|(?:answer )?not ?"
-                      r"(?:found|available|provided|given)\.?|n/?a|nan|none\.?|null|unknown\.?|no answer\.?|"
-                      r"tbd|todo|[-?]+|(?:assert|def|import|from|class) .*")
+SENTINEL = re.compile(r"(?is)(?:the )?proof\b.*|see .{0,20}(?:proof|solution|above|below)\.?|n/?a|nan|"
+                      r"none\.?|null|unknown\.?|(?:answer )?not ?(?:found|available|provided|given)\.?|"
+                      r"no answer\.?|tbd|todo|[-?]+|assert .*|def \w+\(.*")
 # A sentence ends here, but not behind St., Dr., U.S., a.m. or approx.
 SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\b[A-Z]\w)(?<!\b[A-Z]\w\w)(?<!\b[A-Z]\w{3})(?<!\b\w\.\w)"
                           r"(?<!\bapprox)(?<!\b(?:vs|cf|ca))[.!?]\s+(?=[A-Z\\$(])|[。！？]")
@@ -325,8 +330,8 @@ def as_text(value):  # of a text, number or boolean; "" if it is missing or blan
     return format(Decimal(str(value)), "f") if isinstance(value, float) else str(value).strip()
 
 def gold_text(value):
-    """(text, why there is none) of a gold. It comes after GSM8K's ####, in a solution's last box, or is all of
-    it; of ["2"] and '["2"]' it is 2. Test cases are no text."""
+    """(text, why there is none) of a gold. It comes after GSM8K's ####, in a solution's last box, or is all
+    of it; of ["2"] and '["2"]' it is 2. Test cases are no text."""
     if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"]; not [0, 1)
         with contextlib.suppress(ValueError):
             value = json.loads(value)
@@ -346,8 +351,8 @@ def why_no_value(text):
         words >= 5 and SENTENCE_END.search(text)) else ""
 
 def read_answer(row):
-    """(field, known answer, "") of a row, or (None, None, why it has none). A solution in words, without a box
-    or ####, is passed over. {"reward_model": {"ground_truth": 2}} gives ("reward_model", "2", "")."""
+    """(field, known answer, "") of a row, or (None, None, why it has none). A solution in words, without a
+    box or ####, is passed over. {"reward_model": {"ground_truth": 2}} gives ("reward_model", "2", "")."""
     for field in ANSWER_FIELDS:
         value = row.get(field)
         if field == "reward_model" and value:
@@ -363,23 +368,24 @@ def read_answer(row):
     return None, None, "no answer"
 
 # ---------- questions with options
-# The options keep their order and their letters, because some refer to others ("Both A and B"). Only where the
-# fields themselves tell the right option from the wrong ones, as GPQA's do, they are shuffled.
+# The options keep their order and their letters, because some refer to others ("Both A and B"). Only where
+# the fields themselves tell the right option from the wrong ones, as GPQA's do, they are shuffled.
 LETTERS = [*"ABCDEFGHIJ"]
 
 def read_options(row):
     """(fields, labels, options, are they shuffled) of a question with options. Without: no options."""
-    for field in ("options", "choices"):
+    for field in OPTION_LISTS:
         if row.get(field):
             found = load_json(row[field]) if isinstance(row[field], str) else row[field]
             if isinstance(found, dict) and "text" in found:  # ARC
                 return [field], [*map(str, found["label"])], found["text"], False
             if isinstance(found, dict):  # MedQA
-                found = [found[letter] for letter in sorted(found) if found[letter] is not None]
+                labels = [label for label in sorted(found) if found[label] is not None]
+                return [field], labels, [found[label] for label in labels], False
             check(isinstance(found, list), f"expected a list of options, found {found!r:.60}")
             return [field], LETTERS, found, False
     for fields in OPTION_FIELDS:
-        fields = [field for field in fields if is_filled(row.get(field))]
+        fields = [field for field in fields if field in row]
         if len(fields) >= 4 or len(fields) >= 2 and len(fields[0]) > 1:  # a, b alone may be anything
             return fields, LETTERS, [row[field] for field in fields], False
     wrong = [field for field in sorted(row) if re.fullmatch(WRONG_OPTION_FIELD, field)]
@@ -391,8 +397,8 @@ def read_options(row):
     return [], LETTERS, [], False
 
 def places_of(gold, labels, options):
-    """Places of the options that a gold may mean. A number is a label, or a place from 0. A text is an option,
-    a label, both, or a place: 2, "Paris", "(C)", "C. Paris" and "2"."""
+    """Places of the options that a gold may mean. A number is a label, or a place from 0. A text is an
+    option, a label, both, or a place: 2, "Paris", "(C)", "C. Paris" and "2"."""
     places = labels if labels[0].isdigit() else [str(place) for place in range(len(options))]
     text = gold_text(gold)[0]
     if isinstance(gold, (int, float)) and text.removesuffix(".0") in places:
@@ -401,11 +407,11 @@ def places_of(gold, labels, options):
     for wanted, among in ((text, options), (bare[0], bare[1:])):
         if wanted in among:
             return [place for place, option in enumerate(among) if option == wanted]
-    label, rest = re.fullmatch(r"(?s)(?:(?:option|choice|answer) )?(\w)(?:[).:]+\s*(.+))?|.*", bare[0]).groups()
+    named = re.fullmatch(r"(?s)(?:(?:the )?(?:option|choice|answer)(?: is)?:? )?(\w)(?:[).:]+\s*(.+))?", bare[0])
     for names in (labels, places):
-        if label and label.upper() in names[:len(options)]:
-            place = names.index(label.upper())
-            return [place] if rest in (None, bare[1 + place]) else []
+        if named and named[1].upper() in names[:len(options)]:
+            place = names.index(named[1].upper())
+            return [place] if named[2] in (None, bare[1 + place]) else []
     return []
 
 def find_gold(row, labels, options):
@@ -415,7 +421,7 @@ def find_gold(row, labels, options):
     for field in fields:
         found, (text, why) = places_of(row[field], labels, options), gold_text(row[field])
         if not found and (why or text in ("", "-1") or SENTINEL.fullmatch(text)):
-            return fields, None, f"{field}: {why or repr(text)} is no value"
+            return fields, None, f"{field}: {why or repr(text) + ' is no value'}"
         check(found, f"expected as {field} the letter, text or place of an option, found {row[field]!r:.60}")
         places = [place for place in places if place in found]
         check(places, "expected fields that mean the same option, found "
@@ -456,11 +462,13 @@ def read_row(row, where, prefix="", suffix=""):
         gold, answer, why = read_answer(row)
         golds = [gold] if gold else []
     uses = {field: "problem"} | dict.fromkeys(options, "options") | dict.fromkeys(golds, "answer")
-    return dict(problem=problem, tools=tools, answer=answer), why, uses | ({"tools": "tools"} if tools else {})
+    if tools:
+        uses["tools"] = "tools"
+    return dict(problem=problem, tools=tools, answer=answer), why, uses
 
 def read_problems(source, prefix="", suffix=""):
     """[dict(problem, tools, answer, ids, number)], each problem once, with its first known answer. A row that
-    says nothing new is skipped before it is parsed: DAPO repeats each of its 17,000 problems a hundred times."""
+    says nothing new is skipped before it is parsed: DAPO repeats each of its 17,000 problems 100 times."""
     say(f"reading {source} ...")
     found, fields, uses, reasons, seen, missed, formats = {}, {}, {}, {}, set(), [], []
     number = others = 0
@@ -476,7 +484,7 @@ def read_problems(source, prefix="", suffix=""):
         try:
             problem, why, used = read_row(row, where, prefix, suffix)
         except NotInWords as error:
-            missed.append(error)
+            missed.append(str(error))
             continue
         uses |= used
         key = json.dumps([problem["problem"], problem["tools"]])
@@ -489,16 +497,16 @@ def read_problems(source, prefix="", suffix=""):
             others += found[key]["answer"] not in (None, problem["answer"])
             if found[key]["answer"] is None:
                 found[key]["answer"] = problem["answer"]
-    check(not missed, f"{' '.join(map(str, missed[:1]))} ({len(missed)} of {number} rows, repeats aside)")
+    check(not missed, f"{''.join(missed[:1])} ({len(missed)} of {number} rows, repeats aside)")
     unknown = [reasons[key] for key in found if found[key]["answer"] is None]
-    say(f"{source}: {number} rows, {len(found)} problems, {len(unknown)} without a known answer, {others} again "
-        f"with another; {number - len(found)} rows were repeats; "
+    say(f"{source}: {number} rows, {len(found)} problems, {len(unknown)} without a known answer, {others} "
+        f"again with another; {number - len(found)} rows were repeats; "
         f"{''.join(f'the first without an answer: {reason}; ' for reason in unknown[:1])}"
-        + f"read: {', '.join(f'{name} as {use}' for name, use in uses.items())}; "
+        f"read: {', '.join(f'{name} as {use}' for name, use in uses.items())}; "
         f"not read: {', '.join(name for name in fields if name not in uses)}")
     if formats:
-        say(f"{len(formats)} prompts ask for a format of their own ({formats[0]} is the first), and get that of "
-            "--wrapper math too; --wrapper none takes them as they are")
+        say(f"{len(formats)} prompts ask for a format of their own ({formats[0]} is the first), and get that "
+            "of --wrapper math too; --wrapper none takes them as they are")
     return list(found.values())
 
 # ---------------------------------------------------------------------------------------------------- GRADING

@@ -931,9 +931,9 @@ def from_rank_0(function, *arguments):
     return found[0]
 
 def load_problems(cfg, base, instruction):  # rank 0 reads them and makes their prompts; all ranks get them
-    return from_rank_0(read_problems, cfg, base, instruction)
+    return from_rank_0(make_problems, cfg, base, instruction)
 
-def read_problems(cfg, base, instruction):  # in the data's order, once each, without those of long prompts
+def make_problems(cfg, base, instruction):  # in the data's order, once each, without those of long prompts
     prompt = partial(prompt_ids, base.tokenizer, thinking=cfg.thinking, wrapper=cfg.wrapper)
     problems = [Problem(p["problem"], p["answer"], prompt(p["problem"], tools=p["tools"]),
                         prompt(p["problem"], instruction, tools=p["tools"]))
