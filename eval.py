@@ -109,9 +109,10 @@ def claim_folder(out, mark, files, results=""):
             os.write(file, token[0].encode())
             os.fsync(file)
     dist.broadcast_object_list(token)
-    with blaming(f"--out {out}: expected one folder that all nodes share; rank {dist.get_rank()} does not see "
-                 f"what rank 0 wrote to {mark} there, but"):
-        check((out / mark).read_text() == token[0], "another text")
+    sees = [None] * dist.get_world_size()
+    dist.all_gather_object(sees, (out / mark).exists() and (out / mark).read_text() == token[0])
+    check(all(sees), f"--out {out}: expected one folder that all nodes share, but rank {sees.index(min(sees))} does "
+          f"not see what rank 0 wrote to {mark} there")
 
 def load_json(text, where=""):
     with blaming(f"{where}expected a JSON object, found {text[:60]!r}"):

@@ -835,8 +835,6 @@ RESULTS = r"checkpoint-\d+|model(-\d+)?"  # names in --out
 RUN_FILES = rf"{RESULTS}|config\.json|(metrics|samples)\.jsonl|{UNFINISHED}.*|eval\.lock"
 
 def parse_settings():  # a mistyped one is one line, from one rank
-    if not hasattr(evaluator, "grade_rollouts"):
-        raise ValueError(f"opsdc.py needs this project's eval.py beside it, found {evaluator.__file__}")
     parser = HfArgumentParser(Config)
     parser.error = evaluator.refuse_words
     return Config(**vars(parser.parse_args()))
@@ -950,4 +948,6 @@ def within_seconds(seconds, call, *arguments):  # its result, or None if it fail
         return None
 
 if __name__ == "__main__":
+    if not hasattr(evaluator, "grade_rollouts"):
+        sys.exit(f"error: opsdc.py needs this project's eval.py beside it, found {evaluator.__file__}")
     run_and_exit(main)
