@@ -2360,7 +2360,7 @@ def test_nodes_that_do_not_share_the_folder_are_told_so(script, folder):
     if script == "eval.py":
         words, mark = evaluation(dict(model=model, data=data), ""), "eval.lock"
     said = two_nodes(folder, words, script)
-    assert said.count(f"/out: expected one folder that all nodes share, but rank 1 does not see what rank 0 wrote "
+    assert said.count(f"out: expected one folder that all nodes share, but rank 1 does not see what rank 0 wrote "
                       f"to {mark} there") == 1, said
     assert "each of 3 checkpoints" not in said and "starting vLLM" not in said
     assert {path.name for path in folder.glob("*/*") if path.parent.name in ("out", "node-0", "node-1")} <= {
