@@ -121,8 +121,8 @@ def claim_folder(out, mark, files, results=""):
     from torch import distributed as dist
     token = [os.urandom(8).hex()]  # rank 0 writes its own into the mark, where all ranks must see it
     if dist.get_rank() == 0:
-        with blaming(f"--out {out}: expected a new or empty folder or, with --resume, a run's, where no other "
-                     "process is at work, found"):
+        with blaming(f"--out {out}: expected a new or empty folder or, with --resume, a run's, where no "
+                     "other process is at work, found"):
             out.mkdir(parents=True, exist_ok=True)
             names = sorted(path.name for path in out.iterdir())
             check(out.name, "the present folder")
@@ -131,17 +131,17 @@ def claim_folder(out, mark, files, results=""):
             file = os.open(out / mark, os.O_CREAT | os.O_RDWR, 0o666)  # never closed: locked until we end
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise
             except OSError as error:
+                check(not isinstance(error, BlockingIOError), error.strerror)
                 say(f"warning: {out} cannot be locked ({error.strerror}); start no other command there")
             os.ftruncate(file, 0)
             os.write(file, token[0].encode())
             os.fsync(file)
     dist.broadcast_object_list(token)
-    with blaming(f"--out {out}: expected one folder that all nodes share; rank {dist.get_rank()} does not see "
-                 f"what rank 0 wrote to {mark} there, but"):
-        check((out / mark).read_text() == token[0], "another text")
+    sees = [None] * dist.get_world_size()
+    dist.all_gather_object(sees, (out / mark).exists() and (out / mark).read_text() == token[0])
+    check(all(sees), f"--out {out}: expected one folder that all nodes share, but rank "
+          f"{sees.index(min(sees))} does not see what rank 0 wrote to {mark} there")
 
 def load_json(text, where=""):
     with blaming(f"{where}expected a JSON object, found {text[:60]!r}"):

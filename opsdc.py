@@ -955,8 +955,6 @@ RESULTS = r"checkpoint-\d+|model(-\d+)?"  # names in --out
 RUN_FILES = rf"{RESULTS}|config\.json|(metrics|samples)\.jsonl|{UNFINISHED}.*|eval\.lock"
 
 def parse_settings():  # a mistyped one is one line, from one rank
-    if not hasattr(evaluator, "grade_rollouts"):
-        raise ValueError(f"opsdc.py needs this project's eval.py beside it, found {evaluator.__file__}")
     parser = HfArgumentParser(Config)
     parser.error = evaluator.refuse_words
     return Config(**vars(parser.parse_args()))
@@ -995,11 +993,12 @@ def start_run(base, out, settings):  # rank 0's checks: the run to go on with, t
     replace_file(out / "config.json", json.dumps(settings, indent=1))
     gigabytes = sum(p.numel() for p in base.empty.parameters()) / 1e9  # of one byte a parameter
     exports = 1 + (settings["steps"] // settings["export_every"] if settings["export_every"] else 0)
-    evaluator.say(f"each of 3 checkpoints takes {(12 + DTYPE.itemsize) * gigabytes:.3g} GB, each of {exports} "
-                  f"exports {2 * gigabytes:.3g}; {shutil.disk_usage(out).free / 1e9:.3g} GB are free")
+    evaluator.say(f"each of 3 checkpoints takes {(12 + DTYPE.itemsize) * gigabytes:.3g} GB, "
+                  f"each of {exports} exports {2 * gigabytes:.3g} GB; "
+                  f"{shutil.disk_usage(out).free / 1e9:.3g} GB are free")
     if torch.cuda.is_available():
-        evaluator.say(f"training takes about {training_bytes(base.empty, settings) / 1e9:.3g} GB of a GPU, whose "
-                      f"{torch.cuda.mem_get_info()[1] / 1e9:.3g} GB also hold an engine that sleeps, 3 to 4 GB")
+        evaluator.say(f"training takes about {training_bytes(base.empty, settings) / 1e9:.3g} GB of a GPU's "
+                      f"{torch.cuda.mem_get_info()[1] / 1e9:.3g} GB; a sleeping engine takes 3 to 4 GB more")
 
 def compare_settings(file, settings):  # of the run that --resume goes on with
     with evaluator.blaming(f"--resume: the settings of the run in {file}"):
@@ -1083,4 +1082,6 @@ def within_seconds(seconds, call, *arguments):  # its result, or None if it fail
         return None
 
 if __name__ == "__main__":
+    if not hasattr(evaluator, "grade_rollouts"):
+        sys.exit(f"error: opsdc.py needs this project's eval.py beside it, found {evaluator.__file__}")
     run_and_exit(main)
