@@ -188,6 +188,20 @@ def reverse_kl(student_logits, teacher_logits):
 # How many logits a softmax takes at a time: few enough for a CPU's cache, or enough to keep a GPU busy.
 BLOCK = dict(cpu=620_000, cuda=10_000_000)
 
+def divergence_in_place(logits, teacher_logits, weights, ids, kind, scale, cap):
+    """Some tokens' rows of what chunked_divergence returns per token. Overwrites their logits [n, V] with the
+    loss's gradients with respect to them."""
+    finished, slope = finish_logits(logits, scale, cap)
+    teacher_finished, _ = finish_logits(teacher_logits, scale, cap)
+    log_p, log_q = finished.log_softmax(-1), teacher_finished.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    divergence, gradient = divergence_and_gradient(p, log_p, q, log_q, kind)
+    student_entropy, teacher_entropy = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
+    logprob = log_p.gather(-1, ids[:, None])[:, 0]
+    # a fork changes `weights` here, by the tokens' entropies or divergence
+    torch.mul(gradient, weights[:, None] * slope, out=logits)
+    return torch.stack([divergence, student_entropy, teacher_entropy, logprob, weights])
+
 @torch.no_grad()
 def chunked_divergence(student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, kind, chunk,
                        scale, cap):
@@ -207,19 +221,9 @@ def chunked_divergence(student_hidden, student_head, teacher_hidden, teacher_hea
         logits, teacher_logits = student_buffer[:len(h)], teacher_buffer[:len(h)]  # [n, V]
         float32_product(h, student_head.T, logits)
         float32_product(teacher_h, teacher_head.T, teacher_logits)
-        blocks = zip(*(x.split(rows) for x in (logits, teacher_logits, chunk_weights, chunk_ids)))
-        for s, t, w, y in blocks:  # views of `rows` rows
-            finished, slope = finish_logits(s, scale, cap)
-            teacher_finished, _ = finish_logits(t, scale, cap)
-            log_p, log_q = finished.log_softmax(-1), teacher_finished.log_softmax(-1)
-            p, q = log_p.exp(), log_q.exp()
-            divergence, gradient = divergence_and_gradient(p, log_p, q, log_q, kind)
-            student_entropy, teacher_entropy = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
-            logprob = log_p.gather(-1, y[:, None])[:, 0]
-            # a fork changes w here, the weights of these tokens, by their entropies or divergence
-            per_token.append(torch.stack([divergence, student_entropy, teacher_entropy, logprob, w]))
-            torch.mul(gradient, w[:, None] * slope, out=s)  # the logits' place is taken by their gradients
-        grad_logits = logits
+        for block in zip(*(x.split(rows) for x in (logits, teacher_logits, chunk_weights, chunk_ids))):
+            per_token.append(divergence_in_place(*block, kind, scale, cap))
+        grad_logits = logits  # this is what the buffer holds now
         float32_product(grad_logits, student_head, grad_h)
         float32_product(grad_logits.T, h, grad_head, add=True)
     return grad_hidden, grad_head, torch.cat(per_token, dim=1)
@@ -258,10 +262,9 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
     not. weights [N] float32; tokens [N] sampled ids; scale, cap: see finish_logits. A token of `chunk` takes
     8 V bytes, on a GPU 10 V. Returns the loss (float32 scalar) and stats without gradient: kl (divergence),
     student_entropy, teacher_entropy (means over N, nats/token); logprob [N] = log p(token), given tokens."""
-    ids = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
+    y = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
     grad_hidden, grad_head, per_token = chunked_divergence(
-        student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, divergence, chunk, scale,
-        cap)
+        student_hidden, student_head, teacher_hidden, teacher_head, weights, y, divergence, chunk, scale, cap)
     # The logits are freed by now. The gradients in the model's dtype take their place in memory.
     loss = WithGradients.apply(student_hidden, student_head, per_token[4] * per_token[0],
                                grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype))
@@ -905,10 +908,9 @@ def check_settings(settings):  # of both scripts, {option: value}
                   f"--{name} {value}: expected {'0 or more' if name in MAY_BE_0 else 'more than 0'}")
     check(torch.cuda.is_available() or not torch.version.cuda,  # it would run on the CPU, unsaid
           "no GPU is seen: expected a driver R580 or newer; without a GPU take the README's CPU builds")
-    world = dist.get_world_size()
-    for name in ("vllm_tp", "replicas"):
-        check(world % settings.get(name, 1) == 0,  # eval.py has no replicas
-              f"--{name} {settings[name]}: expected a divisor of the number of ranks, which is {world}")
+    for name in ("vllm_tp", "replicas"):  # eval.py has no replicas
+        check(dist.get_world_size() % settings.get(name, 1) == 0, f"--{name} {settings.get(name)}: expected "
+              f"a divisor of the number of ranks, which is {dist.get_world_size()}")
 
 def claim_folder(out, resume, mark):  # new, empty or a run's, for this process alone until it ends
     with blaming(f"--out {out}: expected a new or empty folder or, with --resume, a run's, where no other "
