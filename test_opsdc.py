@@ -3682,6 +3682,7 @@ def by_hand(config, shards):
     of the allocator, of 512 bytes or a multiple; the gradients of a decoder layer share one."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
+    V, d = lm.lm_head.weight.shape
 
     def blocks(sizes):
         return sum(-(-int(n) // 512) * 512 for n in sizes)
@@ -3694,7 +3695,7 @@ def by_hand(config, shards):
             "Adam": 2 * float32 + 512 * len(shard),  # and a count of steps for each weight
             "thetabar": blocks(2 * n for n in shard.values()),
             "gradients": blocks(4 * n for n in groups.values()),
-            "theta's copy": float32, "the teacher's head": blocks([2 * lm.lm_head.weight.numel()])}
+            "theta's copy": float32, "the teacher's head": blocks([2 * -(-V // shards) * shards * d])}
 
 def to_the_byte(found):
     """What `by_hand` knows, of `simulated`: between steps, when the optimizer's turn comes, and before."""
