@@ -1,6 +1,6 @@
 """Tests of OPSDC, the toy they run on, and the objective's benchmark. Nothing is downloaded, nothing is
-mocked: the engine is vLLM, the sharding is FSDP2 under torchrun, and what is compared is compared with
-float64 or with a second real run.
+mocked but the GPUs of `memory`: the engine is vLLM, the sharding is FSDP2 under torchrun, and what is compared
+is compared with float64 or with a second real run.
 
     python -m pytest test_opsdc.py                  all tests
     python test_opsdc.py quickstart [DIR]           the whole way on a toy: train it, measure, compare, draw
@@ -3721,6 +3721,12 @@ def test_simulated_state_and_gradients_are_the_hand_counts_to_the_byte(folder):
         assert to_the_byte(got) == hand
     recomputed, kept = (got["peaks"]["backward"][1]["activations"] for got in found[3:5])
     assert recomputed < kept
+
+def test_a_run_says_what_training_takes_of_a_gpu(good, one_rank, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 80e9))
+    opsdc.prepare(opsdc.Config(**good, out=str(tmp_path / "out")))
+    assert re.search(r"training takes about 0.\d+ GB of a GPU, whose 80 GB", capsys.readouterr().out)
 
 def test_count_of_a_real_step_is_the_profilers(one_rank, monkeypatch):
     """On the CPU with real tensors, the same ledger beside torch's profiler, which sees the allocator."""
