@@ -3163,7 +3163,7 @@ BAD_EVALUATION = {
     "empty": (lambda d, good: broken_data(d, ""), "rows.jsonl: expected a field answer"),
     "no answer": (lambda d, good: broken_data(d, '{"problem": "x"}\n'), "expected a field .* found none"),
     "list": (lambda d, good: broken_data(d, '{"problem": "x", "answer": ["2", "3"]}\n'),
-             "row 1, field answer: exp"),
+             "expected a field answer, .* found none"),
     "conversation": (lambda d, good: broken_data(d, json.dumps(dict(
                          prompt=turns("user", "assistant"), answer=1))),
                      "row 1, field prompt: expected the user's turn last"),
