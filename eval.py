@@ -407,7 +407,8 @@ def places_of(gold, labels, options):
     for wanted, among in ((text, options), (bare[0], bare[1:])):
         if wanted in among:
             return [place for place, option in enumerate(among) if option == wanted]
-    named = re.fullmatch(r"(?s)(?:(?:the )?(?:option|choice|answer)(?: is)?:? )?(\w)(?:[).:]+\s*(.+))?", bare[0])
+    named = re.fullmatch(r"(?s)(?:(?:the )?(?:option|choice|answer)(?: is)?:? )?(\w)(?:[).:]+\s*(.+))?",
+                         bare[0])
     for names in (labels, places):
         if named and named[1].upper() in names[:len(options)]:
             place = names.index(named[1].upper())

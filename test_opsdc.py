@@ -1072,7 +1072,8 @@ CHOICES_READ = [  # fields of a row, letter of its answer, None if unknown, or w
     (dict(options=RED, answer="green"), "B"),
     (dict(options=RED, answer="(green)."), "B"), (dict(options=RED, answer="(B)"), "B"),
     (dict(options=RED, answer="B. green"), "B"), (dict(options=RED, answer="b"), "B"),
-    (dict(options=RED, answer="Option B"), "B"), (dict(options=RED, answer="so #### B"), "B"),
+    (dict(options=RED, answer="Option B"), "B"), (dict(choice_list=RED, answer="The answer is B."), "B"),
+    (dict(options=RED, answer="so #### B"), "B"),
     (dict(options=RED, answer="C"), "D"), (dict(options=RED, answer=["B"]), "B"),
     (dict(options=["B", "A", "D", "C"], answer="A"), "B"), (dict(options=["2", "4", "1"], answer="1"), "C"),
     (dict(options=["2", "4", "1"], answer=1), "B"), (dict(options=[3, 4.5], answer="4.5"), "B"),
@@ -3783,7 +3784,7 @@ BAD_EVALUATION = {
     "empty": (lambda d, good: broken_data(d, ""), "rows.jsonl: expected a field answer"),
     "no answer": (lambda d, good: broken_data(d, '{"problem": "x"}\n'), "expected a field .* found none"),
     "list": (lambda d, good: broken_data(d, '{"problem": "x", "answer": ["2", "3"]}\n'),
-             "row 1, field answer: exp"),
+             "expected a field answer, .* found none"),
     "conversation": (lambda d, good: broken_data(d, json.dumps(dict(
                          prompt=turns("user", "assistant"), answer=1))),
                      "row 1, field prompt: expected the user's turn last"),
