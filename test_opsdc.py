@@ -2247,7 +2247,8 @@ def unreadable(name):
         file.symlink_to("/proc/self/mem")
     return change
 
-def test_a_checkpoint_that_cannot_be_read_stops_the_run_a_damaged_one_is_kept(good, one_rank, tmp_path, capsys):
+def test_a_checkpoint_that_cannot_be_read_stops_the_run_and_a_damaged_one_is_kept(good, one_rank, tmp_path,
+                                                                                  capsys):
     model, cfg = loaded(good["model"]), opsdc.Config()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     state = model, optimizer, opsdc.snapshot(model)
@@ -2419,7 +2420,7 @@ def test_a_second_benchmark_joins_the_first_and_no_table_lacks_a_record(good, no
     after = ev.read_summary(tmp_path / "out")
     assert not after["finished"] and after["benchmarks"] == both["benchmarks"]
 
-# ---------------------------------------------------------------------------------------- the end of a process
+# --------------------------------------------------------------------------------------- the end of a process
 
 def fail_with_the_store_gone(server):
     """Worker: its store's process is stopped, as if on a host that is gone. The alarm ends it if it hangs."""
