@@ -1132,7 +1132,7 @@ def plot_compare(path, directories, contrasts):
             ax.errorbar(x, y, dy, dx, color=f"C{i}", marker="o", capsize=3, elinewidth=0.8,
                         linewidth=3 if whole else 0.8, label=benchmark if whole else None)
             for *place, text in zip(x, y, labels) if whole else [(x[-1], y[-1], level)]:
-                ax.annotate(f" {text}", place)
+                ax.annotate(f"  {text}", place, rotation=30, rotation_mode="anchor")
     ax.set(xlabel="mean response tokens", ylabel="accuracy, %",
            title="from the base on, in the order given; thin: by level; bars: 95 %")
     figure.legend(loc="outside lower center")

@@ -1997,7 +1997,8 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(folder):
     assert all(torch.equal(a[name], b[name]) and a[name].dtype == torch.bfloat16 for name in a)
     assert all(torch.equal(a[name], c[name]) for name in a)
     assert not all(torch.equal(a[name], d[name]) for name in a)
-    assert [p.name for p in sorted((folder / "out").glob("model*"))] == ["model", "model-2", "model-6"]
+    assert [p.name for p in sorted((folder / "out").glob("model*"))] == [
+        "model", "model-2", "model-3", "model-6"]
     assert "--resume: export_every 2 -> 3\n" in done.stdout and "each of 3 exports " in done.stdout
 
 @beside()
@@ -2621,7 +2622,8 @@ def unreadable(name):
         file.symlink_to("/proc/self/mem")
     return change
 
-def test_a_checkpoint_that_cannot_be_read_stops_the_run_a_damaged_one_is_kept(good, one_rank, tmp_path, capsys):
+def test_a_checkpoint_that_cannot_be_read_stops_the_run_and_a_damaged_one_is_kept(good, one_rank, tmp_path,
+                                                                                  capsys):
     model, cfg = loaded(good["model"]), opsdc.Config()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     state = model, optimizer, opsdc.snapshot(model)
@@ -2793,7 +2795,7 @@ def test_a_second_benchmark_joins_the_first_and_no_table_lacks_a_record(good, no
     after = ev.read_summary(tmp_path / "out")
     assert not after["finished"] and after["benchmarks"] == both["benchmarks"]
 
-# ---------------------------------------------------------------------------------------- the end of a process
+# --------------------------------------------------------------------------------------- the end of a process
 
 def fail_with_the_store_gone(server):
     """Worker: its store's process is stopped, as if on a host that is gone. The alarm ends it if it hangs."""
