@@ -1,6 +1,6 @@
 """Tests of OPSDC, the toy they run on, and the objective's benchmark. Nothing is downloaded, nothing is
-mocked but the GPUs of `memory`: the engine is vLLM, the sharding is FSDP2 under torchrun, and what is compared
-is compared with float64 or with a second real run.
+mocked but the GPUs of `memory`: the engine is vLLM, the sharding is FSDP2 under torchrun, and what is
+compared is compared with float64 or with a second real run.
 
     python -m pytest test_opsdc.py                  all tests
     python test_opsdc.py quickstart [DIR]           the whole way on a toy: train it, measure, compare, draw
