@@ -3514,6 +3514,8 @@ class Ledger(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its local tensors come by next
         options = options or {}
+        if function._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            check_product(*arguments)
         if self.fake and function is torch.ops.aten._local_scalar_dense.default:
             return 0.0  # of .item(): loss, gap and norm, which have no content
         result = function(*arguments, **options)
@@ -3540,6 +3542,12 @@ class Ledger(TorchDispatchMode):
             kind = next(k for k in ("allgather", "reducescatter", "allreduce", "broadcast") if k in name)
             where = "between nodes" if len({rank // local for rank in ranks}) > 1 else "in a node"
             self.received[f"{kind} {where}"] += size * (1 + (kind == "allreduce"))
+
+def check_product(*arguments):
+    """A GPU multiplies matrices of one dtype, and adds to another dtype only if told so; fake ones any."""
+    kinds = [x.dtype for x in arguments if isinstance(x, torch.Tensor)]
+    told = any(isinstance(x, torch.dtype) for x in arguments)
+    assert len({*kinds[-2 if told else 0:]}) == 1, f"a product of {kinds}"
 
 class Stub:  # a CUDA stream or event, whose methods do nothing
     def __init__(self, *arguments, **options):
