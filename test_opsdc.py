@@ -3719,7 +3719,7 @@ def test_simulated_state_and_gradients_are_the_hand_counts_to_the_byte(folder):
         pytest.skip("torch built for CPUs needs a C++ compiler to simulate a GPU")
     cases = [  # tied, recomputation, GPUs of a node, nodes, replicas
         (True, True, 1, 1, 1), (True, False, 8, 2, 1), (True, True, 8, 2, 2),
-        (False, True, 8, 1, 1), (False, False, 8, 1, 1), (False, True, 8, 2, 1)]
+        (False, True, 8, 1, 1), (False, False, 8, 1, 1)]
     options = "--model {} --gradient_checkpointing {} --gpus {} --nodes {} --replicas {} --batch_size {} "
     models = [small_shape(folder / f"tied-{tied}", tied) for tied, *_ in cases]
     found = simulations(*((options + SMALL).format(model, *case, 2 * case[1] * case[2]).split()
@@ -3727,7 +3727,7 @@ def test_simulated_state_and_gradients_are_the_hand_counts_to_the_byte(folder):
     for model, (*_, gpus, nodes, replicas), got in zip(models, cases, found, strict=True):
         hand = by_hand(AutoConfig.from_pretrained(model), gpus * nodes // replicas)
         assert to_the_byte(got) == hand
-    recomputed, kept = (got["peaks"]["backward"][1]["activations"] for got in found[3:5])
+    recomputed, kept = (got["peaks"]["backward"][1]["activations"] for got in found[-2:])
     assert recomputed < kept
 
 def test_a_run_says_what_training_takes_of_a_gpu(good, one_rank, tmp_path, monkeypatch, capsys):
