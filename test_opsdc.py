@@ -3976,7 +3976,7 @@ def hub_contents(model):
             for question, answer in sums[20:]]
     weights = {path.name: path.read_bytes() for path in model.iterdir()} | card()
     return {
-        "models/Qwen/Qwen3-8B": weights, "models/Qwen/Qwen3-1.7B": weights,
+        **{f"models/Qwen/Qwen3-{size}": weights for size in ("0.6B", "1.7B", "8B")},
         "datasets/BytedTsinghua-SIA/DAPO-Math-17k": card() | {
             "data/dapo-math-17k.parquet": as_parquet(dapo)},
         "datasets/HuggingFaceH4/MATH-500": card() | {"test.jsonl": lines(math500)},
@@ -4094,9 +4094,11 @@ def test_commands_of_the_readme_by_hub_ids_then_offline(folder):
             assert [line["loss"] > 0 for line in metrics_of(clone / "out")] == [True, True]
             config = json.loads((clone / "out/model/config.json").read_text())
             assert config["max_position_embeddings"] == 40960
-            assert evaluated(clone / "eval-model") == dict(math500=8, aime24=4, aime25=4)
+            if any("eval.py --model out/model" in command for command in commands_of[str(clone)]):
+                assert evaluated(clone / "eval-model") == dict(math500=8, aime24=4, aime25=4)
+                assert is_picture(clone / "out-compare.png")
         assert evaluated(clone / "eval-choice") == dict(gpqa_diamond=4, mmlu=4)
-        assert all(map(is_picture, (clone / "out-compare.png", clone / "out-curves.png")))
+        assert is_picture(clone / "out-curves.png")
         assert "What carries most of the loss" in (clone / "toy/tokens.html").read_text()
         assert all(any(f"/{name.removeprefix('models/')}/resolve/" in path for path in hub.asked)
                    for name in hub.repositories)
