@@ -2567,6 +2567,7 @@ def test_bad_input_under_torchrun_exits_once_and_not_0(folder):
 def test_readme_names_no_option_that_is_not_there():
     readme = (HERE / "README.md").read_text()
     others = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "gpu-memory-utilization"}
+    others |= {"gpus", "nodes"}  # of test_opsdc.py memory
     others |= {"index-url", "no-deps", "dry-run", "only-binary", "python-version", "target"}  # pip's
     known = others | {f.name for f in dataclasses.fields(opsdc.Config)} | ev.NUMBERS.keys() | {"help"}
     known |= set(re.findall(r'"--([a-z-]+)"', (HERE / "eval.py").read_text()))
