@@ -4388,6 +4388,17 @@ PHASES = dict(load_model="load", distill_loss="loss", teacher_pass="teacher", fo
               student_pass="backward", update="update", refresh="refresh", training_state="save",
               checkpoint_weights="sync")  # by the first of these functions that is running
 
+@functools.cache
+def whose(code):
+    """(owner, name) of a function on the stack: opsdc.py's, FSDP2's or transformers', or nobody's."""
+    if code.co_filename == opsdc.__file__ and not code.co_name.startswith("<"):
+        return "opsdc", code.co_name
+    if "_fully_shard" in code.co_filename:
+        return "library", code.co_name
+    return ("library", "transformers") if "transformers" in code.co_filename else ("", "")
+
+TRAFFIC = collective_ops - sync_ops
+
 class Ledger(TorchDispatchMode):
     """The bytes of all living storages on a kind of device: who holds them, their peak in each phase, and the
     peak of each stream, for the allocator gives no stream what another one freed."""
@@ -4420,11 +4431,11 @@ class Ledger(TorchDispatchMode):
         """The phase, and who will hold what is made now, by the functions on the stack."""
         frame, calls, library = sys._getframe(3), [], []
         while frame:
-            code = frame.f_code
-            if code.co_filename == opsdc.__file__ and not code.co_name.startswith("<"):
-                calls.append(code.co_name)
-            elif not calls and re.search("_fully_shard|transformers", code.co_filename):
-                library.append(code.co_name if "_fully_shard" in code.co_filename else "transformers")
+            owner, name = whose(frame.f_code)
+            if owner == "opsdc":
+                calls.append(name)
+            elif owner == "library" and not calls:
+                library.append(name)
             frame = frame.f_back
         phase = next((name for function, name in PHASES.items() if function in calls), "start")
         return phase, self.holder(phase, calls, library, shape)
@@ -4492,7 +4503,7 @@ class Ledger(TorchDispatchMode):
             shapes = [x for x in arguments if not isinstance(x, torch.dtype)]
             causal = "flash" in function.name()  # computes half of the pairs, counted in full
             self.flops[str(function)] += flops(*shapes, **options, out_val=result) / (1 + causal)
-        if self.fake and function in collective_ops - sync_ops:
+        if self.fake and function in TRAFFIC:
             group = CollectiveOp.get_process_group(function, arguments)
             ranks = torch.distributed.get_process_group_ranks(group)
             n, local = len(ranks), int(os.environ["LOCAL_WORLD_SIZE"])
