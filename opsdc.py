@@ -74,10 +74,10 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files as find_w
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.utils import cached_file
 
-# The file beside this one reads the problems and grades the responses; a fork may bring an eval.py of its own.
-# Three of its helpers are used throughout. say(text) prints on rank 0. check(condition, message) raises
-# ValueError(message) unless the condition holds. `with blaming(where):` turns an error inside into a ValueError
-# that begins with `where`. Started as `python -P`, Python does not look into this folder by itself.
+# eval.py, beside this file, reads the problems and grades the responses; a fork may bring its own. Three of
+# its helpers are used throughout. say(text) prints on rank 0. check(condition, message) raises
+# ValueError(message) unless the condition holds. `with blaming(where):` turns an error inside into a
+# ValueError that begins with `where`. The next line is for `python -P`, which does not search this folder.
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
     import eval as evaluator
@@ -189,11 +189,10 @@ def divergence_and_gradient(p, log_p, q, log_q, kind):
     if kind == "reverse_kl":
         value = kl_divergence(p, q, a)
     else:  # jsd: (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2
-        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
         m = (p + q) / 2
-        a = log_p - log_m
-        value = (kl_divergence(p, m, a) + kl_divergence(q, m, log_q - log_m)) / 2
-        a = a / 2
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        value = (kl_divergence(p, m, log_p - log_m) + kl_divergence(q, m, log_q - log_m)) / 2
+        a = (log_p - log_m) / 2
     return value, p * (a - (p * a).sum(-1, keepdim=True))  # dD/dp_v is a_v up to a constant, which cancels
 
 def reverse_kl(student_logits, teacher_logits):
@@ -269,8 +268,8 @@ def finish_logits(raw, scale, softcap):
     logits = raw if scale == 1 else raw.mul_(scale)
     if softcap is None:
         return logits, scale
-    derivative = scale / torch.cosh(logits / softcap) ** 2  # 1 - tanh^2 would lose digits by cancellation
-    return softcap * torch.tanh(logits / softcap), derivative
+    # 1 - tanh^2 in place of 1 / cosh^2 would lose digits by cancellation.
+    return softcap * torch.tanh(logits / softcap), scale / torch.cosh(logits / softcap) ** 2
 
 def float32_product(a, b, out, add=False):
     """Writes a [n, k] @ b [k, m] to `out` [n, m], or adds it; summed in float32. A GPU's tensor cores take
@@ -408,10 +407,9 @@ def checkpoint_weights(lm, dtype, both_names=False):
         gathered = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
         for name, w in revert_weight_conversion(lm, gathered).items():
             yield name, w
-            if both_names:
-                yield from [(other, w) for other, source in tied.items() if source == name]
+            yield from [(other, w) for other, source in tied.items() if both_names and source == name]
 
-def snapshot(model, dtype=None):  # a copy of theta's shards by name, in thetabar's DTYPE unless told otherwise
+def snapshot(model, dtype=None):  # a copy of theta's shards by name, in DTYPE unless told otherwise
     return {name: p.detach().to(dtype or DTYPE, copy=True) for name, p in model.lm.named_parameters()}
 
 @torch.no_grad()
@@ -488,10 +486,9 @@ class RolloutEngine:
     def sync(self, model):
         """Copies theta into the engine's own tensors, one layer at a time, so that CUDA graphs stay valid.
         Collective. An engine that has an LM head of its own gets one, even if the trainer's is tied."""
-        def has_lm_head(engine_model):  # named_modules leaves a tied head out unless asked for duplicates
-            names = [name for name, _ in engine_model.named_modules(remove_duplicate=False)]
-            return any(name.endswith("lm_head") for name in names)
-        both_names = self.llm.apply_model(has_lm_head)[0]
+        def module_names(engine_model):  # with duplicates, as a tied head would else be left out
+            return [name for name, _ in engine_model.named_modules(remove_duplicate=False)]
+        both_names = any(name.endswith("lm_head") for name in self.llm.apply_model(module_names)[0])
         weights = checkpoint_weights(model.lm, self.llm.llm_engine.model_config.dtype, both_names)
         if self.sleeps:
             self.llm.wake_up(tags=["weights"])
@@ -506,8 +503,7 @@ class RolloutEngine:
 
     def share(self, items):
         """This engine's slice of the items, which is the same on all its tensor-parallel ranks."""
-        engines = dist.get_world_size() // self.tp
-        number = dist.get_rank() // self.tp
+        number, engines = dist.get_rank() // self.tp, dist.get_world_size() // self.tp
         return items[number * len(items) // engines:(number + 1) * len(items) // engines]
 
     def gather(self, mine):
@@ -517,8 +513,8 @@ class RolloutEngine:
         return sum(shares[::self.tp], [])  # one slice from each engine, concatenated
 
     def generate(self, prompts, seeds, **sampling):
-        """One sample for each list of prompt ids, as `sampled` returns it. Each has a seed of its own, so that
-        it does not depend on the rank that makes it."""
+        """One sample for each list of prompt ids, as `sampled` returns it. Each has its own seed, so that it
+        does not depend on the rank that makes it."""
         from vllm import SamplingParams
         params = [SamplingParams(**sampling, seed=seed, detokenize=False, logprobs=0) for seed in seeds]
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
@@ -560,10 +556,10 @@ def token_weights(rollouts):  # of each token in the loss: 1 / (B |y|), B rollou
     return [[1 / (len(rollouts) * len(r.ids))] * len(r.ids) for r in rollouts]
 
 def plan_micro_batches(lengths, budget, rank, world):
-    """The indices of `lengths` that `rank` computes, in groups. A group has at most `budget` padded tokens, or
-    a single sequence; at most a twentieth of the budget is padding. The sequences are dealt to the ranks in
-    turn, the longest first, so that all ranks have equally many groups. Lengths [9, 3, 9, 8, 8, 3], world 2
-    and budget 20 give [[0, 3], [1]] on rank 0."""
+    """The indices of `lengths` that `rank` computes, in groups. A group has at most `budget` padded tokens,
+    or a single sequence; at most a twentieth of the budget is padding. The sequences are dealt to the ranks
+    in turn, the longest first, so that all ranks have equally many groups. Lengths [9, 3, 9, 8, 8, 3], world
+    2 and budget 20 give [[0, 3], [1]] on rank 0."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     rounds = [order[k:k + world] for k in range(0, len(order), world)]  # in each, a rank gets one sequence
 
@@ -640,9 +636,8 @@ def student_pass(model, batches, hidden, head, cfg):
         if batch.real:
             n = len(batch.tokens)
             gap = (stats["logprob"] - batch.logprobs).abs()
-            sums[:4] += torch.stack([loss.detach(), n * stats["student_entropy"],
-                                     n * stats["teacher_entropy"], gap.sum()])
-            sums[4] += n
+            sums += torch.stack([loss.detach(), n * stats["student_entropy"], n * stats["teacher_entropy"],
+                                 gap.sum(), torch.ones_like(gap).sum()])
             gap_max = gap_max.maximum(gap.max())
     dist.all_reduce(sums)
     dist.all_reduce(gap_max, op=dist.ReduceOp.MAX)
@@ -654,16 +649,14 @@ def student_pass(model, batches, hidden, head, cfg):
                            "update was made. See README, Families; checkpoint_weights; vLLM's version")
     return metrics | dict(logprob_gap_max=gap_max.item())
 
-def update(model, optimizer, cfg):
-    """One step of AdamW, unless the gradient is not finite. Returns the gradient's norm before clipping."""
+def update(model, optimizer, cfg):  # unless the gradient is not finite; returns its norm before clipping
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf).full_tensor().item()
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
     return norm
 
-def train_step(model, thetabar, optimizer, rollouts, problems, device, cfg):
-    """One update. Returns its metrics."""
+def train_step(model, thetabar, optimizer, rollouts, problems, device, cfg):  # one update -> its metrics
     batches = make_micro_batches(rollouts, problems, device, cfg)
     metrics = student_pass(model, batches, *teacher_pass(model, thetabar, batches), cfg)
     return metrics | dict(grad_norm=update(model, optimizer, cfg))
@@ -739,40 +732,18 @@ def checkpoints(out):  # [(step, folder)] of the finished ones, newest first
     return sorted(((int(path.name[11:]), path) for path in found), reverse=True)
 
 def load_newest(out, model, optimizer, thetabar, cfg):
-    """Loads theta, Adam's state and thetabar in place from the newest checkpoint that is whole. Returns the
-    number of steps done. Newer checkpoints, which are damaged, are renamed and kept."""
-    damaged = []
+    """Loads theta, Adam's state and thetabar in place from the newest checkpoint. Returns the number of steps
+    done. A checkpoint that cannot be loaded ends the run; it is not skipped, because it may be whole."""
     found = from_rank_0(checkpoints, out)  # another node may still see an older list
-    for step, path in found:
-        state = training_state(model, optimizer, thetabar)
-        try:
-            dcp.load(state, checkpoint_id=path)
-        except dcp.CheckpointException as error:  # raised on all ranks
-            evaluator.say(f"skipping {path}, which is not whole: {damage(path, error)}")
-            damaged.append(path)
-            continue
-        dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
-        optimizer.param_groups[0].update(lr=cfg.lr, weight_decay=cfg.weight_decay)  # not the checkpoint's
-        if dist.get_rank() == 0:
-            for path in damaged:
-                path.rename(out / f"damaged-{path.name}-{time.time():.0f}")
-        evaluator.say(f"--resume: {step} steps are done")
-        return step
-    evaluator.check(not found, f"--resume: no checkpoint in {out} is whole; to start over, change --out")
-    return 0
-
-# What torch's message contains if a file is truncated, overwritten or missing ([Errno 2]). Other errors of the
-# file system may pass, so they are no reason to skip a checkpoint.
-DAMAGE = re.compile(r"EOFError|UnpicklingError|PytorchStreamReader|metadata is None|\[Errno 2\]")
-
-def damage(path, error):
-    """Says what is damaged in a checkpoint. Raises RuntimeError if it may be whole."""
-    for cause, _ in error.failures.values():
-        text = f"{type(cause).__name__}: {str(cause).strip():.300}"
-        if not DAMAGE.search(text) or re.search(r"\[Errno (?!2\])", text):
-            raise RuntimeError(f"--resume: {path} may be whole, but could not be loaded: {text}. Nothing was "
-                               "changed; repeat the command when the cause is removed") from error
-    return text
+    if not found:
+        return 0
+    step, path = found[0]
+    evaluator.say(f"--resume: {step} steps are done. Should {path} be damaged, rename it to use an older one")
+    state = training_state(model, optimizer, thetabar)
+    dcp.load(state, checkpoint_id=path)
+    dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    optimizer.param_groups[0].update(lr=cfg.lr, weight_decay=cfg.weight_decay)  # not the checkpoint's
+    return step
 
 def trim_logs(out, step):  # drops later steps, which are done again, and a line that a kill left unfinished
     for log in (out / "metrics.jsonl", out / "samples.jsonl"):
@@ -813,13 +784,13 @@ def export(model, base, target):
 def exported_config(base):
     """The base's config.json, of a multimodal model the part of its text model, for weights in bfloat16."""
     config = json.loads(base.files["config.json"])
-    config = config.get("text_config", config) | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    config = config.get("text_config", config)
     for name in ("model_type", "architectures", "tie_word_embeddings", "eos_token_id", "pad_token_id"):
         config[name] = getattr(base.empty.config, name)
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:  # transformers 4 looks for it beside rope_parameters
         config["rope_theta"] = rope["rope_theta"]
-    return config
+    return config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
 
 # -------------------------------------------------------------------------------------------------- FAMILIES
 # All differences between families of models, and which models cannot be trained. FILES are the files besides
@@ -830,7 +801,7 @@ FILES = ("*config.json", "*token*.json", "*.jinja", "*/*.jinja", "chat_template.
 def open_base(name, to_train):
     """The Base without its weights. Raises ValueError if it is no chat model or, where it is to be trained,
     if it would train wrongly."""
-    with evaluator.blaming(f"--model {name}: expected a folder with a chat model, or its id on the hub, found"):
+    with evaluator.blaming(f"--model {name}: expected a folder with a chat model or its hub id, found"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would ask on the terminal
         text = config.get_text_config()
         folder = Path(cached_file(name, "config.json")).parent
@@ -838,16 +809,16 @@ def open_base(name, to_train):
             snapshot_download(name, revision=folder.name, allow_patterns=FILES)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         evaluator.check(tokenizer.chat_template, "no chat template; save a tokenizer with one there")
-        pad = text.pad_token_id or 0
-        evaluator.check(abs(pad) < text.vocab_size, f"pad_token_id {pad}, which is the id of no token")
+        evaluator.check(abs(text.pad_token_id or 0) < text.vocab_size, "a pad_token_id of no token")
     files = {str(path.relative_to(folder)): path.read_bytes()
              for pattern in FILES for path in folder.glob(pattern)}
     base = Base(name, folder, files, config, tokenizer)
     if to_train:
         with evaluator.blaming(f"--model {name}: expected a trainable causal language model, found"):
             kind = (config.architectures or ["?"])[0]
-            causal = kind.endswith(("ForCausalLM", "ForConditionalGeneration")) and text.model_type in CAUSAL_LMS
-            evaluator.check(causal and not config.is_encoder_decoder, f"{kind} of type {text.model_type}")
+            known = kind.endswith(("ForCausalLM", "ForConditionalGeneration"))
+            evaluator.check(known and text.model_type in CAUSAL_LMS and not config.is_encoder_decoder,
+                            f"{kind} of type {text.model_type}")
             evaluator.check("modules.json" not in files, "an embedding model")
             quantised = [c for c in (config, text) if getattr(c, "quantization_config", None)]
             evaluator.check(not quantised, "quantised weights")
@@ -872,8 +843,7 @@ def file_hash(path):
 def check_ids(base, prompts):
     rows = base.config.get_text_config().vocab_size
     largest = max(map(max, prompts), default=0)
-    evaluator.check(largest < rows, f"--model {base.name}: expected token ids below {rows}, the rows of its "
-                    f"embedding, found {largest} for {base.tokenizer.decode([largest])!r}")
+    evaluator.check(largest < rows, f"--model {base.name}: the embedding has no row for token id {largest}")
 
 def text_config(config):
     """The config of the text model: of a multimodal model, only that is trained, run and exported."""
@@ -936,9 +906,8 @@ def read_instruction(name):
         with evaluator.blaming(f"--instruction {name}, expected a text file in the encoding UTF-8"):
             text = Path(name[1:]).expanduser().read_text("utf-8-sig").strip()
     # A single word is a mistyped key, which would be trained on without notice. Chinese has no spaces.
-    known = ", ".join(INSTRUCTIONS)
-    evaluator.check(re.search(r"\s|[^!-~]", text),
-                    f"--instruction {name}: expected {known}, @FILE or a text, found {text!r}")
+    evaluator.check(re.search(r"\s|[^!-~]", text), f"--instruction {name}: expected "
+                    f"{', '.join(INSTRUCTIONS)}, @FILE or a text, found {text!r}")
     return text
 
 MAY_BE_0 = "lr", "weight_decay", "clip", "temperature", "refresh_every", "export_every", "seed", "top_k"
@@ -959,7 +928,7 @@ def check_settings(settings):
             evaluator.check(value <= most, f"--{name} {value}: expected at most {most}")
     evaluator.check(torch.cuda.is_available() or not torch.version.cuda,  # else it would run on the CPU
                     "no GPU is seen: expected a driver R580 or newer; without a GPU, see the README")
-    evaluator.check(importlib.util.find_spec("vllm") or settings.get("given"),  # given responses need no engine
+    evaluator.check(importlib.util.find_spec("vllm") or settings.get("given"),  # which needs no engine
                     "vllm is not installed: expected the packages of requirements.txt, see the README")
     # with 0, every rank would use every core
     evaluator.check(os.environ.get("OMP_NUM_THREADS") != "0", "OMP_NUM_THREADS=0: expected 1 or more")
@@ -969,8 +938,8 @@ def check_settings(settings):
                         f"--{name} {value}: expected a divisor of the number of ranks, which is {world}")
 
 def context_of(base, to_train=True):
-    """The largest number of tokens of a sequence. Beyond its original context, LongRoPE has other factors. The
-    engine uses them for all sequences if one may be long, the trainer for the long ones only."""
+    """The largest number of tokens of a sequence. Beyond its original context, LongRoPE has other factors:
+    the engine uses them for all sequences if one may be long, the trainer for the long ones only."""
     text = base.config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     if to_train and rope.get("rope_type") == "longrope":
@@ -994,8 +963,7 @@ def make_problems(cfg, base, instruction):
     evaluator.say(f"{len(short)} of {len(problems)} problems have prompts of at most {cfg.max_prompt_tokens} "
                   f"tokens; {evaluator.__file__} grades the rollouts")
     evaluator.check(any(cfg.keep == "all" or p.answer for p in short), f"--data {cfg.data}: found no problem "
-                    f"with a prompt of at most {cfg.max_prompt_tokens} tokens and, for --keep correct, "
-                    "a known answer")
+                    "with so short a prompt and, for --keep correct, a known answer")
     return short
 
 # The settings that --resume lets change, with a line on the console. The others decide how the run goes on.
@@ -1016,8 +984,8 @@ def prepare(cfg):
     instruction, out = read_instruction(cfg.instruction), Path(cfg.out)
     base = open_base(cfg.model, to_train=True)
     context = context_of(base)
-    evaluator.check(cfg.max_prompt_tokens + cfg.max_response_tokens <= context,
-                    f"--max_prompt_tokens + --max_response_tokens: expected at most the model's context, {context}")
+    evaluator.check(cfg.max_prompt_tokens + cfg.max_response_tokens <= context, "--max_prompt_tokens + "
+                    f"--max_response_tokens: expected at most the model's context, {context}")
     problems = from_rank_0(make_problems, cfg, base, instruction)
     settings = asdict(cfg) | dict(instruction=instruction, template=hash_of(base.tokenizer.chat_template),
                                   model_hash=model_hash(base),
@@ -1029,20 +997,8 @@ def prepare(cfg):
     dist.barrier()  # the others wait for rank 0's checks
     return base, problems, out
 
-def training_bytes(lm, settings):
-    """An estimate of the peak on a GPU, with gradient checkpointing: shards of weights, Adam's state, thetabar
-    and gradients, and the larger of what the loss and a layer's backward add (README, GPUs)."""
-    V, d = lm.get_output_embeddings().weight.shape
-    layers = lm.get_decoder().layers
-    T = settings["micro_batch_tokens"]
-    P, p = [sum(w.numel() for w in module.parameters()) for module in (lm, layers[0])]
-    shards = 18 * P * settings["replicas"] / dist.get_world_size()
-    loss = 8 * V * (d + settings["loss_chunk"]) + 45 * BLOCK["cuda"] + 24 * d * T
-    return shards + 2 * d * len(layers) * T + max(loss, 4 * V * d + 8 * p + (4 * p / d + 22 * d) * T)
-
 def start_run(base, out, settings):
-    """What rank 0 does alone: compares the settings with those of the run to continue, and reads the weights.
-    """
+    """On rank 0: compares the settings with those of the run to continue, and reads the weights."""
     if checkpoints(out):
         compare_settings(out / "config.json", settings)
     remove_unfinished(out)
@@ -1053,8 +1009,9 @@ def start_run(base, out, settings):
     evaluator.say(f"each of 3 checkpoints takes {(12 + DTYPE.itemsize) * billions:.3g} GB, each of {exports} "
                   f"exports {2 * billions:.3g} GB; {shutil.disk_usage(out).free / 1e9:.3g} GB are free")
     if torch.cuda.is_available():
-        evaluator.say(f"training takes about {training_bytes(base.empty, settings) / 1e9:.3g} GB of a GPU, whose "
-                      f"{torch.cuda.mem_get_info()[1] / 1e9:.3g} GB also hold a sleeping engine of 3 to 4 GB")
+        shards = 18 * billions * settings["replicas"] / dist.get_world_size()
+        evaluator.say(f"weights, gradients and Adam's state take {shards:.3g} GB of a GPU's "
+                      f"{torch.cuda.mem_get_info()[1] / 1e9:.3g} GB; activations and logits come on top")
 
 def compare_settings(file, settings):
     """Compares them with those of the run that --resume continues."""
@@ -1100,7 +1057,7 @@ def start_processes():
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    message = "rank {RANK} waits for the other ranks of WORLD_SIZE={WORLD_SIZE}; to run alone, unset both"
+    message = "rank {RANK} waits for the others of WORLD_SIZE={WORLD_SIZE}; to run alone, unset both"
     waiting = threading.Timer(30, print, [message.format_map(os.environ)], {"flush": True})
     waiting.start()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
