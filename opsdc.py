@@ -115,7 +115,7 @@ class Config:
     vllm_memory: float = setting(0.5, "share of each GPU's memory for vLLM while it generates")
     save_every: int = setting(10, "steps between checkpoints; the newest two are kept")
     export_every: int = setting(0, "steps between exports to model-K/ during training; 0 = only at the end")
-    resume: bool = setting(False, "continue from the newest whole checkpoint in --out")
+    resume: bool = setting(False, "continue from the newest checkpoint in --out")
     seed: int = setting(0, "determines the order of the problems and the sampling")
     thinking: bool = setting(True, "the chat template's enable_thinking (--no_thinking switches it off)")
 
@@ -145,9 +145,8 @@ INSTRUCTIONS = {  # versions 1 and 2 of the paper, word for word
               "while preserving correctness." for p in (20, 50, 80)}
 
 def prompt_ids(tokenizer, problem, instruction=None, thinking=True, wrapper="math", tools=None):
-    """The token ids of the student's prompt or, given the text of c as `instruction`, of the teacher's.
-    `problem` is a text, or messages, whose last user turn is then wrapped. Raises ValueError if the chat
-    template fails."""
+    """The token ids of the student's prompt or, given the text of c as `instruction`, of the teacher's. If
+    `problem` is a list of messages, the last user turn is wrapped. ValueError: the chat template fails."""
     prefix, suffix = WRAPPERS[wrapper]
     if instruction is not None:
         prefix = f"{instruction}\n\n{TEACHER_PREFIX}" if wrapper == "math" else f"{instruction}\n\n"
@@ -357,8 +356,7 @@ def read_weights(base):
     return lm
 
 def load_model(base, device, cfg):
-    """The base's language model as a sharded SelfDistillation. Rank 0 broadcasts the weights and then frees
-    them."""
+    """The model, sharded, with the base's weights. Rank 0 broadcasts these and then frees its copy."""
     lm = base.empty
     source = base.loaded or lm  # on ranks > 0 nothing is loaded, and nothing is read from `source`
     if cfg.gradient_checkpointing:
@@ -396,9 +394,8 @@ def shard(model, device, replicas):
     return model
 
 def checkpoint_weights(lm, dtype, both_names=False):
-    """Yields (name, gathered tensor) as in a checkpoint, for the engine and the export; a collective. It
-    gathers one layer at a time and splits experts, which transformers fuses. A tied weight comes once, or
-    under both names."""
+    """Yields (name, gathered tensor) as in a checkpoint, one layer at a time; a collective. Experts, which
+    transformers fuses, are split again. A tied weight comes once, or under both names."""
     def layer_of(item):  # ("model.layers.7.mlp.up_proj.weight", w) -> "model.layers.7."
         return re.sub(r"(\.\d+\.).*", r"\1", item[0])
     tied = lm.all_tied_weights_keys  # {name: the name of the weight that it shares}
@@ -521,14 +518,12 @@ class RolloutEngine:
         return [sampled(output.outputs[0]) for output in outputs]
 
 def sampled(completion):
-    """The token ids of vLLM's completion, their log-probabilities (those before temperature), and whether it
-    finished."""
+    """From vLLM's completion: token ids, their log-probabilities before temperature, whether it finished."""
     logprobs = [of[token].logprob for token, of in zip(completion.token_ids, completion.logprobs)]
     return list(completion.token_ids), logprobs, completion.finish_reason == "stop"
 
 def sample_rollouts(engine, problems, indices, step, tokenizer, cfg):
-    """A graded rollout of each problem of `indices`, in their order, on every rank. The engines share the
-    work."""
+    """A graded rollout for each problem of `indices`, on every rank. The engines share the sampling."""
     # A seed depends on the run's seed, the step, the problem, and how often the batch had this problem before
     # (a batch larger than the data repeats problems), but not on the rank.
     seeds = [int(hash_of((cfg.seed, step, i, indices[:k].count(i)))[:8], 16) for k, i in enumerate(indices)]
@@ -617,10 +612,9 @@ def teacher_pass(model, thetabar, batches):
     copy_into(model, theta)
     return hidden, head.full_tensor()
 
-# The trainer-engine mismatch (metrics logprob_gap): engine and trainer are two implementations of one model,
-# and the log-probabilities of the sampled tokens differ between them by this many nats on average. Where the
-# weights are synchronised it is about 1e-2 in bfloat16 and 3e-7 in float32; stale weights give 0.2. A larger
-# mismatch than MAX_GAP ends the run.
+# The trainer-engine mismatch, in nats: engine and trainer are two implementations of one model, and differ in
+# the log-probabilities of the sampled tokens, on average by 1e-2 in bfloat16 and by 3e-7 in float32. With
+# stale weights it is 0.2. A mismatch above MAX_GAP ends the run; the metrics call it logprob_gap.
 MAX_GAP = {torch.bfloat16: 0.1, torch.float32: 1e-3}
 
 def student_pass(model, batches, hidden, head, cfg):
@@ -782,11 +776,11 @@ def export(model, base, target):
     dist.barrier()
 
 def exported_config(base):
-    """The base's config.json, of a multimodal model the part of its text model, for weights in bfloat16."""
-    config = json.loads(base.files["config.json"])
-    config = config.get("text_config", config)
-    for name in ("model_type", "architectures", "tie_word_embeddings", "eos_token_id", "pad_token_id"):
-        config[name] = getattr(base.empty.config, name)
+    """The base's config.json for weights in bfloat16; of a multimodal model, the part of its text model."""
+    config, text = json.loads(base.files["config.json"]), base.empty.config
+    if "text_config" in config:
+        names = "model_type", "architectures", "tie_word_embeddings", "eos_token_id", "pad_token_id"
+        config = config["text_config"] | {name: getattr(text, name) for name in names}
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:  # transformers 4 looks for it beside rope_parameters
         config["rope_theta"] = rope["rope_theta"]
@@ -799,8 +793,7 @@ FILES = ("*config.json", "*token*.json", "*.jinja", "*/*.jinja", "chat_template.
          "merges.txt", "tekken.json", "*.model", "*.tiktoken", "modules.json")
 
 def open_base(name, to_train):
-    """The Base without its weights. Raises ValueError if it is no chat model or, where it is to be trained,
-    if it would train wrongly."""
+    """The Base without its weights. Raises ValueError if it is no chat model or cannot be trained rightly."""
     with evaluator.blaming(f"--model {name}: expected a folder with a chat model or its hub id, found"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would ask on the terminal
         text = config.get_text_config()
@@ -828,8 +821,7 @@ def open_base(name, to_train):
     return base
 
 def model_hash(base):
-    """A hash of everything that determines the model's output, on every rank: a copy in another place is the
-    same model, one that was trained further is not."""
+    """A hash of all that determines the model's output, on every rank. A copy elsewhere has the same hash."""
     weights = from_rank_0(sorted, map(file_hash, base.weight_files))  # map is lazy: only rank 0 reads them
     return hash_of([sorted(base.files.items()), weights])
 
@@ -926,11 +918,11 @@ def check_settings(settings):
             evaluator.check(enough and math.isfinite(value), f"--{name} {value}: expected {expected}")
             most = AT_MOST.get(name, value)
             evaluator.check(value <= most, f"--{name} {value}: expected at most {most}")
-    evaluator.check(torch.cuda.is_available() or not torch.version.cuda,  # else it would run on the CPU
+    evaluator.check(torch.cuda.is_available() or not torch.version.cuda,  # else the CPU would be used
                     "no GPU is seen: expected a driver R580 or newer; without a GPU, see the README")
     evaluator.check(importlib.util.find_spec("vllm") or settings.get("given"),  # which needs no engine
                     "vllm is not installed: expected the packages of requirements.txt, see the README")
-    # with 0, every rank would use every core
+    # With OMP_NUM_THREADS=0, every rank would use all cores.
     evaluator.check(os.environ.get("OMP_NUM_THREADS") != "0", "OMP_NUM_THREADS=0: expected 1 or more")
     for name in ("vllm_tp", "replicas"):  # eval.py has no replicas
         value, world = settings.get(name, 1), dist.get_world_size()
@@ -967,9 +959,8 @@ def make_problems(cfg, base, instruction):
     return short
 
 # The settings that --resume lets change, with a line on the console. The others decide how the run goes on.
-MAY_CHANGE = ("model", "data", "out", "steps", "lr", "weight_decay", "clip", "save_every", "export_every",
-              "micro_batch_tokens", "loss_chunk", "gradient_checkpointing", "replicas", "vllm_tp",
-              "vllm_memory")
+MAY_CHANGE = ("model data out steps lr weight_decay clip save_every export_every micro_batch_tokens "
+              "loss_chunk gradient_checkpointing replicas vllm_tp vllm_memory").split()
 RESULTS = r"checkpoint-\d+|model(-\d+)?"  # names in --out
 RUN_FILES = rf"{RESULTS}|config\.json|(metrics|samples)\.jsonl|{UNFINISHED}.*|eval\.lock"
 
@@ -991,10 +982,8 @@ def prepare(cfg):
                                   model_hash=model_hash(base),
                                   problems=hash_of([(p.text, p.answer) for p in problems]))
     evaluator.claim_folder(out, "opsdc.lock", RUN_FILES, "" if cfg.resume else RESULTS)
-    if dist.get_rank() == 0:
-        start_run(base, out, settings)
-        evaluator.say(f"the first teacher's prompt:\n{base.tokenizer.decode(problems[0].teacher)}")
-    dist.barrier()  # the others wait for rank 0's checks
+    from_rank_0(start_run, base, out, settings)
+    evaluator.say(f"the first teacher's prompt:\n{base.tokenizer.decode(problems[0].teacher)}")
     return base, problems, out
 
 def start_run(base, out, settings):
@@ -1027,8 +1016,7 @@ CONSOLE = ("step", "loss", "grad_norm", "response_tokens", "truncated", "accurac
            "logprob_gap", "seconds_step")
 
 def log_step(out, metrics, rollouts, problems, tokenizer):
-    """Adds the metrics of the rollouts. Writes a line of metrics.jsonl, four of samples.jsonl, and one on the
-    console."""
+    """Completes the metrics. Writes a line of metrics.jsonl, four of samples.jsonl, one on the console."""
     if dist.get_rank() != 0:
         return
     lengths = [len(r.ids) for r in rollouts]
@@ -1065,23 +1053,22 @@ def start_processes():
     return device
 
 def run_and_exit(main):
-    """Runs main() and ends the process at once: a normal exit of Python would run the exit functions of vLLM
-    and NCCL, which wait for ranks that have failed."""
+    """Runs main() and ends the process. Python's own exit would wait in vLLM and NCCL for failed ranks."""
     status = 1
     try:
         main()
         status = 0
     except BaseException as error:
-        if isinstance(error, SystemExit) and not isinstance(error.code, str):
-            status = error.code or 0  # --help, which has printed its text
+        if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+            status = error.code or 0  # as of --help, which has printed its text
         else:
             say_once(error)
     sys.stdout.flush()
     os._exit(status)
 
 def say_once(error):
-    """The first rank to fail says why, and the other ranks end after that. No rank waits long for the store,
-    whose host may be gone."""
+    """The first rank to fail says why; the others end after that. As the store's host may be gone, no rank
+    waits long for it."""
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
     if store is None or within_seconds(10, store.add, "failed", 1) in (None, 1):
         evaluator.explain(error)
