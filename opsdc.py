@@ -232,7 +232,6 @@ def chunked_divergence(student_hidden, student_head, teacher_hidden, teacher_hea
     student_buffer, teacher_buffer = new(min(chunk, N), V), new(min(chunk, N), V)
     rows = max(1, BLOCK[student_head.device.type] // V)
     per_token = []
-
     # The matrix products take a whole chunk of n tokens at once, the softmax a few rows of the chunk. With
     # one size of 256 rows for both, a CPU would need 45 % more time.
     for h, teacher_h, grad_h, chunk_weights, chunk_ids in split_together(
@@ -476,8 +475,9 @@ class RolloutEngine:
         # the process.
         self.llm.llm_engine.engine_core._finalizer.detach()
         dist.barrier()
-        for shared in Path("/dev/shm").glob("-*cpushm*"):  # of engines on CPUs: by now all ranks have opened
-            shared.unlink(missing_ok=True)  # these files; left behind, they would block the next start
+        # All ranks have opened these files of engines on CPUs; left behind, they would block the next start.
+        for shared in Path("/dev/shm").glob("-*cpushm*"):
+            shared.unlink(missing_ok=True)
         self.sleep()
 
     def sync(self, model):
@@ -558,7 +558,7 @@ def plan_micro_batches(lengths, budget, rank, world):
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     rounds = [order[k:k + world] for k in range(0, len(order), world)]  # in each, a rank gets one sequence
 
-    def fits(group):  # judged by rank 0, which gets the longest of each round
+    def fits(group):  # judged by the longest sequence of each round, which rank 0 gets
         widths = [lengths[dealt[0]] for dealt in group]
         padded = widths[0] * len(group)
         return padded <= budget and padded - sum(widths) <= budget / 20
@@ -638,7 +638,7 @@ def student_pass(model, batches, hidden, head, cfg):
     sums[1:4] /= sums[4].clamp(min=1)
     metrics = dict(zip(("loss", "student_entropy", "teacher_entropy", "logprob_gap"), sums.tolist()))
     gap, limit = metrics["logprob_gap"], MAX_GAP[engine_dtype(model.lm.config)]
-    if math.isfinite(metrics["loss"]) and not gap <= limit:  # true for NaN too; `update` drops a NaN loss
+    if math.isfinite(metrics["loss"]) and not gap <= limit:  # a NaN gap too; `update` drops a NaN loss
         raise RuntimeError(f"engine and trainer differ by {gap:.4f} nats/token, expected at most {limit}. No "
                            "update was made. See README, Families; checkpoint_weights; vLLM's version")
     return metrics | dict(logprob_gap_max=gap_max.item())
@@ -664,7 +664,7 @@ def main():
     model = load_model(base, device, cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     thetabar = snapshot(model)
-    done = load_newest(out, model, optimizer, thetabar, cfg) if cfg.resume else 0  # steps; fills all in place
+    done = load_newest(out, model, optimizer, thetabar, cfg) if cfg.resume else 0  # steps done earlier
     trim_logs(out, done)
     skipped = idle = 0  # steps in a row without a finite gradient, and without a rollout to train on
     for step in range(done + 1, cfg.steps + 1):
@@ -888,7 +888,7 @@ def check_weights(base, lm, missing):
 
 # ---------------------------------------------------------------------------------------------------- CHECKS
 # Mistakes in the input are reported before the engine starts: what was expected, what was found, what to do.
-def hash_of(value):
+def hash_of(value):  # 16 hexadecimal digits of the sha256 of its repr
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 def read_instruction(name):
@@ -920,7 +920,7 @@ def check_settings(settings):
             evaluator.check(value <= most, f"--{name} {value}: expected at most {most}")
     evaluator.check(torch.cuda.is_available() or not torch.version.cuda,  # else the CPU would be used
                     "no GPU is seen: expected a driver R580 or newer; without a GPU, see the README")
-    evaluator.check(importlib.util.find_spec("vllm") or settings.get("given"),  # which needs no engine
+    evaluator.check(importlib.util.find_spec("vllm") or settings.get("given"),  # --given needs no engine
                     "vllm is not installed: expected the packages of requirements.txt, see the README")
     # With OMP_NUM_THREADS=0, every rank would use all cores.
     evaluator.check(os.environ.get("OMP_NUM_THREADS") != "0", "OMP_NUM_THREADS=0: expected 1 or more")
@@ -1003,7 +1003,7 @@ def start_run(base, out, settings):
                       f"{torch.cuda.mem_get_info()[1] / 1e9:.3g} GB; activations and logits come on top")
 
 def compare_settings(file, settings):
-    """Compares them with those of the run that --resume continues."""
+    """Compares the settings with those of the run that --resume continues."""
     with evaluator.blaming(f"--resume: the settings of the run in {file}"):
         old = asdict(Config()) | json.loads(file.read_text())  # an older run lacks newer settings
         for name, value in settings.items():

@@ -2262,7 +2262,8 @@ BAD_INPUT = {
                      "row 1, field prompt: expected the user's turn last"),
     "long prompts": (lambda d, good: dict(max_prompt_tokens=5), "no problem with so short a prompt"),
     "context": (lambda d, good: dict(max_response_tokens=4000), "expected at most the model's context, 2048"),
-    "tp": (lambda d, good: dict(vllm_tp=2), "--vllm_tp 2: expected a divisor of the number of ranks, which is 1"),
+    "tp": (lambda d, good: dict(vllm_tp=2),
+           "--vllm_tp 2: expected a divisor of the number of ranks, which is 1"),
     "replicas": (lambda d, good: dict(replicas=2), "--replicas 2: expected a divisor of the number of ranks"),
     "no answers": (lambda d, good: broken_data(d, '{"problem": "x"}\n') | dict(keep="correct"),
                    "for --keep correct, a known answer"),
@@ -2348,7 +2349,8 @@ FOLDERS = {
     "remote code": (folder(touch("code.py"), model_type="odd", architectures=["OddForCausalLM"],
                            auto_map=REMOTE), "model: expected a folder .* contains custom code"),
     "unknown type": (of_type("odd", "OddForCausalLM"), "model: expected a folder .* model type `odd`"),
-    "pad id of no token": (folder(as_is, pad_token_id=400), "model: expected a folder .* a pad_token_id of no token"),
+    "pad id of no token": (folder(as_is, pad_token_id=400),
+                           "model: expected a folder .* a pad_token_id of no token"),
     "LongRoPE": (folder(as_is, rope_parameters=dict(
         rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 16, long_factor=[2.0] * 16,
         original_max_position_embeddings=535)), "expected at most the model's context, 535"),
@@ -2481,7 +2483,8 @@ def test_shards_that_the_index_names_are_the_weights(good, one_rank, tmp_path):
     (target / "model.safetensors").unlink()
     model.save_pretrained(target, max_shard_size="100KB")
     base = opsdc.open_base(str(target), False)
-    assert sorted(base.weight_files) == sorted(target.glob("model-*.safetensors")) and len(base.weight_files) > 1
+    assert sorted(base.weight_files) == sorted(target.glob("model-*.safetensors"))
+    assert len(base.weight_files) > 1
     before = opsdc.model_hash(base)
     shutil.copy(base.weight_files[0], target / "model-00009-of-00009.safetensors")
     assert hash_of(target) == before
@@ -2636,8 +2639,8 @@ def test_a_checkpoint_that_cannot_be_loaded_stops_the_run_and_is_kept(good, one_
         return sorted(path.name for path in tmp_path.iterdir())
     first, second = save(1), save(2)
     kept = shutil.copytree(tmp_path / "checkpoint-2", tmp_path.with_name("kept"))
-    for spoil, cause in ((unreadable("*.distcp"), r"\[Errno 5\] Input"), (unreadable(".metadata"), r"\[Errno 5\] Input"),
-                         (damage_shard, "PytorchStreamReader"),
+    for spoil, cause in ((unreadable("*.distcp"), r"\[Errno 5\] Input"),
+                         (unreadable(".metadata"), r"\[Errno 5\] Input"), (damage_shard, "PytorchStreamReader"),
                          (lambda folder: (folder / ".metadata").unlink(), "metadata")):
         spoil(tmp_path / "checkpoint-2")
         with pytest.raises(opsdc.dcp.CheckpointException, match=cause):
