@@ -643,7 +643,7 @@ def student_pass(model, batches, hidden, head, cfg):
                            "update was made. See README, Families; checkpoint_weights; vLLM's version")
     return metrics | dict(logprob_gap_max=gap_max.item())
 
-def update(model, optimizer, cfg):  # unless the gradient is not finite; returns its norm before clipping
+def update(model, optimizer, cfg):  # skipped if the gradient is not finite; returns its norm before clipping
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf).full_tensor().item()
     if math.isfinite(norm):
         optimizer.step()

@@ -1654,7 +1654,7 @@ def test_calls_of_the_engine_on_a_gpu(good, one_rank, monkeypatch):
             made.append(settings)
             self.llm_engine = self.engine_core = self._finalizer = self
             self.model_config = types.SimpleNamespace(dtype=settings["dtype"])
-            self.apply_model = lambda asked: [True]  # it has a head
+            self.apply_model = lambda asked: [["model", "lm_head"]]  # the names of its modules
 
         def __getattr__(self, name):
             def call(*args, kwargs={}, **more):
