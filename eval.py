@@ -1267,7 +1267,7 @@ def show_tokens(cfg):  # samples as the trainer's first step does, or reads; sco
     tokenizer, told = bases[0].tokenizer, opsdc.read_instruction(cfg.instruction)
     check(bases[-1].tokenizer.get_vocab() == tokenizer.get_vocab(), f"--teacher {cfg.teacher}: expected the "
           f"tokens of {cfg.model}, found others")
-    problems = opsdc.load_problems(cfg, bases[0], told)
+    problems = opsdc.from_rank_0(opsdc.make_problems, cfg, bases[0], told)
     rollouts = read_responses(cfg, problems, tokenizer) if cfg.given else None
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens if rollouts is None else max(
         len(prompt) + len(r.ids) for r in rollouts for prompt in problems[r.index][2:])
@@ -1354,10 +1354,10 @@ def start_engine(base, cfg):
     below a folder with brackets, and others too where there are several formats. There it gets links."""
     import opsdc
     found = [*base.folder.glob("*.safetensors")] or [*base.folder.glob("*.bin")]
-    if {*found} == {*base.weights} and glob.escape(str(base.folder)) == str(base.folder):
+    if {*found} == {*base.weight_files} and glob.escape(str(base.folder)) == str(base.folder):
         return opsdc.RolloutEngine(base, cfg, load_format="auto")
     with tempfile.TemporaryDirectory() as links:
-        for path in [*map(base.folder.joinpath, base.files), *base.weights]:
+        for path in [*map(base.folder.joinpath, base.files), *base.weight_files]:
             link = Path(links, path.relative_to(base.folder))
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(path.absolute())

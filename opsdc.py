@@ -74,10 +74,10 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files as find_w
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.utils import cached_file
 
-# The file beside this one reads the problems and grades the responses; a fork may bring an eval.py of its
-# own. Two of its helpers are used throughout: check(condition, message) raises ValueError(message) unless the
-# condition holds, and `with blaming(where):` turns an error inside into a ValueError that begins with
-# `where`. Python looks for it in this folder first, except when it is started as `python -P`.
+# eval.py, beside this file, reads the problems and grades the responses; a fork may bring its own. Three of
+# its helpers are used throughout. say(text) prints on rank 0. check(condition, message) raises
+# ValueError(message) unless the condition holds. `with blaming(where):` turns an error inside into a
+# ValueError that begins with `where`. The next line is for `python -P`, which does not search this folder.
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
     import eval as evaluator
@@ -90,33 +90,33 @@ def setting(default, explanation):
 
 @dataclass
 class Config:
-    """Every setting, once; the defaults are the paper's. --batch_size and --batch-size are the same flag."""
+    """All settings; the defaults are the paper's. --batch_size and --batch-size are the same option."""
     model: str = setting("Qwen/Qwen3-8B", "hub id or folder of a causal language model with a chat template")
     data: str = setting("BytedTsinghua-SIA/DAPO-Math-17k", "hub ID[:CONFIG[:SPLIT]], file or folder of files")
-    out: str = setting("out", "new folder: metrics.jsonl, samples.jsonl, config.json, checkpoint-K/, model/")
+    out: str = setting("out", "folder for logs, checkpoints and the trained model; new unless --resume")
     instruction: str = setting("v1", "c: v1, v2, 20%%, 50%% or 80%% (fewer tokens), @FILE or the text itself")
-    wrapper: Literal["math", "none"] = setting("math", "math: DAPO's text around problems; none: no text")
+    wrapper: Literal["math", "none"] = setting("math", "math: DAPO's text around each problem; none: no text")
     steps: int = setting(100, "number of updates")
-    batch_size: int = setting(32, "B: problems a step, one rollout each, over all ranks")
+    batch_size: int = setting(32, "B: problems in a step, one rollout each, over all ranks")
     lr: float = setting(1e-6, "AdamW's learning rate, constant")
     weight_decay: float = setting(0.01, "AdamW's weight decay")
-    clip: float = setting(1.0, "largest norm of the gradient; 0 = no clipping")
+    clip: float = setting(1.0, "gradients are clipped to this norm; 0 = no clipping")
     temperature: float = setting(1.0, "sampling temperature of the rollouts")
     max_prompt_tokens: int = setting(1024, "problems with a longer prompt are dropped")
     max_response_tokens: int = setting(8192, "longer rollouts are truncated, and trained on like the others")
-    refresh_every: int = setting(50, "M: thetabar <- theta after so many steps; 0 = frozen teacher")
+    refresh_every: int = setting(50, "M: thetabar <- theta every M steps; 0 = frozen teacher")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = setting("reverse_kl", "the others are ablations")
     keep: Literal["all", "correct"] = setting("all", "rollouts to train on; correct ones need known answers")
     micro_batch_tokens: int = setting(16384, "padded tokens of a forward pass; changes memory, not results")
-    loss_chunk: int = setting(1024 if torch.cuda.is_available() else 256, "tokens with logits at a time")
+    loss_chunk: int = setting(1024 if torch.cuda.is_available() else 256, "tokens whose logits exist at once")
     gradient_checkpointing: bool = setting(True, "recompute activations in backward: less memory, more time")
-    replicas: int = setting(1, "groups of ranks that hold a whole copy each (HSDP); 1: shards over all ranks")
+    replicas: int = setting(1, "number of whole copies of the model (HSDP); 1: it is sharded over all ranks")
     vllm_tp: int = setting(1, "ranks that share one vLLM engine (tensor parallelism)")
     vllm_memory: float = setting(0.5, "share of each GPU's memory for vLLM while it generates")
     save_every: int = setting(10, "steps between checkpoints; the newest two are kept")
-    export_every: int = setting(0, "steps between exports to model-K/ on the way; 0 = only at the end")
-    resume: bool = setting(False, "go on from the newest whole checkpoint in --out")
-    seed: int = setting(0, "decides the order of the problems and the sampling")
+    export_every: int = setting(0, "steps between exports to model-K/ during training; 0 = only at the end")
+    resume: bool = setting(False, "continue from the newest checkpoint in --out")
+    seed: int = setting(0, "determines the order of the problems and the sampling")
     thinking: bool = setting(True, "the chat template's enable_thinking (--no_thinking switches it off)")
 
 # --------------------------------------------------------------------------------------------------- PROMPTS
@@ -145,8 +145,8 @@ INSTRUCTIONS = {  # versions 1 and 2 of the paper, word for word
               "while preserving correctness." for p in (20, 50, 80)}
 
 def prompt_ids(tokenizer, problem, instruction=None, thinking=True, wrapper="math", tools=None):
-    """Token ids of the student's prompt or, given the text of c as `instruction`, of the teacher's. `problem`
-    is a text, or messages whose last user turn is wrapped. ValueError: the chat template fails."""
+    """The token ids of the student's prompt or, given the text of c as `instruction`, of the teacher's. If
+    `problem` is a list of messages, the last user turn is wrapped. ValueError: the chat template fails."""
     prefix, suffix = WRAPPERS[wrapper]
     if instruction is not None:
         prefix = f"{instruction}\n\n{TEACHER_PREFIX}" if wrapper == "math" else f"{instruction}\n\n"
@@ -171,76 +171,83 @@ def prompt_ids(tokenizer, problem, instruction=None, thinking=True, wrapper="mat
 # nats/token, bfloat16 logits cause an error of 20 % in the loss and of 63 % in the head's gradient (README,
 # The objective).
 
-def kl_divergence(p, q, a):  # KL(p || q) [n] in nats, given a = log p - log q [n, V]
-    # Both forms equal p (exp(-a) - 1 + a). The first is accurate near a = 0, but exp(-a) overflows below
-    # a = -88. The second has no exponential. Any threshold from -80 to -1 would do.
+def kl_divergence(p, q, a):
+    """KL(p || q) [n] in nats, given a = log p - log q [n, V]. Both forms below equal p (exp(-a) - 1 + a). The
+    first is accurate near a = 0, but exp(-a) overflows below a = -88. The second has no exponential. Any
+    threshold from -80 to -1 would do."""
     near = p * (torch.expm1(-a) + a)
     far = torch.addcmul(q - p, p, a)  # q - p + p a
     return torch.where(a > -1, near, far).sum(-1)
 
 def divergence_and_gradient(p, log_p, q, log_q, kind):
-    """[n, V] of student (p) and teacher (q) -> D [n] in nats and dD/ds [n, V], s the student's logits."""
+    """Given the distributions of student (p) and teacher (q) [n, V], returns the divergence D [n] in nats and
+    its gradient dD/ds [n, V] with respect to the student's logits s."""
     a = log_p - log_q
     if kind == "forward_kl":  # KL(q || p)
         return kl_divergence(q, p, -a), p - q
     if kind == "reverse_kl":
         value = kl_divergence(p, q, a)
     else:  # jsd: (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2
-        log_m, m = torch.logaddexp(log_p, log_q) - math.log(2), (p + q) / 2
-        a = log_p - log_m
-        value, a = (kl_divergence(p, m, a) + kl_divergence(q, m, log_q - log_m)) / 2, a / 2
+        m = (p + q) / 2
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        value = (kl_divergence(p, m, log_p - log_m) + kl_divergence(q, m, log_q - log_m)) / 2
+        a = (log_p - log_m) / 2
     return value, p * (a - (p * a).sum(-1, keepdim=True))  # dD/dp_v is a_v up to a constant, which cancels
 
 def reverse_kl(student_logits, teacher_logits):
-    """KL(student || teacher) of each row, nats, float32: [N, V], [N, V] -> [N]. For tests and forks."""
+    """KL(student || teacher) of each row, in nats, float32: [N, V], [N, V] -> [N]. For tests and forks."""
     log_p, log_q = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     return divergence_and_gradient(log_p.exp(), log_p, log_q.exp(), log_q, "reverse_kl")[0]
 
 # How many logits a softmax takes at a time: few enough for a CPU's cache, or enough to keep a GPU busy.
 BLOCK = dict(cpu=620_000, cuda=10_000_000)
 
-def divergence_in_place(logits, teacher_logits, weights, ids, kind, scale, cap):
-    """Some tokens' rows of what chunked_divergence returns per token. Overwrites their logits [n, V] with the
-    loss's gradients with respect to them."""
-    finished, slope = finish_logits(logits, scale, cap)
-    teacher_finished, _ = finish_logits(teacher_logits, scale, cap)
+def split_together(size, *tensors):  # views of the first `size` rows of all tensors, then of the next, ...
+    return zip(*[x.split(size) for x in tensors])
+
+def divergence_in_place(logits, teacher_logits, weights, ids, kind, scale, softcap):
+    """For n tokens, the five numbers of each that chunked_divergence returns [5, n]. Overwrites `logits`
+    [n, V] with the gradients of the loss with respect to them."""
+    finished, derivative = finish_logits(logits, scale, softcap)
+    teacher_finished, _ = finish_logits(teacher_logits, scale, softcap)
     log_p, log_q = finished.log_softmax(-1), teacher_finished.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     divergence, gradient = divergence_and_gradient(p, log_p, q, log_q, kind)
     student_entropy, teacher_entropy = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
     logprob = log_p.gather(-1, ids[:, None])[:, 0]
     # a fork changes `weights` here, by the tokens' entropies or divergence
-    torch.mul(gradient, weights[:, None] * slope, out=logits)
+    torch.mul(gradient, weights[:, None] * derivative, out=logits)
     return torch.stack([divergence, student_entropy, teacher_entropy, logprob, weights])
 
 @torch.no_grad()
 def chunked_divergence(student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, kind, chunk,
-                       scale, cap):
-    """One sweep over the N tokens. Returns the loss's gradients with respect to student_hidden [N, d] and
+                       scale, softcap):
+    """Goes through the N tokens once. Returns the loss's gradients with respect to student_hidden [N, d] and
     student_head [V, d] and, for each token [5, N], its divergence, the student's and the teacher's entropy,
     the student's log-probability of its id, and its weight; all in float32. Logits exist for `chunk` tokens
     at a time, and their gradients take their place."""
-    N, (V, d) = len(student_hidden), student_head.shape
+    (N, d), V = student_hidden.shape, len(student_head)
     new = partial(torch.empty, device=student_head.device, dtype=torch.float32)
-    grad_hidden, grad_head, per_token = new(N, d), new(V, d).zero_(), []
+    grad_hidden, grad_head = new(N, d), new(V, d).zero_()
     student_buffer, teacher_buffer = new(min(chunk, N), V), new(min(chunk, N), V)
     rows = max(1, BLOCK[student_head.device.type] // V)
-
-    # The matrix products take a whole chunk of n tokens at once, the softmax a few rows of the chunk.
-    chunks = zip(*(x.split(chunk) for x in (student_hidden, teacher_hidden, grad_hidden, weights, ids)))
-    for h, teacher_h, grad_h, chunk_weights, chunk_ids in chunks:
+    per_token = []
+    # The matrix products take a whole chunk of n tokens at once, the softmax a few rows of the chunk. With
+    # one size of 256 rows for both, a CPU would need 45 % more time.
+    for h, teacher_h, grad_h, chunk_weights, chunk_ids in split_together(
+            chunk, student_hidden, teacher_hidden, grad_hidden, weights, ids):
         logits, teacher_logits = student_buffer[:len(h)], teacher_buffer[:len(h)]  # [n, V]
         float32_product(h, student_head.T, logits)
         float32_product(teacher_h, teacher_head.T, teacher_logits)
-        for block in zip(*(x.split(rows) for x in (logits, teacher_logits, chunk_weights, chunk_ids))):
-            per_token.append(divergence_in_place(*block, kind, scale, cap))
+        for block in split_together(rows, logits, teacher_logits, chunk_weights, chunk_ids):
+            per_token.append(divergence_in_place(*block, kind, scale, softcap))
         grad_logits = logits  # this is what the buffer holds now
         float32_product(grad_logits, student_head, grad_h)
         float32_product(grad_logits.T, h, grad_head, add=True)
     return grad_hidden, grad_head, torch.cat(per_token, dim=1)
 
 class WithGradients(torch.autograd.Function):
-    """Sums the loss's terms. Backward hands out the gradients that the sweep has computed already."""
+    """Sums the terms of the loss. Its backward pass returns gradients that have been computed already."""
 
     @staticmethod
     def forward(ctx, student_hidden, student_head, terms, grad_hidden, grad_head):
@@ -253,29 +260,35 @@ class WithGradients(torch.autograd.Function):
         ctx.gradients = None  # scaled in place to save a second [V, d]; backward can therefore run only once
         return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None
 
-def finish_logits(raw, scale, cap):  # raw = h W^T [n, V] -> cap tanh(scale raw / cap), and its slope in raw
+def finish_logits(raw, scale, softcap):
+    """From raw = h W^T [n, V], the logits softcap * tanh(scale * raw / softcap), or scale * raw without a
+    softcap, and their derivative with respect to raw."""
     logits = raw if scale == 1 else raw.mul_(scale)
-    if cap is None:
+    if softcap is None:
         return logits, scale
-    return cap * torch.tanh(logits / cap), scale / torch.cosh(logits / cap) ** 2  # 1 - tanh^2 would cancel
+    # 1 - tanh^2 in place of 1 / cosh^2 would lose digits by cancellation.
+    return softcap * torch.tanh(logits / softcap), scale / torch.cosh(logits / softcap) ** 2
 
 def float32_product(a, b, out, add=False):
-    """out [n, m] = a [n, k] @ b [k, m] (+ out), summed in float32. A GPU's tensor cores take bfloat16 as it
-    is: exact for logits; rounding dL/dlogits to it costs the gradients 0.17 %, as much as rounding them."""
+    """Writes a [n, k] @ b [k, m] to `out` [n, m], or adds it; summed in float32. A GPU's tensor cores take
+    bfloat16 as it is. That is exact for logits. Rounding dL/dlogits to bfloat16 gives the gradients an error
+    of 0.17 %, about as large as that of rounding the finished gradients."""
     if b.is_cuda and b.dtype == torch.bfloat16:
         return torch.addmm(out, a.bfloat16(), b, beta=int(add), out_dtype=torch.float32, out=out)
-    return torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)  # beta 0: what out held is not read
+    return torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)  # with beta 0, `out` is not read
 
 def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, weights, divergence="reverse_kl",
-                 chunk=256, tokens=None, scale=1.0, cap=None):
-    """sum_n weights[n] D(student_n, teacher_n): exact over the vocabulary, never [N, V] in memory.
-    student_hidden [N, d], student_head [V, d] get gradients; teacher_hidden [N, d'], teacher_head [V, d'] do
-    not. weights [N] float32; tokens [N] sampled ids; scale, cap: see finish_logits. A token of `chunk` takes
-    8 V bytes, on a GPU 10 V. Returns the loss (float32 scalar) and stats without gradient: kl (divergence),
-    student_entropy, teacher_entropy (means over N, nats/token); logprob [N] = log p(token), given tokens."""
+                 chunk=256, tokens=None, scale=1.0, softcap=None):
+    """sum_n weights[n] D(student_n, teacher_n), exact over the vocabulary, without logits [N, V] in memory.
+    student_hidden [N, d] and student_head [V, d] get gradients; teacher_hidden [N, d'] and teacher_head
+    [V, d'] do not. weights [N] are float32, tokens [N] the sampled ids; for scale and softcap see
+    finish_logits. Each of the `chunk` tokens takes 8 V bytes, on a GPU 10 V. Returns the loss (a float32
+    scalar) and, without gradient, a dict: kl (the divergence), student_entropy and teacher_entropy (means
+    over N, nats/token) and, given tokens, logprob [N] = log p(token)."""
     y = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
-    grad_hidden, grad_head, per_token = chunked_divergence(
-        student_hidden, student_head, teacher_hidden, teacher_head, weights, y, divergence, chunk, scale, cap)
+    grad_hidden, grad_head, per_token = chunked_divergence(student_hidden, student_head, teacher_hidden,
+                                                           teacher_head, weights, y, divergence, chunk, scale,
+                                                           softcap)
     # The logits are freed by now. The gradients in the model's dtype take their place in memory.
     loss = WithGradients.apply(student_hidden, student_head, per_token[4] * per_token[0],
                                grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype))
@@ -286,28 +299,53 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
 # One sharded module serves both: thetabar is a second set of shards, copied into the first for one pass.
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # of activations, thetabar, the engine
 
+@dataclass
+class Base:
+    """The model that a run starts from. open_base (section FAMILIES) opens and checks it."""
+    name: str  # hub id or folder
+    folder: Path  # where its files are; for a hub id, its commit in the hub's cache
+    files: dict  # {name: content} of the files besides the weights, as they were at the start
+    config: object
+    tokenizer: object
+    empty: nn.Module | None = None  # the language model on the meta device, where tensors have no content
+    loaded: nn.Module | None = None  # the whole model with its weights, on rank 0 until load_model
+
+    @cached_property
+    def weight_files(self):
+        """The paths of the files that from_pretrained would load. They are downloaded if necessary: all ranks
+        ask at once, and a lock in the hub's cache lets one of them download while the others wait."""
+        with evaluator.blaming(f"--model {self.name}: expected weights, found"):
+            return [Path(path) for path in find_weights(
+                self.name, variant=None, gguf_file=None, use_safetensors=None, user_agent=None,
+                is_remote_code=False, download_kwargs=dict(revision=self.folder.name))[0]]
+
 class SelfDistillation(nn.Module):
-    """A causal LM whose forward returns hidden states or, given the teacher's, the loss: both inside the
-    root's forward, whose FSDP2 hooks gather the embedding, the last norm and the head."""
+    """A causal LM whose forward returns hidden states or, given the teacher's, the loss. Both happen inside
+    the forward of the root module, whose FSDP2 hooks gather the embedding, the last norm and the head."""
 
     def __init__(self, lm):
         super().__init__()
-        self.lm, self.logit_options = lm, logit_scale_and_cap(lm.config)
-        self.eval()  # no dropout whatever the config says: the engine has none
+        self.lm = lm
+        self.logit_options = logit_scale_and_softcap(lm.config)
+        self.eval()  # no dropout, whatever the config says: the engine has none
+        # transformers recomputes a layer (gradient checkpointing) only if its own flag `training` is set. The
+        # modules inside stay in eval mode. A later call of train() or eval() on the model would undo this.
         for layer in lm.get_decoder().layers:
-            layer.training = True  # else transformers does not recompute it, for gradient checkpointing
+            layer.training = True
 
-    def forward(self, inputs, predicts, *loss_inputs, **loss_options):
-        """inputs [b, T], predicts [N] of right_pad; padding is behind, where no token sees it. Returns hidden
-        states [N, d] or, given (teacher_hidden, teacher_head, weights), what distill_loss returns."""
+    def forward(self, inputs, response_positions, *loss_inputs, **loss_options):
+        """Takes inputs [b, T] and response positions [N] as right_pad returns them; padding is at the end,
+        where no token sees it. Returns hidden states [N, d] or, given (teacher_hidden, teacher_head, weights)
+        as loss_inputs, what distill_loss returns."""
         hidden = self.lm.get_decoder()(inputs, use_cache=False).last_hidden_state  # [b, T, d]
-        hidden = hidden.flatten(0, 1)[predicts]  # [N, d]
+        hidden = hidden.flatten(0, 1)[response_positions]  # [N, d]
         if not loss_inputs:
             return hidden
         head = self.lm.get_output_embeddings().weight
         return distill_loss(hidden, head, *loss_inputs, **self.logit_options, **loss_options)
 
-def read_weights(base):  # the whole model, float32, checked; for rank 0, before the engine starts
+def read_weights(base):
+    """The whole model in float32, checked. Rank 0 calls this before the engine starts."""
     auto = AutoModelForCausalLM if base.config.model_type in CAUSAL_LMS else AutoModelForMultimodalLM
     with evaluator.blaming(f"--model {base.name}: expected the weights of its config.json, found"):
         lm, info = auto.from_pretrained(base.name, revision=base.folder.name,  # a hub id's commit
@@ -316,8 +354,10 @@ def read_weights(base):  # the whole model, float32, checked; for rank 0, before
         check_weights(base, lm, sorted(info["missing_keys"]))
     return lm
 
-def load_model(base, device, cfg):  # base in shards; rank 0 broadcasts its weights, and forgets them
-    lm, source = base.empty, base.loaded or base.empty  # other ranks have nothing to read
+def load_model(base, device, cfg):
+    """The model, sharded, with the base's weights. Rank 0 broadcasts these and then frees its copy."""
+    lm = base.empty
+    source = base.loaded or lm  # on ranks > 0 nothing is loaded, and nothing is read from `source`
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     weights = {f"{lm.base_model_prefix}.{name}": w for name, w in source.get_decoder().state_dict().items()}
@@ -325,8 +365,9 @@ def load_model(base, device, cfg):  # base in shards; rank 0 broadcasts its weig
     model = shard(SelfDistillation(lm), device, cfg.replicas).to_empty(device=device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp_state.set_model_state_dict(lm, weights, options=options)
-    for buffer, original in zip(lm.get_decoder().buffers(), source.get_decoder().buffers()):  # rotary tables
-        dist.broadcast(buffer.copy_(original), src=0)  # copied onto itself where there is nothing to read
+    for buffer, original in zip(lm.get_decoder().buffers(), source.get_decoder().buffers()):  # RoPE buffers
+        buffer.copy_(original)
+        dist.broadcast(buffer, src=0)
     base.loaded = None
     return model
 
@@ -338,10 +379,10 @@ def shard(model, device, replicas):
     shape = replicas, dist.get_world_size() // replicas
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     mesh = mesh if replicas > 1 else mesh["shard"]
-    # casting the inputs of forward would round the tokens' weights to bfloat16
+    # Casting the inputs of forward would round the tokens' weights to bfloat16.
     policy = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=torch.float32, cast_forward_inputs=False)
     decoder, head = model.lm.get_decoder(), model.lm.get_output_embeddings().weight
-    others = [module for module in decoder.children()
+    others = [module for module in decoder.children()  # the last norm, and the embedding unless it is tied
               if not isinstance(module, nn.ModuleList) and head not in set(module.parameters())]
     # An embedding's gradient does not depend on its weights; the head's gradient is computed in forward.
     not_needed_in_backward = {model.lm.get_input_embeddings().weight, head}
@@ -352,21 +393,23 @@ def shard(model, device, replicas):
     return model
 
 def checkpoint_weights(lm, dtype, both_names=False):
-    """(name, gathered tensor) as in a checkpoint, for engine and export; collective. A layer at a time, whose
-    experts, which transformers fuses, come apart. Tied weights come once, or under both names."""
-    tied, layer_of = lm.all_tied_weights_keys, lambda item: re.sub(r"(\.\d+\.).*", r"\1", item[0])
+    """Yields (name, gathered tensor) as in a checkpoint, one layer at a time; a collective. Experts, which
+    transformers fuses, are split again. A tied weight comes once, or under both names."""
+    def layer_of(item):  # ("model.layers.7.mlp.up_proj.weight", w) -> "model.layers.7."
+        return re.sub(r"(\.\d+\.).*", r"\1", item[0])
+    tied = lm.all_tied_weights_keys  # {name: the name of the weight that it shares}
     for _, layer in itertools.groupby(lm.state_dict(keep_vars=True).items(), layer_of):
         weights = {name: p.detach().to(dtype) for name, p in layer if name not in tied}
         gathered = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
         for name, w in revert_weight_conversion(lm, gathered).items():
             yield name, w
-            yield from ((other, w) for other, source in tied.items() if both_names and source == name)
+            yield from [(other, w) for other, source in tied.items() if both_names and source == name]
 
-def snapshot(model, dtype=None):  # a copy of theta's shards by name
+def snapshot(model, dtype=None):  # a copy of theta's shards by name, in DTYPE unless told otherwise
     return {name: p.detach().to(dtype or DTYPE, copy=True) for name, p in model.lm.named_parameters()}
 
 @torch.no_grad()
-def copy_into(model, weights):  # into the shards, where FSDP reads: it would not see other pointers
+def copy_into(model, weights):  # copies values: FSDP keeps pointers to the shards, so these must stay
     for name, p in model.lm.named_parameters():
         p.copy_(weights[name])
 
@@ -405,17 +448,19 @@ class RolloutEngine:
 
     def __init__(self, base, cfg, load_format="dummy"):
         evaluator.say(f"starting vLLM with {base.name}, which may take some minutes ...")
-        cuda, length = torch.cuda.is_available(), cfg.max_prompt_tokens + cfg.max_response_tokens
-        self.tp, self.sleeps, before = cfg.vllm_tp, cuda and load_format == "dummy", dict(os.environ)
+        cuda = torch.cuda.is_available()
+        self.tp = cfg.vllm_tp
+        self.sleeps = cuda and load_format == "dummy"
         defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-        if not cuda:  # a cache of 1 GiB, and no compiler that the first request would wait for
+        if not cuda:  # a cache of 1 GiB, and no compiler, for which the first request would wait
             defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
-        os.environ.update(defaults | before)
+        os.environ.update(defaults | os.environ)
         from vllm import LLM
         from vllm.model_executor.models.transformers import base as wrapped
         # For a family that vLLM has no class for, it wraps the class of transformers and decorates that class
         # in place for torch.compile. The trainer builds its model from the same class, and would fail.
         wrapped.Base._decorate_for_torch_compile = lambda self: None
+        length = cfg.max_prompt_tokens + cfg.max_response_tokens
         self.llm = LLM(str(base.folder), distributed_executor_backend="external_launcher", seed=cfg.seed,
                        tensor_parallel_size=cfg.vllm_tp, gpu_memory_utilization=cfg.vllm_memory,
                        max_model_len=length, max_num_seqs=256, max_num_batched_tokens=max(8192, length),
@@ -430,17 +475,17 @@ class RolloutEngine:
         # the process.
         self.llm.llm_engine.engine_core._finalizer.detach()
         dist.barrier()
-        for shared in Path("/dev/shm").glob("-*cpushm*"):  # of engines on CPUs: by now all ranks have opened
-            shared.unlink(missing_ok=True)  # these files; left behind, they would block the next start
+        # All ranks have opened these files of engines on CPUs; left behind, they would block the next start.
+        for shared in Path("/dev/shm").glob("-*cpushm*"):
+            shared.unlink(missing_ok=True)
         self.sleep()
 
     def sync(self, model):
         """Copies theta into the engine's own tensors, one layer at a time, so that CUDA graphs stay valid.
         Collective. An engine that has an LM head of its own gets one, even if the trainer's is tied."""
-        def has_lm_head(engine_model):  # named_modules leaves a tied head out unless asked for duplicates
-            names = [name for name, _ in engine_model.named_modules(remove_duplicate=False)]
-            return any(name.endswith("lm_head") for name in names)
-        both_names = self.llm.apply_model(has_lm_head)[0]
+        def module_names(engine_model):  # with duplicates, as a tied head would else be left out
+            return [name for name, _ in engine_model.named_modules(remove_duplicate=False)]
+        both_names = any(name.endswith("lm_head") for name in self.llm.apply_model(module_names)[0])
         weights = checkpoint_weights(model.lm, self.llm.llm_engine.model_config.dtype, both_names)
         if self.sleeps:
             self.llm.wake_up(tags=["weights"])
@@ -462,28 +507,26 @@ class RolloutEngine:
         """The inverse of `share`: from the engines' slices, all items in their order, on every rank."""
         shares = [None] * dist.get_world_size()
         dist.all_gather_object(shares, mine)
-        return sum(shares[::self.tp], [])
+        return sum(shares[::self.tp], [])  # one slice from each engine, concatenated
 
     def generate(self, prompts, seeds, **sampling):
-        """A sample for each list of prompt ids, as `sampled` returns it. Each has a seed of its own, so that
-        it does not depend on the rank that makes it."""
+        """One sample for each list of prompt ids, as `sampled` returns it. Each has its own seed, so that it
+        does not depend on the rank that makes it."""
         from vllm import SamplingParams
         params = [SamplingParams(**sampling, seed=seed, detokenize=False, logprobs=0) for seed in seeds]
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         return [sampled(output.outputs[0]) for output in outputs]
 
 def sampled(completion):
-    """From vLLM's completion: the token ids, their log-probabilities before temperature, and whether it
-    finished."""
+    """From vLLM's completion: token ids, their log-probabilities before temperature, whether it finished."""
     logprobs = [of[token].logprob for token, of in zip(completion.token_ids, completion.logprobs)]
     return list(completion.token_ids), logprobs, completion.finish_reason == "stop"
 
 def sample_rollouts(engine, problems, indices, step, tokenizer, cfg):
-    """A graded rollout of each problem of `indices`, in their order, on every rank. The engines share the
-    work."""
+    """A graded rollout for each problem of `indices`, on every rank. The engines share the sampling."""
     # A seed depends on the run's seed, the step, the problem, and how often the batch had this problem before
     # (a batch larger than the data repeats problems), but not on the rank.
-    seeds = [int(digest((cfg.seed, step, i, indices[:k].count(i)))[:8], 16) for k, i in enumerate(indices)]
+    seeds = [int(hash_of((cfg.seed, step, i, indices[:k].count(i)))[:8], 16) for k, i in enumerate(indices)]
     mine = engine.share(indices)
     samples = engine.generate([problems[i].student for i in mine], engine.share(seeds),
                               max_tokens=cfg.max_response_tokens, temperature=cfg.temperature)
@@ -492,29 +535,30 @@ def sample_rollouts(engine, problems, indices, step, tokenizer, cfg):
     return engine.gather(rollouts)
 
 def keep_rollouts(rollouts, cfg):
-    """Those to train on: by default all of them, truncated and wrong ones too."""
+    """The rollouts to train on: by default all of them, truncated and wrong ones too."""
     return [r for r in rollouts if cfg.keep == "all" or r.correct]
 
 # --------------------------------------------------------------------------------------------- TRAINING STEP
 class MicroBatch(NamedTuple):
-    student: tuple  # inputs [b, T] and predicts [N] of student prompt + response
-    teacher: tuple  # inputs [b, T'] and predicts [N] of teacher prompt + the same response
-    tokens: torch.Tensor  # [N] the responses, one after another
-    weights: torch.Tensor  # [N]
-    logprobs: torch.Tensor  # [N] the engine's
+    student: tuple  # inputs [b, T] and response positions [N] of student prompt + response
+    teacher: tuple  # inputs [b, T'] and response positions [N] of teacher prompt + the same response
+    tokens: torch.Tensor  # [N] the responses, concatenated
+    weights: torch.Tensor  # [N] of the tokens in the loss
+    logprobs: torch.Tensor  # [N] the tokens' log-probabilities in the engine
     real: bool  # False where a rank without a sequence of its own only takes part in the collectives
 
 def token_weights(rollouts):  # of each token in the loss: 1 / (B |y|), B rollouts kept on all ranks
     return [[1 / (len(rollouts) * len(r.ids))] * len(r.ids) for r in rollouts]
 
 def plan_micro_batches(lengths, budget, rank, world):
-    """Indices of `lengths` for `rank` to compute, in groups of at most `budget` padded tokens (or one
-    sequence), a twentieth of it padding. Longest first, each rank gets one in turn: all have equally many
-    groups. Lengths [9, 3, 9, 8, 8, 3], world 2, budget 20: rank 0 has [[0, 3], [1]]."""
+    """The indices of `lengths` that `rank` computes, in groups. A group has at most `budget` padded tokens,
+    or a single sequence; at most a twentieth of the budget is padding. The sequences are dealt to the ranks
+    in turn, the longest first, so that all ranks have equally many groups. Lengths [9, 3, 9, 8, 8, 3], world
+    2 and budget 20 give [[0, 3], [1]] on rank 0."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     rounds = [order[k:k + world] for k in range(0, len(order), world)]  # in each, a rank gets one sequence
 
-    def fits(group):  # judged by rank 0, which gets the longest of each round
+    def fits(group):  # judged by the longest sequence of each round, which rank 0 gets
         widths = [lengths[dealt[0]] for dealt in group]
         padded = widths[0] * len(group)
         return padded <= budget and padded - sum(widths) <= budget / 20
@@ -528,16 +572,17 @@ def plan_micro_batches(lengths, budget, rank, world):
     return [[dealt[rank] for dealt in group if rank < len(dealt)] for group in groups]
 
 def right_pad(prompts, responses, device):
-    """Lists of ids -> inputs [b, T] and predicts [N], the flat places whose logits are for a response token.
-    Prompt [5, 6, 7] and response [8, 9] give the input 5 6 7 8, whose places 2 and 3 predict 8 and 9."""
+    """From lists of ids, inputs [b, T] and response positions [N]: the positions in the flattened inputs
+    whose logits predict the response tokens. Prompt [5, 6, 7] and response [8, 9] give the input 5 6 7 8,
+    where positions 2 and 3 predict 8 and 9."""
     sequences = [prompt + response[:-1] for prompt, response in zip(prompts, responses)]
     inputs = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
-    predicts = [row * inputs.shape[1] + torch.arange(len(prompt) - 1, len(ids))
-                for row, (prompt, ids) in enumerate(zip(prompts, sequences))]
-    return inputs.to(device), torch.cat(predicts).to(device)
+    response_positions = [row * inputs.shape[1] + torch.arange(len(prompt) - 1, len(ids))
+                          for row, (prompt, ids) in enumerate(zip(prompts, sequences))]
+    return inputs.to(device), torch.cat(response_positions).to(device)
 
 def make_micro_batches(rollouts, problems, device, cfg):
-    """This rank's MicroBatches, the same number on all ranks, as FSDP's collectives demand: a rank without a
+    """This rank's MicroBatches, the same number on all ranks, as FSDP's collectives require: a rank without a
     sequence for one of them computes the shortest rollout with weight 0."""
     weights = token_weights(rollouts)
     shortest = min(rollouts, key=lambda r: len(r.ids))
@@ -548,7 +593,7 @@ def make_micro_batches(rollouts, problems, device, cfg):
         mine = [rollouts[i] for i in group] or [shortest]
         w = [weights[i] for i in group] or [[0.0] * len(shortest.ids)]
         responses = [r.ids for r in mine]
-        batches.append(MicroBatch(
+        batches.append(MicroBatch(  # sum(lists, []) concatenates lists
             student=right_pad([problems[r.index].student for r in mine], responses, device),
             teacher=right_pad([problems[r.index].teacher for r in mine], responses, device),
             tokens=torch.tensor(sum(responses, []), device=device),
@@ -557,46 +602,48 @@ def make_micro_batches(rollouts, problems, device, cfg):
     return batches
 
 def teacher_pass(model, thetabar, batches):
-    """The teacher's last hidden states [N, d] of every micro-batch, and its head [V, d]; logits would be 37
+    """The teacher's last hidden states [N, d] of every micro-batch, and its head [V, d]. Logits would be 37
     times larger for Qwen3-8B. Afterwards theta is back, bit for bit."""
     theta = snapshot(model, torch.float32)
     copy_into(model, thetabar)
     with torch.no_grad():
         hidden = [model(*batch.teacher) for batch in batches]
-    head = model.lm.get_output_embeddings().weight.detach().to(DTYPE, copy=True)  # thetabar's still
+    head = model.lm.get_output_embeddings().weight.detach().to(DTYPE, copy=True)  # still thetabar's
     copy_into(model, theta)
     return hidden, head.full_tensor()
 
-# How far engine and trainer, two implementations of one model, may be apart in a sampled token's
-# log-probability, nats, on average. Working syncs have 1e-2 and 3e-7, stale weights 0.2.
+# The trainer-engine mismatch, in nats: engine and trainer are two implementations of one model, and differ in
+# the log-probabilities of the sampled tokens, on average by 1e-2 in bfloat16 and by 3e-7 in float32. With
+# stale weights it is 0.2. A mismatch above MAX_GAP ends the run; the metrics call it logprob_gap.
 MAX_GAP = {torch.bfloat16: 0.1, torch.float32: 1e-3}
 
 def student_pass(model, batches, hidden, head, cfg):
-    """Forward and backward of all micro-batches -> the loss, means over all tokens. RuntimeError: MAX_GAP."""
-    sums, gap_max = torch.zeros(5, device=head.device), torch.zeros((), device=head.device)
+    """Forward and backward of all micro-batches. Returns the loss and means over all tokens. Raises
+    RuntimeError if the trainer-engine mismatch is larger than MAX_GAP."""
+    sums = torch.zeros(5, device=head.device)  # loss, both entropies, trainer-engine mismatch, tokens
+    gap_max = torch.zeros((), device=head.device)
     for batch, teacher_hidden in zip(batches, hidden):
         model.set_requires_all_reduce(batch is batches[-1])  # replicas add up their gradients only once
         loss, stats = model(*batch.student, teacher_hidden, head, batch.weights, divergence=cfg.divergence,
                             chunk=cfg.loss_chunk, tokens=batch.tokens)
         (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the loss is a sum over them
         if batch.real:
-            gap, n = (stats["logprob"] - batch.logprobs).abs(), len(batch.tokens)
-            sums[:4] += torch.stack([loss.detach(), n * stats["student_entropy"],
-                                     n * stats["teacher_entropy"], gap.sum()])
-            sums[4] += n
+            n = len(batch.tokens)
+            gap = (stats["logprob"] - batch.logprobs).abs()
+            sums += torch.stack([loss.detach(), n * stats["student_entropy"], n * stats["teacher_entropy"],
+                                 gap.sum(), torch.ones_like(gap).sum()])
             gap_max = gap_max.maximum(gap.max())
     dist.all_reduce(sums)
     dist.all_reduce(gap_max, op=dist.ReduceOp.MAX)
     sums[1:4] /= sums[4].clamp(min=1)
-    loss, student_entropy, teacher_entropy, gap, _ = sums.tolist()
-    limit = MAX_GAP[engine_dtype(model.lm.config)]
-    if math.isfinite(loss) and not gap <= limit:  # a NaN gap stops too; a NaN loss is dropped by `update`
-        raise RuntimeError(f"engine and trainer differ by {gap:.4f} nats/token, expected at most {limit}: no "
-                           "update. See README, Families; checkpoint_weights; the version of vLLM")
-    return dict(loss=loss, student_entropy=student_entropy, teacher_entropy=teacher_entropy, logprob_gap=gap,
-                logprob_gap_max=gap_max.item())
+    metrics = dict(zip(("loss", "student_entropy", "teacher_entropy", "logprob_gap"), sums.tolist()))
+    gap, limit = metrics["logprob_gap"], MAX_GAP[engine_dtype(model.lm.config)]
+    if math.isfinite(metrics["loss"]) and not gap <= limit:  # a NaN gap too; `update` drops a NaN loss
+        raise RuntimeError(f"engine and trainer differ by {gap:.4f} nats/token, expected at most {limit}. No "
+                           "update was made. See README, Families; checkpoint_weights; vLLM's version")
+    return metrics | dict(logprob_gap_max=gap_max.item())
 
-def update(model, optimizer, cfg):  # drops a gradient that is not finite; returns the norm before clipping
+def update(model, optimizer, cfg):  # skipped if the gradient is not finite; returns its norm before clipping
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf).full_tensor().item()
     if math.isfinite(norm):
         optimizer.step()
@@ -613,13 +660,13 @@ def main():
     device = start_processes()
     cfg = parse_settings()
     base, problems, out = prepare(cfg)
-    engine = RolloutEngine(base, cfg)  # first: it asks how much of the GPU's memory is free
+    engine = RolloutEngine(base, cfg)  # before the model: vLLM measures how much of the GPU's memory is free
     model = load_model(base, device, cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     thetabar = snapshot(model)
-    done = load_newest(out, model, optimizer, thetabar, cfg) if cfg.resume else 0  # fills them in place
+    done = load_newest(out, model, optimizer, thetabar, cfg) if cfg.resume else 0  # steps done earlier
     trim_logs(out, done)
-    skipped = idle = 0  # steps in a row without a finite gradient, and without a rollout kept
+    skipped = idle = 0  # steps in a row without a finite gradient, and without a rollout to train on
     for step in range(done + 1, cfg.steps + 1):
         start = time.perf_counter()
         metrics = dict(step=step, lr=optimizer.param_groups[0]["lr"],
@@ -649,8 +696,8 @@ def main():
     evaluator.say(f"done: {out}/model is that of step {max(done, cfg.steps)}")
 
 # ------------------------------------------------------------------------------------------------ CHECKPOINT
-# checkpoint-K/ holds theta, Adam's state and thetabar in shards that any number of ranks can read. What is
-# being written is called UNFINISHED; nothing else is replaced but the run's own checkpoints, logs and model.
+# checkpoint-K/ holds theta, Adam's state and thetabar in shards, which any number of ranks can load. While a
+# file or folder is being written, it is called UNFINISHED. A run replaces nothing but what it wrote itself.
 UNFINISHED = "unfinished"
 
 def training_state(model, optimizer, thetabar):
@@ -662,47 +709,50 @@ def save_checkpoint(out, step, model, optimizer, thetabar):
         return
     try:
         dcp.save(training_state(model, optimizer, thetabar), checkpoint_id=out / UNFINISHED)
-    except dcp.CheckpointException as error:  # on a full disk it speaks of unexpected positions in a file
+    except dcp.CheckpointException as error:  # whose message does not mention a full disk
         if shutil.disk_usage(out).free < 2**20:
             raise OSError(f"{out}: no space left on the device") from error
         raise
     if dist.get_rank() == 0:
         (out / UNFINISHED).rename(out / f"checkpoint-{step}")
         for _, old in checkpoints(out)[2:]:
-            shutil.rmtree(old, onerror=lambda *_: evaluator.say(
-                f"{old} is not needed, but could not be removed"))
+            shutil.rmtree(old, ignore_errors=True)
+            if old.exists():
+                evaluator.say(f"{old} is no longer needed, but could not be removed")
     dist.barrier()
 
-def checkpoints(out):  # [(step, folder)] of finished ones, newest first
+def checkpoints(out):  # [(step, folder)] of the finished ones, newest first
     found = [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
     return sorted(((int(path.name[11:]), path) for path in found), reverse=True)
 
 def load_newest(out, model, optimizer, thetabar, cfg):
-    """Fills theta, Adam's state and thetabar from the newest checkpoint that is whole -> the steps done.
-    Damaged ones that are newer get another name, and are kept."""
-    found = [checkpoints(out)]
-    dist.broadcast_object_list(found)  # rank 0's: another node may still see an older list
-    for at, (step, path) in enumerate(found[0]):
+    """Loads theta, Adam's state and thetabar in place from the newest checkpoint that is whole. Returns the
+    number of steps done. Damaged checkpoints that are newer are renamed, so that no later save deletes
+    them."""
+    damaged = []
+    for step, path in from_rank_0(checkpoints, out):  # another node may still see an older list
         state = training_state(model, optimizer, thetabar)
         try:
             dcp.load(state, checkpoint_id=path)
-        except dcp.CheckpointException as error:  # on all ranks
-            evaluator.say(f"skipping {path}, which is not whole: {damage(path, error)}")
+        except dcp.CheckpointException as error:  # all ranks raise it
+            evaluator.say(f"skipping {path}, which is not whole: {why_damaged(path, error)}")
+            damaged.append(path)
             continue
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         optimizer.param_groups[0].update(lr=cfg.lr, weight_decay=cfg.weight_decay)  # not the checkpoint's
-        for _, damaged in found[0][:at] if dist.get_rank() == 0 else ():
-            damaged.rename(out / f"damaged-{damaged.name}-{time.time():.0f}")
+        for path in damaged:
+            from_rank_0(path.rename, out / f"damaged-{path.name}-{time.time():.0f}")
         evaluator.say(f"--resume: {step} steps are done")
         return step
-    evaluator.check(not found[0], f"--resume: no checkpoint in {out} is whole; name another --out to start "
-                    "anew")
+    evaluator.check(not damaged, f"--resume: no checkpoint in {out} is whole; name another --out to start anew")
     return 0
 
-# What torch says of a file that is cut, overwritten or missing. Other errors may pass, as a file system's do
+# What torch says of a file that is truncated, overwritten or missing. Any other error may be the file
+# system's and may pass, so it ends the run.
 DAMAGE = re.compile(r"EOFError|UnpicklingError|PytorchStreamReader|metadata is None|\[Errno 2\]")
 
-def damage(path, error):  # why a checkpoint is not whole. RuntimeError: it may be
+def why_damaged(path, error):
+    """Why a checkpoint is not whole. RuntimeError: it may be whole, but could not be loaded."""
     for cause, _ in error.failures.values():
         text = f"{type(cause).__name__}: {str(cause).strip():.300}"
         if not DAMAGE.search(text) or re.search(r"\[Errno (?!2\])", text):
@@ -710,134 +760,115 @@ def damage(path, error):  # why a checkpoint is not whole. RuntimeError: it may 
                                "changed; repeat the command when this is mended") from error
     return text
 
-def trim_logs(out, step):  # later steps come again, and a kill may have cut the last line
+def trim_logs(out, step):  # drops later steps, which are done again, and a line that a kill left unfinished
     for log in (out / "metrics.jsonl", out / "samples.jsonl"):
         if dist.get_rank() == 0 and log.exists():
-            lines = log.read_text().splitlines(keepends=True)
-            replace_file(log, "".join(line for line in lines
-                                      if line.endswith("}\n") and json.loads(line)["step"] <= step))
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            replace_file(log, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
-def remove_unfinished(out):  # what a kill left
+def remove_unfinished(out):  # what a killed run left
     for path in out.glob(f"{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
 
-def replace_file(path, text):  # written beside and renamed: a kill never leaves half a file
+def replace_file(path, text):  # a kill never leaves half a file: the text is written beside it, then renamed
     path.with_name(UNFINISHED).write_text(text)
     path.with_name(UNFINISHED).replace(path)
 
 def export(model, base, target):
-    """The folder `target`: theta in bfloat16, gathered in rank 0's memory, and the base's other files as the
-    run found them at its start."""
+    """Writes the folder `target`: theta in bfloat16, gathered in rank 0's memory, and the base's other files
+    as they were at the start of the run."""
     gathered = checkpoint_weights(model.lm, torch.bfloat16)
     weights = {name: w.to("cpu", copy=True) for name, w in gathered if dist.get_rank() == 0}
     if dist.get_rank() == 0:
-        out, folder, text = target.parent, target.with_name(UNFINISHED), base.empty.config
+        folder = target.with_name(UNFINISHED)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         for name, content in base.files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
-        config = json.loads(base.files["config.json"])
-        if "text_config" in config:  # of a multimodal model the text model's
-            config = config["text_config"] | {name: getattr(text, name) for name in (
-                "model_type", "architectures", "tie_word_embeddings", "eos_token_id", "pad_token_id")}
-        rope = config.get("rope_parameters") or {}  # transformers 4 looks for rope_theta beside it
-        config |= {name: rope[name] for name in rope if name == "rope_theta"} | dict.fromkeys(
-            ("dtype", "torch_dtype"), "bfloat16")
-        replace_file(folder / "config.json", json.dumps(config, indent=2))
+        replace_file(folder / "config.json", json.dumps(exported_config(base), indent=2))
         save_torch_state_dict(weights, folder)
-        for path in folder.glob("*.safetensors"):  # made for their owner alone
+        for path in folder.glob("*.safetensors"):  # these are created so that only their owner can read them
             path.chmod((folder / "config.json").stat().st_mode)
-        if target.exists():  # an earlier run's, which no kill may leave half removed
-            target.rename(out / f"{UNFINISHED}-{target.name}")
+        if target.exists():  # of an earlier run: renamed, since a kill must not leave it half removed
+            target.rename(target.with_name(f"{UNFINISHED}-{target.name}"))
         folder.rename(target)
-        remove_unfinished(out)
+        remove_unfinished(target.parent)
     dist.barrier()
 
+def exported_config(base):
+    """The base's config.json for weights in bfloat16; of a multimodal model, the part of its text model."""
+    config, text = json.loads(base.files["config.json"]), base.empty.config
+    if "text_config" in config:
+        names = "model_type", "architectures", "tie_word_embeddings", "eos_token_id", "pad_token_id"
+        config = config["text_config"] | {name: getattr(text, name) for name in names}
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # transformers 4 looks for it beside rope_parameters
+        config["rope_theta"] = rope["rope_theta"]
+    return config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+
 # -------------------------------------------------------------------------------------------------- FAMILIES
-# How families of models differ, all of it, and which cannot be trained.
-# A model's files besides its weights; with these they decide what it says. The hub takes the same patterns.
+# All differences between families of models, and which models cannot be trained. FILES are the files besides
+# the weights that decide a model's output, as patterns that the hub understands too.
 FILES = ("*config.json", "*token*.json", "*.jinja", "*/*.jinja", "chat_template.json", "vocab.*",
          "merges.txt", "tekken.json", "*.model", "*.tiktoken", "modules.json")
 
-@dataclass
-class Base:  # the model that a run starts from, opened and checked once
-    name: str  # hub id or folder
-    folder: Path  # of its files; those of a hub id are in the cache, under its commit
-    files: dict  # {name: content} of FILES, as they were at the start
-    config: object
-    tokenizer: object
-    empty: nn.Module | None = None  # its text model on the meta device: no weights
-    loaded: nn.Module | None = None  # the whole model, on rank 0 until it is in shards
-
-    @cached_property
-    def weights(self):
-        """Paths of the files that from_pretrained would load, downloaded if need be. All ranks ask at once: a
-        lock in the hub's cache sees to it that each file comes once, while the others wait."""
-        with evaluator.blaming(f"--model {self.name}: expected weights, found"):
-            return [Path(path) for path in find_weights(
-                self.name, variant=None, gguf_file=None, use_safetensors=None, user_agent=None,
-                is_remote_code=False, download_kwargs=dict(revision=self.folder.name))[0]]
-
 def open_base(name, to_train):
-    """A Base without its weights. ValueError: no chat model or, to_train, one that would train wrongly."""
-    with evaluator.blaming(f"--model {name}: expected a folder with a chat model, or the id of one on the "
-                           "hub, found"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # else it asks on the terminal
-        text, folder = config.get_text_config(), Path(cached_file(name, "config.json")).parent
+    """The Base without its weights. Raises ValueError if it is no chat model or cannot be trained rightly."""
+    with evaluator.blaming(f"--model {name}: expected a folder with a chat model or its hub id, found"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would ask on the terminal
+        text = config.get_text_config()
+        folder = Path(cached_file(name, "config.json")).parent
         if not Path(name).is_dir():
             snapshot_download(name, revision=folder.name, allow_patterns=FILES)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         evaluator.check(tokenizer.chat_template, "no chat template; save a tokenizer with one there")
-        evaluator.check(abs(text.pad_token_id or 0) < text.vocab_size,
-                        f"pad_token_id {text.pad_token_id} of no token")
+        evaluator.check(abs(text.pad_token_id or 0) < text.vocab_size, "a pad_token_id of no token")
     files = {str(path.relative_to(folder)): path.read_bytes()
              for pattern in FILES for path in folder.glob(pattern)}
     base = Base(name, folder, files, config, tokenizer)
     if to_train:
-        with evaluator.blaming(f"--model {name}: expected a causal language model of plain weights and "
-                               "layers, found"):
+        with evaluator.blaming(f"--model {name}: expected a trainable causal language model, found"):
             kind = (config.architectures or ["?"])[0]
-            evaluator.check(kind.endswith(("ForCausalLM", "ForConditionalGeneration"))
-                            and not config.is_encoder_decoder and text.model_type in CAUSAL_LMS,
+            known = kind.endswith(("ForCausalLM", "ForConditionalGeneration"))
+            evaluator.check(known and text.model_type in CAUSAL_LMS and not config.is_encoder_decoder,
                             f"{kind} of type {text.model_type}")
             evaluator.check("modules.json" not in files, "an embedding model")
-            evaluator.check(not any(getattr(c, "quantization_config", 0) for c in (config, text)),
-                            "quantised weights")
+            quantised = [c for c in (config, text) if getattr(c, "quantization_config", None)]
+            evaluator.check(not quantised, "quantised weights")
             with torch.device("meta"):
                 base.empty = AutoModelForCausalLM.from_config(text_config(config), dtype=torch.float32)
-            SelfDistillation(base.empty)  # fails where there are no .layers
+            SelfDistillation(base.empty)  # fails if the decoder has no .layers
     return base
 
 def model_hash(base):
-    """A hash of all that decides the model's output, on every rank; rank 0 alone reads the weights for it. A
-    copy in another place is the same model, one that was trained further is not."""
-    weights = from_rank_0(sorted, map(weights_hash, base.weights))
-    return digest([sorted(base.files.items()), weights])
+    """A hash of all that determines the model's output, on every rank. A copy elsewhere has the same hash."""
+    weights = from_rank_0(sorted, map(file_hash, base.weight_files))  # map is lazy: only rank 0 reads them
+    return hash_of([sorted(base.files.items()), weights])
 
-def weights_hash(path):  # the sha256 of the content, which is the file's name in the hub's cache
+def file_hash(path):
     with evaluator.blaming(f"{path}: expected weights, found a pointer or half a file"):
-        if path.suffix == ".safetensors":  # of a .bin transformers says as much
+        if path.suffix == ".safetensors":  # for a .bin, transformers notices it
             safetensors.safe_open(path, "pt")
-        if re.fullmatch(".*/blobs/[0-9a-f]{64}", str(path.resolve())):
-            return path.resolve().name
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 def check_ids(base, prompts):
-    rows, largest = base.config.get_text_config().vocab_size, max(map(max, prompts), default=0)
-    evaluator.check(largest < rows, f"--model {base.name}: expected token ids below {rows}, the rows of its "
-                    f"embedding, found {largest}, {base.tokenizer.decode([largest])!r}; mend one of the two")
+    rows = base.config.get_text_config().vocab_size
+    largest = max(map(max, prompts), default=0)
+    evaluator.check(largest < rows, f"--model {base.name}: the embedding has no row for token id {largest}")
 
-def text_config(config):  # of a multimodal model its text model: that is trained, run and exported
+def text_config(config):
+    """The config of the text model: of a multimodal model, only that is trained, run and exported."""
     text = config.get_text_config()
     if text is not config:
         text.architectures = [CAUSAL_LMS[text.model_type]]
     if getattr(text, "attn_logit_softcapping", None):
-        text._attn_implementation = "eager"  # sdpa leaves this soft cap out, silently
+        text._attn_implementation = "eager"  # sdpa would leave this softcap out, without a warning
     return text
 
-def engine_config(config, text_only):  # vLLM's view: logits in float32, windows and queries as the trainer's
+def engine_config(config, text_only):
+    """The config as vLLM needs it to compute what the trainer computes, with logits in float32."""
     config = text_config(config) if text_only else config
     text = config.get_text_config()
     text.head_dtype = config.head_dtype = "float32"
@@ -848,76 +879,80 @@ def engine_config(config, text_only):  # vLLM's view: logits in float32, windows
         text.llama_4_scaling = rope | dict(beta=rope["llama_4_scaling_beta"])
     return config
 
-def engine_dtype(config):  # gated delta-nets have kernels for bfloat16 only
+def engine_dtype(config):  # vLLM's kernels for gated delta-nets exist in bfloat16 only
     delta_net = hasattr(config.get_text_config(), "linear_key_head_dim")
     return torch.bfloat16 if delta_net else DTYPE
 
-def logit_scale_and_cap(config):  # for finish_logits; check_weights sees whether that is all
-    of = lambda name: getattr(config.get_text_config(), name, None) or 1
-    return dict(scale=of("logit_scale") * of("lm_head_multiplier") / of("logits_scaling"),
-                cap=getattr(config.get_text_config(), "final_logit_softcapping", None))
+def logit_scale_and_softcap(config):  # for finish_logits; check_weights notices if a family needs more
+    text = config.get_text_config()
+    multipliers = [getattr(text, name, None) or 1 for name in ("logit_scale", "lm_head_multiplier")]
+    return dict(scale=math.prod(multipliers) / (getattr(text, "logits_scaling", None) or 1),
+                softcap=getattr(text, "final_logit_softcapping", None))
 
 @torch.no_grad()
 def check_weights(base, lm, missing):
-    """Are they whole, and does the loss compute this model's logits? Its own forward gets eight tokens, ours
-    the same eight and four more. Where the likeliest next tokens' log-probabilities differ, there is more to
-    the logits than logit_scale_and_cap knows, or a token sees later ones."""
-    eight, twelve, head = torch.arange(8), torch.arange(12)[None], lm.get_output_embeddings().weight
+    """Checks that the weights are whole, and that the loss computes the logits of this model. The model's own
+    forward gets eight tokens, ours the same eight and four more. If the log-probabilities of the likeliest
+    next tokens differ, the logits depend on more than logit_scale_and_softcap knows, or on later tokens."""
+    eight, twelve = torch.arange(8), torch.arange(12)[None]
     own, likeliest = lm.eval()(eight[None], use_cache=False).logits[0].log_softmax(-1).max(-1)
-    ours = SelfDistillation(lm)
+    ours, head = SelfDistillation(lm), lm.get_output_embeddings().weight
     _, stats = ours(twelve, eight, ours(twelve, eight), head, torch.ones(8), tokens=likeliest)
-    error, tied = (stats["logprob"] - own).abs().max().item(), bool(base.empty.all_tied_weights_keys)
+    error = (stats["logprob"] - own).abs().max().item()
+    as_configured = bool(lm.all_tied_weights_keys) == bool(base.empty.all_tied_weights_keys)
     evaluator.check(not missing, f"none of {missing[:3]}")
-    evaluator.check(tied == bool(lm.all_tied_weights_keys), "two tensors for embedding and head, which its "
-                    "config.json says are one; set tie_word_embeddings to false")
-    evaluator.check(all(w.isfinite().all() for w in lm.state_dict().values()),
-                    "NaN or infinity; take another copy")
+    evaluator.check(as_configured, "two tensors for embedding and head; set tie_word_embeddings to false")
+    finite = all(w.isfinite().all() for w in lm.state_dict().values())
+    evaluator.check(finite, "NaN or infinity; take another copy")
     evaluator.check(error <= 1e-3, f"log-probabilities that are {error:.1g} nats from those that the loss "
-                    "computes; logit_scale_and_cap is not all, or tokens see later ones")
+                    "computes: this family needs more than logit_scale_and_softcap, or tokens see later ones")
 
 # ---------------------------------------------------------------------------------------------------- CHECKS
-# What is wrong with an input is said before the engine starts: expected, found, what to change.
-def digest(value):
+# Mistakes in the input are reported before the engine starts: what was expected, what was found, what to do.
+def hash_of(value):  # 16 hexadecimal digits of the sha256 of its repr
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
-def read_instruction(name):  # c's text: `name` is a key of INSTRUCTIONS in any case, @FILE, or the text
+def read_instruction(name):
+    """The text of c. `name` is a key of INSTRUCTIONS in upper or lower case, @FILE, or the text itself."""
     text = INSTRUCTIONS.get(name.replace(" ", "").lower(), name).strip()
     if name.startswith("@"):
         with evaluator.blaming(f"--instruction {name}, expected a text file in the encoding UTF-8"):
             text = Path(name[1:]).expanduser().read_text("utf-8-sig").strip()
-    # one word is a key mistyped, and would be trained on without a sign; Chinese has no spaces
-    evaluator.check(re.search(r"\s|[^!-~]", text),
-          f"--instruction {name}: expected {', '.join(INSTRUCTIONS)}, @FILE or a text, found {text!r}")
+    # A single word is a mistyped key, which would be trained on without notice. Chinese has no spaces.
+    evaluator.check(re.search(r"\s|[^!-~]", text), f"--instruction {name}: expected "
+                    f"{', '.join(INSTRUCTIONS)}, @FILE or a text, found {text!r}")
     return text
 
 MAY_BE_0 = "lr", "weight_decay", "clip", "temperature", "refresh_every", "export_every", "seed", "top_k"
 AT_MOST = {"vllm_memory": 1, "top_p": 1, "seed": 2**32 - 1}
 
 def check_settings(settings):
-    """Of both scripts, {option: value}: vars(cfg), in which a ~ before a path becomes the home folder."""
-    for name in ("model", "teacher", "data", "out"):  # a shell leaves the ~ of --out=~/runs as it is
+    """Checks the options {name: value} of both scripts. A ~ at the start of a path becomes the home folder: a
+    shell leaves the ~ of --out=~/runs as it is."""
+    for name in ("model", "teacher", "data", "out"):
         if settings.get(name):
             settings[name] = os.path.expanduser(settings[name])
     for name, value in settings.items():
         if type(value) in (int, float):
-            evaluator.check(math.isfinite(value) and (value > 0 or value == 0 and name in MAY_BE_0),
-                  f"--{name} {value}: expected {'0 or more' if name in MAY_BE_0 else 'more than 0'}")
-            evaluator.check(value <= AT_MOST.get(name, value),
-                            f"--{name} {value}: expected at most {AT_MOST.get(name)}")
-    evaluator.check(torch.cuda.is_available() or not torch.version.cuda,  # it would run on the CPU, unsaid
-          "no GPU is seen: expected a driver R580 or newer; without a GPU take the README's CPU builds")
-    evaluator.check(importlib.util.find_spec("vllm") or settings.get("given"),  # these need no engine
-          "vllm is not installed: expected the packages of requirements.txt, see the README's installation")
-    evaluator.check(os.environ.get("OMP_NUM_THREADS") != "0",  # every rank would take every core
-          "OMP_NUM_THREADS=0: expected the number of threads of a rank; unset it, or name 1 or more")
-    world = dist.get_world_size()
+            expected = "0 or more" if name in MAY_BE_0 else "more than 0"
+            enough = value > 0 or value == 0 and name in MAY_BE_0
+            evaluator.check(enough and math.isfinite(value), f"--{name} {value}: expected {expected}")
+            most = AT_MOST.get(name, value)
+            evaluator.check(value <= most, f"--{name} {value}: expected at most {most}")
+    evaluator.check(torch.cuda.is_available() or not torch.version.cuda,  # else the CPU would be used
+                    "no GPU is seen: expected a driver R580 or newer; without a GPU, see the README")
+    evaluator.check(importlib.util.find_spec("vllm") or settings.get("given"),  # --given needs no engine
+                    "vllm is not installed: expected the packages of requirements.txt, see the README")
+    # With OMP_NUM_THREADS=0, every rank would use all cores.
+    evaluator.check(os.environ.get("OMP_NUM_THREADS") != "0", "OMP_NUM_THREADS=0: expected 1 or more")
     for name in ("vllm_tp", "replicas"):  # eval.py has no replicas
-        evaluator.check(world % settings.get(name, 1) == 0,
-                        f"--{name} {settings.get(name)}: expected a divisor of the number of ranks, {world}")
+        value, world = settings.get(name, 1), dist.get_world_size()
+        evaluator.check(world % value == 0,
+                        f"--{name} {value}: expected a divisor of the number of ranks, which is {world}")
 
 def context_of(base, to_train=True):
-    """How many tokens a sequence may have. Beyond its original context LongRoPE takes other factors: the
-    engine for all sequences as soon as one may be long, the trainer for the long ones alone."""
+    """The largest number of tokens of a sequence. Beyond its original context, LongRoPE has other factors:
+    the engine uses them for all sequences if one may be long, the trainer for the long ones only."""
     text = base.config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     if to_train and rope.get("rope_type") == "longrope":
@@ -925,15 +960,13 @@ def context_of(base, to_train=True):
     return getattr(text, "max_position_embeddings", math.inf)
 
 def from_rank_0(function, *arguments):
-    """What function(*arguments) returns on rank 0, on every rank: the others wait for it."""
+    """Returns on every rank what function(*arguments) returns on rank 0. The other ranks wait for it."""
     found = [function(*arguments) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)
     return found[0]
 
-def load_problems(cfg, base, instruction):  # rank 0 reads them and makes their prompts; all ranks get them
-    return from_rank_0(make_problems, cfg, base, instruction)
-
-def make_problems(cfg, base, instruction):  # in the data's order, once each, without those of long prompts
+def make_problems(cfg, base, instruction):
+    """The problems in the order of the data, each once, without those whose prompts are too long."""
     prompt = partial(prompt_ids, base.tokenizer, thinking=cfg.thinking, wrapper=cfg.wrapper)
     problems = [Problem(p["problem"], p["answer"], prompt(p["problem"], tools=p["tools"]),
                         prompt(p["problem"], instruction, tools=p["tools"]))
@@ -943,64 +976,55 @@ def make_problems(cfg, base, instruction):  # in the data's order, once each, wi
     evaluator.say(f"{len(short)} of {len(problems)} problems have prompts of at most {cfg.max_prompt_tokens} "
                   f"tokens; {evaluator.__file__} grades the rollouts")
     evaluator.check(any(cfg.keep == "all" or p.answer for p in short), f"--data {cfg.data}: found no problem "
-                    f"with a prompt of at most {cfg.max_prompt_tokens} tokens and, for --keep correct, "
-                    "a known answer")
+                    "with so short a prompt and, for --keep correct, a known answer")
     return short
 
-# What --resume lets change, and says. All else is as it was, or the run would not go on as it began
-MAY_CHANGE = ("model", "data", "out", "steps", "lr", "weight_decay", "clip", "save_every", "export_every",
-              "micro_batch_tokens", "loss_chunk", "gradient_checkpointing", "replicas", "vllm_tp",
-              "vllm_memory")
+# The settings that --resume lets change, with a line on the console. The others decide how the run goes on.
+MAY_CHANGE = ("model data out steps lr weight_decay clip save_every export_every micro_batch_tokens "
+              "loss_chunk gradient_checkpointing replicas vllm_tp vllm_memory").split()
 RESULTS = r"checkpoint-\d+|model(-\d+)?"  # names in --out
 RUN_FILES = rf"{RESULTS}|config\.json|(metrics|samples)\.jsonl|{UNFINISHED}.*|eval\.lock"
 
-def parse_settings():  # a mistyped one is one line, from one rank
+def parse_settings():
     parser = HfArgumentParser(Config)
-    parser.error = evaluator.refuse_words
+    parser.error = evaluator.refuse_words  # a mistyped option gives one line, from one rank
     return Config(**vars(parser.parse_args()))
 
-def prepare(cfg):  # all checks -> the base model, on rank 0 with its weights, problems, the run's folder
+def prepare(cfg):
+    """Makes all checks. Returns the base, on rank 0 with its weights, the problems and the run's folder."""
     check_settings(vars(cfg))
-    instruction, base, out = read_instruction(cfg.instruction), open_base(cfg.model, True), Path(cfg.out)
+    instruction, out = read_instruction(cfg.instruction), Path(cfg.out)
+    base = open_base(cfg.model, to_train=True)
     context = context_of(base)
-    evaluator.check(cfg.max_prompt_tokens + cfg.max_response_tokens <= context,
-          f"--max_prompt_tokens + --max_response_tokens: expected at most the model's context, {context}")
-    problems, identity = load_problems(cfg, base, instruction), model_hash(base)
+    evaluator.check(cfg.max_prompt_tokens + cfg.max_response_tokens <= context, "--max_prompt_tokens + "
+                    f"--max_response_tokens: expected at most the model's context, {context}")
+    problems = from_rank_0(make_problems, cfg, base, instruction)
+    settings = asdict(cfg) | dict(instruction=instruction, template=hash_of(base.tokenizer.chat_template),
+                                  model_hash=model_hash(base),
+                                  problems=hash_of([(p.text, p.answer) for p in problems]))
     evaluator.claim_folder(out, "opsdc.lock", RUN_FILES, "" if cfg.resume else RESULTS)
-    if dist.get_rank() == 0:
-        start_run(base, out, asdict(cfg) | dict(
-            instruction=instruction, template=digest(base.tokenizer.chat_template), model_hash=identity,
-            problems=digest([(p.text, p.answer) for p in problems])))
-        evaluator.say(f"the first teacher's prompt:\n{base.tokenizer.decode(problems[0].teacher)}")
-    dist.barrier()  # the others wait for rank 0's checks
+    from_rank_0(start_run, base, out, settings)
+    evaluator.say(f"the first teacher's prompt:\n{base.tokenizer.decode(problems[0].teacher)}")
     return base, problems, out
 
-def training_bytes(lm, settings):
-    """About the peak on a GPU, with gradient checkpointing: shards of weights, Adam's state, thetabar and
-    gradients, and the larger of what the loss and a layer's backward add. `test_opsdc.py memory` counts."""
-    (V, d), layers = lm.get_output_embeddings().weight.shape, lm.get_decoder().layers
-    T = settings["micro_batch_tokens"]
-    P, p = (sum(w.numel() for w in module.parameters()) for module in (lm, layers[0]))
-    shards = 18 * P * settings["replicas"] / dist.get_world_size()
-    loss = 8 * V * (d + settings["loss_chunk"]) + 45 * BLOCK["cuda"] + 24 * d * T
-    return shards + 2 * d * len(layers) * T + max(loss, 4 * V * d + 8 * p + (4 * p / d + 22 * d) * T)
-
-def start_run(base, out, settings):  # rank 0's checks: the run to go on with, the weights
+def start_run(base, out, settings):
+    """On rank 0: compares the settings with those of the run to continue, and reads the weights."""
     if checkpoints(out):
         compare_settings(out / "config.json", settings)
     remove_unfinished(out)
     base.loaded = read_weights(base)
     replace_file(out / "config.json", json.dumps(settings, indent=1))
-    gigabytes = sum(p.numel() for p in base.empty.parameters()) / 1e9  # at one byte a parameter
+    billions = sum(p.numel() for p in base.empty.parameters()) / 1e9  # of parameters: GB at one byte each
     exports = 1 + (settings["steps"] // settings["export_every"] if settings["export_every"] else 0)
-    evaluator.say(f"each of 3 checkpoints takes {(12 + DTYPE.itemsize) * gigabytes:.3g} GB, "
-                  f"each of {exports} exports {2 * gigabytes:.3g} GB; "
-                  f"{shutil.disk_usage(out).free / 1e9:.3g} GB are free")
+    evaluator.say(f"each of 3 checkpoints takes {(12 + DTYPE.itemsize) * billions:.3g} GB, each of {exports} "
+                  f"exports {2 * billions:.3g} GB; {shutil.disk_usage(out).free / 1e9:.3g} GB are free")
     if torch.cuda.is_available():
-        evaluator.say(f"training takes about {training_bytes(base.empty, settings) / 1e9:.3g} GB of a GPU's "
-                      f"{torch.cuda.mem_get_info()[1] / 1e9:.3g} GB; a sleeping engine takes 3 to 4 GB more")
+        shards = 18 * billions * settings["replicas"] / dist.get_world_size()
+        evaluator.say(f"weights, gradients and Adam's state take {shards:.3g} GB of a GPU's "
+                      f"{torch.cuda.mem_get_info()[1] / 1e9:.3g} GB; activations and logits come on top")
 
-def compare_settings(file, settings):  # of the run that --resume goes on with
+def compare_settings(file, settings):
+    """Compares the settings with those of the run that --resume continues."""
     with evaluator.blaming(f"--resume: the settings of the run in {file}"):
         old = asdict(Config()) | json.loads(file.read_text())  # an older run lacks newer settings
         for name, value in settings.items():
@@ -1013,14 +1037,15 @@ CONSOLE = ("step", "loss", "grad_norm", "response_tokens", "truncated", "accurac
            "logprob_gap", "seconds_step")
 
 def log_step(out, metrics, rollouts, problems, tokenizer):
-    """A line of metrics.jsonl, with what the rollouts say, four of samples.jsonl, one on the console."""
+    """Completes the metrics. Writes a line of metrics.jsonl, four of samples.jsonl, one on the console."""
     if dist.get_rank() != 0:
         return
-    lengths, known = [len(r.ids) for r in rollouts], [r.correct for r in rollouts if r.correct is not None]
+    lengths = [len(r.ids) for r in rollouts]
+    graded = [r.correct for r in rollouts if r.correct is not None]
     metrics |= dict(response_tokens=fmean(lengths), response_tokens_min=min(lengths),
                     response_tokens_max=max(lengths), truncated=fmean(not r.finished for r in rollouts),
                     tokens_per_second=sum(lengths) / metrics["seconds_generate"],
-                    accuracy=fmean(known) if known else None)
+                    accuracy=fmean(graded) if graded else None)
     metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
     samples = [dict(step=metrics["step"], problem=problems[r.index].text, response=tokenizer.decode(r.ids),
                     answer=problems[r.index].answer, correct=r.correct, finished=r.finished, ids=r.ids)
@@ -1028,11 +1053,12 @@ def log_step(out, metrics, rollouts, problems, tokenizer):
     for name, rows in (("samples.jsonl", samples), ("metrics.jsonl", [metrics])):
         with open(out / name, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-    known = [name for name in CONSOLE if metrics.get(name) is not None]
-    evaluator.say("  ".join(f"{name} {metrics[name]:.4g}" for name in known))
+    shown = [name for name in CONSOLE if metrics.get(name) is not None]
+    evaluator.say("  ".join(f"{name} {metrics[name]:.4g}" for name in shown))
 
 # ------------------------------------------------------------------------------------------------- PROCESSES
-def start_processes():  # join torchrun's group, or make one of a single rank -> this rank's device
+def start_processes():
+    """Joins torchrun's process group, or makes one of a single rank. Returns this rank's device."""
     os.environ.update(dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
                            MASTER_ADDR="127.0.0.1", MASTER_PORT="0") | os.environ)
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
@@ -1040,32 +1066,30 @@ def start_processes():  # join torchrun's group, or make one of a single rank ->
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    waits = "rank {RANK} waits for the others of WORLD_SIZE={WORLD_SIZE}; to run alone unset both"
-    waiting = threading.Timer(30, partial(print, flush=True), [waits.format_map(os.environ)])
+    message = "rank {RANK} waits for the others of WORLD_SIZE={WORLD_SIZE}; to run alone, unset both"
+    waiting = threading.Timer(30, print, [message.format_map(os.environ)], {"flush": True})
     waiting.start()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
     waiting.cancel()
     return device
 
 def run_and_exit(main):
-    """main(), and the process is gone: Python's exit calls vLLM's and NCCL's, which wait for failed ranks."""
+    """Runs main() and ends the process. Python's own exit would wait in vLLM and NCCL for failed ranks."""
     status = 1
     try:
         main()
         status = 0
-    except SystemExit as stop:  # --help, or a text that says why
-        status = stop.code or 0
-        if not isinstance(status, int):
-            say_once(stop)
-            status = 1
     except BaseException as error:
-        say_once(error)
+        if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+            status = error.code or 0  # as of --help, which has printed its text
+        else:
+            say_once(error)
     sys.stdout.flush()
     os._exit(status)
 
 def say_once(error):
-    """The first rank to fail says why, and its peers end after that. Neither waits long for the store, which
-    may be gone with its host."""
+    """The first rank to fail says why; the others end after that. As the store's host may be gone, no rank
+    waits long for it."""
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
     if store is None or within_seconds(10, store.add, "failed", 1) in (None, 1):
         evaluator.explain(error)
