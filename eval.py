@@ -60,7 +60,7 @@ VERSION = 5  # of the grading rules and of the files written; runs of different 
 
 # ------------------------------------------------------------------------------------- SHARED BY BOTH SCRIPTS
 def say(text):
-    """Prints a text once, on rank 0."""
+    """Prints a text on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
@@ -190,8 +190,9 @@ def kind_of(path):
 def read_rows(source, is_wanted=None):
     """Yields (where, row) for every row of a file, of a folder of files or of a data set on the hub. Fields
     of a table for which is_wanted(field) is false are not read: their values are None."""
-    with blaming(f"{source}: expected a file .jsonl, .json, .csv (or a .gz of one) or .parquet, a folder of "
-                 "these, in the encoding UTF-8, or of the hub ID[:CONFIG[:SPLIT]], found"):
+    with blaming(f"{source}: expected a file (.jsonl, .json, .csv, a .gz of one of these, or .parquet, with "
+                 "encoding UTF-8), a folder of such files, or a data set of the hub (ID[:CONFIG[:SPLIT]]), "
+                 "found"):
         exists = os.path.exists(os.path.expanduser(source))  # then colons are part of its name
         parts = [source] if exists else source.rsplit(":", 2)
         name, config, split = (parts + ["", ""])[:3]
@@ -231,8 +232,9 @@ def read_text_file(path):
             rows = (load_json(line, f"{path.name}, line {number}, ")
                     for number, line in enumerate(file, 1) if line.strip())
         for number, row in enumerate(rows, 1):
-            check(isinstance(row, dict) and None not in row,  # a DictReader puts surplus cells under None
-                  f"in row {number} no JSON object, or more cells than columns: {str(row):.60}")
+            if not isinstance(row, dict) or None in row:  # a DictReader puts surplus cells under None
+                raise ValueError(f"in row {number} no JSON object, or more cells than columns: "
+                                 f"{str(row):.60}")
             yield {field_name(field): value for field, value in row.items()}
 
 def open_folder(path, config, split):
@@ -325,7 +327,7 @@ def read_problem(row, where, prefix="", suffix=""):
     for field in PROBLEM_FIELDS:
         with blaming(f"{where}, field {field}"):
             problem = as_problem(row.get(field), prefix, suffix)
-        if problem:
+        if problem:  # `field` is the first one that is filled, or the last one
             break
     missed = [name for name in row if MISSED_FIELD.fullmatch(name) and is_filled(row[name])]
     missed += [found[0] for found in MISSED_IN_TEXT.finditer(str(problem))]
@@ -363,9 +365,9 @@ def gold_text(value):
     """(text, why there is none) of a gold. The text is what a solution has in its last box or after GSM8K's
     ####, or else the whole gold. The gold ["2"] and its JSON '["2"]' mean 2; test cases are not a text."""
     if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"], but not [0, 1)
-        with contextlib.suppress(ValueError):
+        try:
             value = json.loads(value)
-        if value == "" or isinstance(value, str):
+        except ValueError:
             value = []
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -570,7 +572,7 @@ ANSWER_MARKER = re.compile(r"""(?xm)  # what comes before an answer
       (?: \ ?[Tt]he\ [\w ]*(?:answer|option|choice)\ is\b )?                 # Answer: The correct option is B
   | \b[Ff]inal\ answer\ is\b :? (?= [^\n]{1,400}I\ hope\ it\ is\ correct )   # the words of Minerva's prompt
     """)
-SPANS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$\n": "$"}  # maths that may go over several lines
+SPANS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$\n": "$"}  # formulas that may take several lines
 BETWEEN_BOXES = re.compile(r"""(?x)  # what may stand between boxes that are one list
     (?: [\s,;$&~*] | \\[\[\]()\\,;:!\ ] | \\q?quad                   # spaces, commas, the ends of formulas
       | \b(and|or)\b                                                 # a word, bare
@@ -701,6 +703,7 @@ RULES = {
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])", "", r"\big\{1\big\} -> 1", r"\left[0,1\right) -> 1"),
         (r"\\(?:displaystyle|boxed|bf|[lL]arge|(?:text)?color ?\{\w+\})(?![a-zA-Z])", "", r"\bf 9 -> 9",
          r"\bf 9 -> 8"),
+        # Signs of currencies go. \$7.50 becomes 7.50 dollars, so that it is not 7.50 cents.
         (r"\\?\$ ?(\d(?:[\d.,]|\\!|\{,\})*(?<!,)|\.\d+)(?!,?\d| ?[\w\\.{])|\\?[$€£¥₹¢]",
          lambda m: rf"{m[1]}\text{{dollars}}" if m[1] else " ", "€7.50 -> 7.5", r"\$7.50 -> 7.5 cents"),
         (r"^ ?(?:\\approx|\\sim|=) ", "", r"\approx 5.2 -> 5.2", r"\neq 5.2 -> 5.2"),
@@ -710,6 +713,7 @@ RULES = {
          r"\mathrm{west} -> \text{west}", r"\mathrm{west} -> \text{east}"),
         (r"\\text(?=\{[^{}]*\\)", "", r"\mathbf{\frac{3}{4}} -> 3/4", r"\mathbf{\frac{3}{4}} -> 4/3"),
         (r"\\text\{([-+]?[\d(][^{}]*)\}", r"\1 ", r"\text{14/2} -> 7", r"\text{14 or 7} -> 7"),
+        # Of a set {x : condition} only the condition stays.
         (r"^(?:\w ?= ?)?\\\{ ?\w(?: ?\\in ?\\mathbb ?\{?R\}?)? ?(?:[:|]|\\mid) ?(.+)\\\}$", r"\1",
          r"\{x : x \le 3\} -> x \le 3", r"\{x \mid x < 3\} -> x \le 3")],
     "functions": [
@@ -737,10 +741,12 @@ RULES = {
          lambda m: r"\cdot 10^" + {"t": "3", "m": "6", "b": "9"}[m[2][0]], "2.5 million -> 2,500,000",
          "2.5 million -> 2.5"),
         (r"(?<![\d./^_{}])(\d+) (\d+)/ ?(\d+)(?![\d./])", r"\1\\frac{\2}{\3}", "2 1/2 -> 2.5", "2 1/2 -> 1"),
+        # Thousands are set apart by spaces, apostrophes or full stops, or by commas before a percent sign.
         (r"(?<![\d.,])\d{1,3}(?:(?:[ ']\d{3})+|(?:\.\d{3}){2,}|(?:,\d{3})+(?= ?\\?%))(?![\d.])",
          lambda m: re.sub(r"\D", "", m[0]), "1'234'567 -> 1234567", "1'23 -> 123"),
         (r"(?<=[\d)}.]) ?((?:\\text)?\{)?(?:\\?%|per ?cent\b)(?(1)\})(?: (?=[a-z\\]))?", r"\\%",
          "25 percent -> 1/4", "25 percent gain -> 1/4"),
+        # Digits that repeat without end are written 30 times.
         (r"\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: f".{m[1]}{m[2] * 30}", r"0.\bar{6} -> 2/3",
          r"0.\bar{6} -> 0.6")],
     "units": [  # more in UNITS
@@ -750,6 +756,7 @@ RULES = {
         (r"(\\(?:sin|cos|tan|cot|sec|csc)[ ({]*)([\d.]+)°", r"\1\\frac{\2\\pi}{180}", r"\sin 30° -> 1/2",
          r"\sin 30 -> 1/2"),
         (r"°(?: ?(?:\\text\{[CF]\}|[CF](?![a-zA-Z])))?", " ", "20° C -> 20", "20 C -> 20"),
+        # A value with two units keeps both, under the names that MEASURES gives them.
         (r"(?<=\d) ?(?:\\text\{)?" + MEASURE + r"[., }and]*(?=[\d.]+ ?(?:\\text\{)?(?!\1)" + MEASURE + ")",
          lambda m: rf"\text{{{MEASURES[m[1]]}}}", "2 hours and 30 minutes -> 2 hr 30 min",
          "2 hours and 30 minutes -> 30 hr 2 min"),
@@ -1165,23 +1172,16 @@ MAY_DIFFER = ("model", "model_hash", "instruction", "template", "seed")  # in tw
 
 def read_lines(path):
     """The rows of a .jsonl file. A last line without its end, which a killed process left, is dropped."""
-    rows = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}); restore or move the file") from None
-    return rows
+    lines = path.read_text().split("\n")[:-1]
+    return [load_json(line, f"{path}, line {number} (restore or move the file): ")
+            for number, line in enumerate(lines, 1)]
 
 def read_summary(directory):
-    try:
+    with blaming(f"{directory}: expected the --out folder of an evaluation, with its summary.json, found"):
         summary = json.loads(Path(directory, "summary.json").read_text())
-        version = summary["settings"]["version"]
+        version = summary.get("settings", {}).get("version")
         check(version == VERSION, f"version {version} of eval.py, this is {VERSION}; evaluate again")
         return summary
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory}: expected the --out directory of an evaluation, with its summary.json;"
-                         f" found {type(error).__name__}: {error}") from None
 
 def read_run(directory):
     """(settings, {benchmark: records}) of a finished evaluation."""
@@ -1266,7 +1266,7 @@ def plot_compare(path, directories, contrasts):
             ax.errorbar(x, y, dy, dx, color=f"C{i}", marker="o", capsize=3, elinewidth=0.8,
                         linewidth=3 if is_whole else 0.8, label=benchmark if is_whole else None)
             for *place, text in zip(x, y, labels) if is_whole else [(x[-1], y[-1], level)]:
-                ax.annotate(f" {text}", place)
+                ax.annotate(f"  {text}", place, rotation=30, rotation_mode="anchor")
     ax.set(xlabel="mean response tokens", ylabel="accuracy, %",
            title="from the base on, in the order given; thin: by level; bars: 95 %")
     figure.legend(loc="outside lower center")
@@ -1396,7 +1396,7 @@ def render_page(tokenizer, problems, rollouts, scores, about):
     """The page: the responses, and a table of the tokens that carry most of the loss."""
     import opsdc
     found, nats_of = [PAGE_START, f"<p>{as_html(about)}\n"], collections.defaultdict(list)
-    losses = collections.defaultdict(collections.Counter)  # {token: {what the teacher wants: part of the loss}}
+    losses = collections.defaultdict(collections.Counter)  # {token: {the teacher's choice: its loss}}
     for rollout, weights, tokens in zip(rollouts, opsdc.token_weights(rollouts), scores):
         verdict = {None: "not graded", True: "right", False: "wrong"}[rollout.correct]
         for weight, (token, nats, *_, best) in zip(weights, tokens):
