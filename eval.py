@@ -1294,8 +1294,8 @@ def curves(args):
 # ----------------------------------------------------------------------------------------------------- TOKENS
 # A page that shows what the loss sees: the divergence at every token of some responses, computed by the
 # trainer's own functions.
-PAGE_START = """<!doctype html><html lang=en><meta charset=utf-8>
-<meta name=viewport content="width=device-width">
+PAGE_START = """\
+<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <meta name=color-scheme content="light dark"><title>What the loss sees</title><style>
 body { max-width: 60rem; margin: auto; padding: 1rem 1rem 4rem; font: 15px/1.5 system-ui, sans-serif }
 h2 { font-size: 1rem; margin: 1.5rem 0 .3rem }
