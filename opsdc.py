@@ -991,7 +991,7 @@ def start_run(base, out, settings):  # rank 0's checks: the run to go on with, t
     remove_unfinished(out)
     base.loaded = read_weights(base)
     replace_file(out / "config.json", json.dumps(settings, indent=1))
-    gigabytes = sum(p.numel() for p in base.empty.parameters()) / 1e9  # of one byte a parameter
+    gigabytes = sum(p.numel() for p in base.empty.parameters()) / 1e9  # at one byte a parameter
     exports = 1 + (settings["steps"] // settings["export_every"] if settings["export_every"] else 0)
     evaluator.say(f"each of 3 checkpoints takes {(12 + DTYPE.itemsize) * gigabytes:.3g} GB, "
                   f"each of {exports} exports {2 * gigabytes:.3g} GB; "
