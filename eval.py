@@ -60,7 +60,7 @@ VERSION = 5  # of the grading rules and of the files written; runs of different 
 
 # ------------------------------------------------------------------------------------- SHARED BY BOTH SCRIPTS
 def say(text):
-    """Prints a text on rank 0 only."""
+    """Prints a text, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
@@ -135,8 +135,9 @@ def claim_folder(out, mark, files, results=""):
 # --------------------------------------------------------------------------------------------------- PROBLEMS
 # Reading problems and their answers from data, for both scripts. Something that is not text in the place of a
 # problem is refused with the number of its row; otherwise the str() of a list, or a single turn of a
-# conversation, would be trained on and nobody would notice. An answer that cannot be used counts as unknown,
-# because training needs no answers. Names of fields are compared in lower case, with _ in place of spaces.
+# conversation, would be trained on and nobody would notice. The answer that a row gives is called its gold.
+# One that cannot be used counts as unknown, because training needs no answers. Names of fields are compared
+# in lower case, with _ in place of spaces.
 PROBLEM_FIELDS = "problem", "prompt", "question", "messages"  # the first that is filled holds the problem
 ANSWER_FIELDS = ("answer", "final_answer", "expected_answer", "correct_answer", "ground_truth", "solution",
                  "reward_model")  # the first that is filled holds the answer; if it has none, it is unknown
@@ -180,6 +181,10 @@ def is_read(field):
     patterns = GOLD_FIELD, WRONG_OPTION_FIELD, MISSED_FIELD
     return name in names or any(pattern.fullmatch(name) for pattern in patterns)
 
+def is_wanted(field):
+    """Is this field taken from a table, where reading the others would cost time?"""
+    return is_read(field) or field_name(field) in ID_FIELDS
+
 # ---------- files, folders and the hub
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # as `datasets` calls them
 
@@ -187,9 +192,9 @@ def kind_of(path):
     """The suffix that tells how a file is read: x.csv.gz is a .csv."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
-def read_rows(source, is_wanted=None):
+def read_rows(source, wanted=None):
     """Yields (where, row) for every row of a file, of a folder of files or of a data set on the hub. Fields
-    of a table for which is_wanted(field) is false are not read: their values are None."""
+    of a table for which wanted(field) is false are not read: their values are None."""
     with blaming(f"{source}: expected a file (.jsonl, .json, .csv, a .gz of one of these, or .parquet, with "
                  "encoding UTF-8), a folder of such files, or a data set of the hub (ID[:CONFIG[:SPLIT]]), "
                  "found"):
@@ -208,7 +213,7 @@ def read_rows(source, is_wanted=None):
                   f"No such file or folder: {path}")
             kind, arguments = ".parquet", dict(path=name, name=config or None)
         if kind == ".parquet":
-            for number, row in enumerate(read_table(arguments, split, is_wanted), 1):
+            for number, row in enumerate(read_table(arguments, split, wanted), 1):
                 yield f"{source}, row {number}", row
         else:
             for file in files:
@@ -258,13 +263,13 @@ def open_folder(path, config, split):
     check(name in found, f"no split {name}, but {', '.join(map(str, found))}; name it: {path}::SPLIT")
     return kind, [Path(file) for file in found[name] if kind_of(Path(file)) == kind], arguments
 
-def read_table(arguments, split, is_wanted):
+def read_table(arguments, split, wanted):
     """Yields the rows of a .parquet file or of the hub. Whole batches of Arrow's table are converted, which
     takes a tenth of the time that single rows take."""
     import datasets
     table = datasets.load_dataset(**arguments, split=split)
     table = table.rename_columns({field: field_name(field) for field in table.column_names})
-    unread = {field: None for field in table.column_names if is_wanted and not is_wanted(field)}
+    unread = {field: None for field in table.column_names if wanted and not wanted(field)}
     table = table.with_format("arrow").remove_columns(list(unread))
     for batch in table.iter(1000):
         for values in zip(*(column.to_pylist() for column in batch.columns)):
@@ -340,13 +345,13 @@ def read_problem(row, where, prefix="", suffix=""):
         return field, problem, load_json(tools) if isinstance(tools, str) else tools
 
 # ---------- a row's answer
-# The gold is the answer that a row gives. Some golds only say that there is none; then the answer is unknown,
-# and fields that come later in ANSWER_FIELDS are not asked.
+# Some golds only say that there is no answer. Then it is unknown, and fields that come later in ANSWER_FIELDS
+# are not looked at.
 NO_VALUE = re.compile(r"""(?xis)
-    (the\ )? proof\b .* | see\ .{0,20} (proof|solution|above|below) \.?         # "See the proof above."
-    | n/?a | nan | none\.? | null | unknown\.? | tbd | todo | [-?]+
-    | (answer\ )? not\ ?(found|available|provided|given) \.? | no\ answer \.?
-    | assert\ .* | def\ \w+\(.*                                                 # tests of a program""")
+    (the\ )? proof\b .* | see\ .{0,20} (proof|solution|above|below) \.?      # "See the proof above."
+    | n/?a | nan | none\.? | null | unknown\.? | tbd | todo | [-?]+            # left open
+    | (answer\ )? not\ ?(found|available|provided|given) \.? | no\ answer \.? # the same in words
+    | assert\ .* | def\ \w+\(.*                                              # tests of a program""")
 SENTENCE_END = re.compile(r"""(?x)
     (?<! \b[A-Z]) (?<! \b[A-Z]\w) (?<! \b[A-Z]\w\w) (?<! \b[A-Z]\w{3})  # not that of St., Mrs., Prof.,
     (?<! \b\w\.\w) (?<! \bapprox) (?<! \b(?:vs|cf|ca))                  # U.S., a.m., approx., vs., cf., ca.,
@@ -472,15 +477,16 @@ def find_gold(row, labels, options):
     return fields, places[0], ""
 
 def letter_options(row, problem, question):
-    """(problem with its options lettered, letter of the right one or None, why that is unknown, fields of the
-    options, fields of the answer). The question's text decides how the options are shuffled."""
+    """(problem with its options lettered, letter of the right one or None, why that is unknown, {field: what
+    it is read as}), without such fields if there are no options. The question's text decides how the options
+    are shuffled."""
     fields, labels, options, is_to_shuffle = read_options(row)
     options = [as_text(option) for option in options]
     padding = ("", "N/A") if options.count("N/A") > 1 else ("",)
     while options and options[-1] in padding:  # MMLU-Pro fills its lists up to ten options
         options.pop()
     if not options:
-        return problem, None, "", [], []
+        return problem, None, "", {}
     check(1 < len(options) <= len(LETTERS) and all(options),
           f"expected a question and two to ten texts to choose from, found {options!r:.80}")
     golds, place, why = ([], 0, "") if is_to_shuffle else find_gold(row, labels, options)
@@ -493,18 +499,19 @@ def letter_options(row, problem, question):
     def add_options(text):
         return "\n".join([text.strip(), *lines])
     problem = add_options(problem) if isinstance(problem, str) else edit_last_user(problem, add_options)
-    return problem, None if place is None else LETTERS[order.index(place)], why, fields, golds
+    answer = None if place is None else LETTERS[order.index(place)]
+    return problem, answer, why, dict.fromkeys(fields, "options") | dict.fromkeys(golds, "answer")
 
 # ---------- all rows
 def read_row(row, where, prefix="", suffix=""):
     """dict(problem, tools, answer) of a row, why its answer is unknown, and {field: what it is read as}."""
     field, problem, tools = read_problem(row, where, prefix, suffix)
     with blaming(f"{where}, a question with choices"):
-        problem, answer, why, options, golds = letter_options(row, problem, row[field])
-    if not options:
+        problem, answer, why, uses = letter_options(row, problem, row[field])
+    if not uses:
         gold, answer, why = read_answer(row)
-        golds = [gold] if gold else []
-    uses = {field: "problem"} | dict.fromkeys(options, "options") | dict.fromkeys(golds, "answer")
+        uses = {gold: "answer"} if gold else {}
+    uses = {field: "problem"} | uses
     if tools:
         uses["tools"] = "tools"
     return dict(problem=problem, tools=tools, answer=answer), why, uses
@@ -514,11 +521,10 @@ def read_problems(source, prefix="", suffix=""):
     known. A row that says nothing new is skipped before it is parsed: DAPO has each of its 17,000 problems
     100 times."""
     say(f"reading {source} ...")
-    found, reasons, fields, uses, seen, missed, formats = {}, {}, {}, {}, set(), [], []
+    found, reasons = {}, {}  # by problem: what is returned, and why its answer is unknown
+    fields, uses = {}, {}  # all fields in their order, and {field: what it is read as}
+    seen, missed, formats = set(), [], []  # hashes of rows, refusals, rows that ask for another format
     number = others = 0
-
-    def is_wanted(field):
-        return is_read(field) or field_name(field) in ID_FIELDS
     for number, (where, row) in enumerate(read_rows(source, is_wanted), 1):
         fields.update(row)
         row_hash = hash(pickle.dumps([(field, row[field]) for field in row if is_read(field)]))
@@ -565,7 +571,7 @@ THINK_TAGS = [  # (opening, closing); what follows the last closing tag counts
     (r"<\|channel>", r"<channel\|>")]                                             # Gemma 4
 OPENING = re.compile("|".join(opening for opening, _ in THINK_TAGS))
 CLOSING = re.compile("|".join(closing for _, closing in THINK_TAGS))
-SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # not yet removed
+SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # as text
 ANSWER_MARKER = re.compile(r"""(?xm)  # what comes before an answer
     (?: ^[ \t>*_#`$-]* (?i: (?:the\ |my\ )?(?:final\ |correct\ )?answer )    # in any case where a line starts
       | \b(?:Answer|ANSWER) ) [ \t*_`]{0,8} [:：]                            # elsewhere only with a capital
@@ -908,7 +914,7 @@ def to_sympy(text):
     if allowed in all_x:  # a list of conditions: x<1, x>3 means "or", but x>1, x<3 means "and"
         allowed = sympy.And(*conditions).as_set()
     if allowed in (sympy.S.EmptySet, *all_x):
-        raise ValueError("every condition that no x satisfies, or that every x does, would equal this one")
+        raise ValueError("all conditions that no x satisfies would be equal, and so would those that all do")
     return sympy.Eq(*value.free_symbols, allowed, evaluate=False)
 
 def sympy_equal(a, g):
@@ -939,7 +945,7 @@ def sympy_equal(a, g):
 # time of the worker's own start, which is 0.4 s: with a limit in seconds, verdicts would depend on the
 # processor.
 CPU_TIME_FACTOR = 15
-WALL_SECONDS = 1000     # for starting on a busy machine; an answer never takes that long, by its CPU limit
+WALL_SECONDS = 1000  # enough to start on a busy machine; the limit of CPU time ends an answer much earlier
 WORKER_MEMORY = 4 << 30  # bytes of address space: a huge power must not take the trainer's memory
 IDLE_WORKERS = []
 
@@ -973,12 +979,13 @@ def worker_main():
     from latex2sympy2_extended import latex2sympy2  # noqa: F401
     limit = CPU_TIME_FACTOR * time.process_time()
     logging.disable()
-    replies, sys.stdout = sys.stdout, sys.stderr  # a stray print must not look like a reply
+    replies = sys.stdout
+    sys.stdout = sys.stderr  # a stray print must not look like a reply
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
     for line in sys.stdin:
-        # CPU time, so that a verdict does not depend on the load. The kernel kills, in C code and orphans
-        # too.
+        # The limit is CPU time, so that a verdict does not depend on the load. The kernel enforces it, even
+        # in C code and in a worker whose parent is gone.
         signal.setitimer(signal.ITIMER_PROF, limit)
         is_equal = False
         with contextlib.suppress(Exception):  # a text that sympy cannot read is not the answer
@@ -1007,7 +1014,8 @@ def grade_all(responses, golds, finished=None, workers=2):
             for gold, is_truncated, answer, line, box, full_line, full_box in found]
 
 def grade(response, gold, finished=True):
-    """Verdict of one response. `gold`: the answer, or a reference solution whose last \\boxed{} holds it."""
+    """The verdict of one response. `gold` is the answer, or a reference solution whose last \\boxed{} holds
+    it. """
     return grade_all([response], [gold], [finished])[0]
 
 # ------------------------------------------------------------------------------------------------- BENCHMARKS
@@ -1563,7 +1571,8 @@ def evaluate(args):
     import opsdc
     opsdc.start_processes()
     base, jobs, settings, out, todo, cfg = prepare_evaluation(args)
-    rank, barrier, engine, done = opsdc.dist.get_rank(), opsdc.dist.barrier, None, {}
+    rank, barrier = opsdc.dist.get_rank(), opsdc.dist.barrier
+    engine, done = None, {}
     barrier()  # all ranks have read before one writes
     if rank == 0:
         write_summary(out, settings, {}, finished=False)
@@ -1598,9 +1607,11 @@ def print_table(summary):
 
 # ----------------------------------------------------------------------------------------------- COMMAND LINE
 NUMBER_OPTIONS = {  # option: default, help
-    "samples": (8, "per problem"), "max-tokens": (30000, "of a response"),
-    "temperature": (SAMPLING["temperature"], "of sampling"), "top-p": (SAMPLING["top_p"], "of sampling"),
-    "top-k": (SAMPLING["top_k"], "of sampling, 0: all tokens"), "seed": (0, "of sampling"),
+    "samples": (8, "samples of each problem"), "max-tokens": (30000, "longer responses are truncated"),
+    "temperature": (SAMPLING["temperature"], "sampling temperature"),
+    "top-p": (SAMPLING["top_p"], "tokens are sampled from this share of the probability"),
+    "top-k": (SAMPLING["top_k"], "tokens are sampled from this number of the most likely ones, 0: from all"),
+    "seed": (0, "decides the sampling"),
     "vllm-tp": (1, "ranks that share one vLLM engine (tensor parallelism)"),
     "vllm-memory": (0.9, "share of each GPU's memory for vLLM, which has it to itself here"),
     "block": (128, "samples that are graded and written together, or as many as end within two minutes")}
@@ -1633,7 +1644,7 @@ def parse_args(argv):
     return parser.parse_args([re.sub(r"^--\w+", with_dashes, word) for word in argv]), evaluate
 
 def refuse(error):
-    """Raises an error that every rank found, so that it is printed once."""
+    """Raises an error that every rank found, in a group of processes that prints it once."""
     import opsdc
     opsdc.start_processes()
     raise error
