@@ -1199,11 +1199,17 @@ def read_run(directory):
         name: read_lines(Path(directory, f"{name}.jsonl")) for name in summary["benchmarks"]}
 
 def refuse_unless_comparable(base, ours, names):
-    a, b = ({**settings, "benchmarks": sorted(records)} for settings, records in (base, ours))
-    differ = [f"{name} is {value!r} and {b.get(name)!r}" for name, value in a.items()
-              if name not in MAY_DIFFER and value != b.get(name)]
-    for name in base[1].keys() & ours[1].keys():
-        a, b = ({(r["id"], r["problem_hash"]) for r in records[name]} for _, records in (base, ours))
+    """Refuses two runs whose settings differ in more than MAY_DIFFER, or which have different problems."""
+    (base_settings, base_records), (our_settings, our_records) = base, ours
+    theirs = base_settings | {"benchmarks": sorted(base_records)}
+    own = our_settings | {"benchmarks": sorted(our_records)}
+    differ = [f"{name} is {value!r} and {own.get(name)!r}" for name, value in theirs.items()
+              if name not in MAY_DIFFER and value != own.get(name)]
+
+    def problems_of(records):
+        return {(record["id"], record["problem_hash"]) for record in records}
+    for name in base_records.keys() & our_records.keys():
+        a, b = problems_of(base_records[name]), problems_of(our_records[name])
         if a != b:
             differ.append(f"{name} has {len(a - b)} and {len(b - a)} problems of its own: {min(a ^ b)[0]}")
     check(not differ, f"{names[0]} and {names[1]} cannot be compared: " + "; ".join(differ))
@@ -1230,7 +1236,7 @@ def contrast(base, ours):
 def compare(args):
     check(len(args.directories) > 1, "compare needs the directories of at least two evaluations")
     base_dir, *directories = args.directories
-    base_run, *runs = map(read_run, args.directories)
+    base_run, *runs = [read_run(directory) for directory in args.directories]
     for directory, run in zip(directories, runs):
         refuse_unless_comparable(base_run, run, (base_dir, directory))
     contrasts = {}
@@ -1273,8 +1279,9 @@ def plot_compare(path, directories, contrasts):
             is_whole = level == "all"
             ax.errorbar(x, y, dy, dx, color=f"C{i}", marker="o", capsize=3, elinewidth=0.8,
                         linewidth=3 if is_whole else 0.8, label=benchmark if is_whole else None)
-            for *place, text in zip(x, y, labels) if is_whole else [(x[-1], y[-1], level)]:
-                ax.annotate(f"  {text}", place, rotation=30, rotation_mode="anchor")
+            notes = zip(x, y, labels) if is_whole else [(x[-1], y[-1], level)]
+            for note_x, note_y, text in notes:
+                ax.annotate(f"  {text}", (note_x, note_y), rotation=30, rotation_mode="anchor")
     ax.set(xlabel="mean response tokens", ylabel="accuracy, %",
            title="from the base on, in the order given; thin: by level; bars: 95 %")
     figure.legend(loc="outside lower center")
@@ -1340,10 +1347,10 @@ def read_responses(cfg, problems, tokenizer):
     import opsdc
     places, rollouts = {short_hash(p.text): i for i, p in enumerate(problems)}, []
     for where, row in itertools.islice(read_rows(cfg.data), cfg.samples):
-        with blaming(f"{where}: expected a line of samples.jsonl or a record of eval.py, found no"):
+        with blaming(f"{where}: expected a line of samples.jsonl or a record of eval.py, found"):
             _, problem, _ = read_problem(row, where, *opsdc.WRAPPERS[cfg.wrapper])
             place = places.get(short_hash(problem))
-            check(place is not None and "response" in row, "response to a problem of them")
+            check(place is not None and "response" in row, "no response to one of the problems")
         text, finished = row["response"], row.get("finished", row.get("finish_reason") == "stop")
         if "finish_reason" in row:  # a record: undo what `readable` did
             text = text.removeprefix(readable(tokenizer, problems[place].student, []))
@@ -1364,9 +1371,11 @@ def score_tokens(student, teacher, batch, tokenizer, cfg):
 
     def quoted(token):
         return json.dumps(tokenizer.decode([token]), ensure_ascii=False)
-    for tokens, *parts in zip(batch.tokens.split(cfg.loss_chunk), *hidden):
-        log_p, log_q = (opsdc.finish_logits(part.float() @ head, **student.logit_options)[0].log_softmax(-1)
-                        for part, head in zip(parts, heads))
+
+    def log_probabilities(hidden, head):
+        return opsdc.finish_logits(hidden.float() @ head, **student.logit_options)[0].log_softmax(-1)
+    for tokens, of_student, of_teacher in zip(batch.tokens.split(cfg.loss_chunk), *hidden):
+        log_p, log_q = log_probabilities(of_student, heads[0]), log_probabilities(of_teacher, heads[1])
         p, q = log_p.exp(), log_q.exp()
         nats, _ = opsdc.divergence_and_gradient(p, log_p, q, log_q, cfg.divergence)
         likeliest = q.topk(3)
@@ -1498,7 +1507,8 @@ def prepare_evaluation(args):
     if args.instruction is not None:
         args.instruction = opsdc.read_instruction(args.instruction)
     base, jobs = opsdc.open_base(args.model, to_train=False), {}
-    for source in [args.data] if args.data else args.benchmarks.replace(" ", "").split(","):
+    sources = [args.data] if args.data else args.benchmarks.replace(" ", "").split(",")
+    for source in sources:
         name = Path(source.partition("=")[0]).stem
         if name in jobs:  # another source of the same name
             name += f"-{len(jobs) + 1}"
@@ -1527,7 +1537,8 @@ def prepare_evaluation(args):
     differ = [f"{name}: there {found.get(name)!r}, here {value!r}" for name, value in settings.items()
               if name != "model" and found.get(name) != value]  # a copy elsewhere has the same model_hash
     check(not differ, f"--out {out} holds another run ({'; '.join(differ)}); give another directory")
-    return base, jobs, settings, out, {name: read_parts(out, name, jobs[name])[1] for name in jobs}, cfg
+    todo = {name: read_parts(out, name, jobs[name])[1] for name in jobs}
+    return base, jobs, settings, out, todo, cfg
 
 def start_engine(base, cfg):
     """A RolloutEngine with the weights that `base` names. vLLM looks for weights by patterns: it finds none
