@@ -576,14 +576,12 @@ ANSWER_MARKER = re.compile(r"""(?xm)  # what comes before an answer
     (?: ^[ \t>*_#`$-]* (?i: (?:the\ |my\ )?(?:final\ |correct\ )?answer )    # in any case where a line starts
       | \b(?:Answer|ANSWER) ) [ \t*_`]{0,8} [:：]                            # elsewhere only with a capital
       (?: \ ?[Tt]he\ [\w ]*(?:answer|option|choice)\ is\b )?                 # Answer: The correct option is B
-  | \b[Ff]inal\ answer\ is\b :? (?= [^\n]{1,400}I\ hope\ it\ is\ correct )   # the words of Minerva's prompt
-    """)
+  | \b[Ff]inal\ answer\ is\b :? (?= [^\n]{1,400}I\ hope\ it\ is\ correct )  # Minerva's prompt""")
 SPANS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$\n": "$"}  # formulas that may take several lines
 BETWEEN_BOXES = re.compile(r"""(?x)  # what may stand between boxes that are one list
     (?: [\s,;$&~*] | \\[\[\]()\\,;:!\ ] | \\q?quad                   # spaces, commas, the ends of formulas
       | \b(and|or)\b                                                 # a word, bare
-      | \\(?:text|mathrm)\{ [\s,]{0,9} (and|or)? [\s,]{0,9} \} )*    # or in \text
-    """)
+      | \\(?:text|mathrm)\{ [\s,]{0,9} (and|or)? [\s,]{0,9} \} )*    # or in \text""")
 LONGEST = 1000  # characters; a longer answer is wrong. The longest gold of MATH-500 has 53.
 
 class Verdict(NamedTuple):
@@ -800,12 +798,10 @@ UNIT = re.compile(r"""(?x)
     (?: (?:""" + "|".join(pattern for pattern, *_ in UNITS) + r""") s? (?![a-zA-Z])
         (?: [./\ ] | \^\{?-?[1-3]\}? )* )+     # several units, each with its power: kg m/s^2
     (?(1) \} (?: \^\{?[23]\}? )? )             # \text{cm}^2
-    (?! \ ?\d )                                # 5 gallons 2 quarts is not 52
-    """)
+    (?! \ ?\d )                                # 5 gallons 2 quarts is not 52""")
 DIMENSION = re.compile(r"""(?x) (?<![a-zA-Z])
     (?: (sq|cu)\w*[.\ ]+ )? """ + MEASURE + r"""     # sq. cm, cubic m
-    (?: \}?\^\{?-?(\d) | \ (sq|cu)\w*ed )?           # cm^2, \text{cm}^{-2}, cm squared
-    """)
+    (?: \}?\^\{?-?(\d) | \ (sq|cu)\w*ed )?           # cm^2, \text{cm}^{-2}, cm squared""")
 MISREAD = [  # what math-verify misreads, with a pair that it would take for equal; compared as text only
     (r"(?<![a-zA-Z\d_{])\d[\dA-F]*_", "52_9 -> 52_8"), (r"(?<![\d_^])\d+ \d", "5 6 -> 11"), ("'", "f' -> f"),
     (r"\\text", r"5\text{ R }2 -> 2\text{ R }5"), (r"\\angle", r"\angle AB -> \angle BA"),
@@ -821,17 +817,14 @@ CHOSEN_OPTION = re.compile(r"""(?x)
           | (?= \ [^=+*/^_<>] )                      # B because ..., but not B + 1
           | $ )
         (?: (?! (?<![\w'\\]) (?: [B-HJ]              # and no other letter in what follows,
-                | [AI](?!\ [a-z]) ) (?![\w']) ) . )* )  # where A or I may be a word
-    """)
+                | [AI](?!\ [a-z]) ) (?![\w']) ) . )* )  # where A or I may be a word""")
 BRACKETED = re.compile(r"[(\[][^()\[\]]*[)\]]")  # a point or an interval
 PLAIN_NUMBER = re.compile(r"""(?x) [+-]?
     (?: \d{1,3}(,\d{3})+ (\.\d*)?        # 11,111.5
-      | (?=\.?\d) \d* (\.\d*)? )         # 055, 5. or .5
-    """)
+      | (?=\.?\d) \d* (\.\d*)? )         # 055, 5. or .5""")
 ORDINARY_WORD = re.compile(r"""(?x)  # whose case does not count: Marcus and DNE, but not AB, CO and Mgh
     (?<![\\a-zA-Z]) (?: (?=\w*[aeiouyAEIOU]) (?: [A-Z][a-z]{2,} | [A-Z]{3,} )  # three letters and a vowel
-                      | N[oO] | [AP]M ) (?![a-zA-Z_])                          # No, NO, AM and PM
-    """)
+                      | N[oO] | [AP]M ) (?![a-zA-Z_])                          # No, NO, AM and PM""")
 
 def normalise(text):
     """The value with one spelling for each thing, still in LaTeX that math-verify reads."""
