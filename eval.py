@@ -1,4 +1,4 @@
-"""Measure a reasoning model: are its answers right, and how many tokens do they take?
+"""Measure a reasoning model: are its answers right, and how many tokens does it take to give them?
 
     python eval.py --model ID_OR_PATH [--benchmarks math500,aime24 | --data FILE.jsonl] [--out DIR]
     torchrun --nproc_per_node 8 eval.py ...      the same on eight GPUs, each with its share of the samples
@@ -6,19 +6,23 @@
     python eval.py curves RUN_DIR [RUN_DIR ...] --plot FILE.png
     python eval.py tokens --model ID_OR_PATH --data FILE [--out FILE.html]      (what the loss sees)
 
-What counts as right decides the figures: one model reads 54.5 on MATH-500 by its boxes alone, 93.0 by
-either format. The rules here, of the text after the last </think> (or another family's closing tag):
-    formats    the later of the last `Answer:` line that is not empty and the last \\boxed{} (an empty one
-               hides those before it; \\boxed{2} and \\boxed{3} is a list); neither, or cut, is wrong
-    text       must agree (7 million is not 7, nor 42 because ...; 10% loss is not 10% gain)
-    units      may be left out (2m is not 2); where both sides have one, it must agree (7 cm is not 7 m)
-    numbers    equal to 1e-6 where one side is a decimal (0.333 is not 1/3)
-    percent    10% is 0.1; a sign on one side only may also go, as a unit may: 10% is 10, but never 1
-    letters    their case counts (c is not C), but not in words; a choice names one letter
-    lists      in any order, each item as often; (1, 2), 1, 2 and [1, 2) differ, 1, 2 and {1, 2} do not
-Each record also holds the verdict of three other rules, to compare published figures like for like:
-`answer_only`, `boxed_only`, and `either_full_text` (the paper's: either format, think block included).
-Left out: models as graders, code and proofs, conversion of units and bases.
+What counts as right decides the figures: one model scores 54.5 on MATH-500 if only boxes are read, and 93.0
+if either format is. These are the rules here. They apply to the text after the last </think> (or after the
+closing tag of another model family).
+    formats    The last `Answer:` line that is not empty or the last \\boxed{}, whichever comes later. An
+               empty box hides the boxes before it; \\boxed{2} and \\boxed{3} is a list. A response that has
+               neither format or was truncated is wrong.
+    text       must agree: 7 million is not 7, nor is 42 because ... equal to 42; 10% loss is not 10% gain.
+    units      may be left out (but 2m is not 2). Where both sides have one, it must agree: 7 cm is not 7 m.
+    numbers    are equal up to 1e-6 where one side is a decimal: 0.333 is not 1/3.
+    percent    10% is 0.1. A percent sign on one side only may also be left out, as a unit may: 10% is 10, but
+               10% is never 1.
+    letters    are compared by case (c is not C), but not within words. A choice must name one letter only.
+    lists      may be in any order, with each item the same number of times. (1, 2), 1, 2 and [1, 2) are three
+               different answers; 1, 2 and {1, 2} are the same.
+Each record also holds the verdicts of three other rules, so that published figures can be compared like for
+like: `answer_only`, `boxed_only`, and `either_full_text` (the paper's rule: either format, think block
+included). Left out: models as graders, grading of code and proofs, conversion of units and number bases.
 """
 import argparse
 import collections
@@ -33,6 +37,7 @@ import glob
 import gzip
 import hashlib
 import html
+import itertools
 import json
 import math
 import os
@@ -53,33 +58,9 @@ from typing import NamedTuple
 
 VERSION = 5  # of the grading rules and of the files written; runs of different versions are not compared
 
-# --------------------------------------------------------------------------------------------------- PROBLEMS
-# Reading problems and their answers from data, for both scripts. What is not text in a problem is refused
-# with its row's number: otherwise the str() of a list, or one turn of a conversation, would be trained on
-# without a sign. An answer that is no value is unknown and counted, because training needs no answers.
-# Names of fields are compared in lower case, with _ for a space.
-PROBLEM_FIELDS = "problem", "prompt", "question", "messages"  # the first one that is filled is the problem
-ANSWER_FIELDS = ("answer", "final_answer", "expected_answer", "correct_answer", "ground_truth", "solution",
-                 "reward_model")  # the first one that is filled has the answer, or it is unknown
-ID_FIELDS = "unique_id", "id", "level"
-# Fields that say which option is right: all that are filled must mean the same one
-GOLD_FIELD = ("(final_|expected_)?answer|ground_truth|gold|cop|label|correct|(correct|right)_?(answer|option|"
-              "index|letter)|answer_?(index|idx|letter|key|text|label|option)")
-WRONG_OPTION_FIELD = r"(incorrect|wrong)_answers?(_\d)?|distractors?_?\d?"
-# Fields without which the words of a filled problem are not all of it, and signs of that in the words
-MISSED_FIELD = (r"((decoded|question|problem|input)_)?(image|img|picture|figure|video|audio)s?(_?(\d+|path|"
-                r"url|file|base64|bytes))?|(option|choice)[_-]?\d|body|passage|article")
-MISSED_IN_TEXT = (r"(?i)!\[[^\]\n]*\]\([^)\n]+\)|<\|?(image|img|video|audio)[_ ]?(\d+|pad)?\|?>|"
-                  r"\\includegraphics")
-OTHER_FORMAT = (r"####|\\boxed\b|</?answer>|(?i:last line of (your|the) (response|answer)|"
-                r"final answer (in|within|inside|after|as)\b)")
-OPTION_LISTS = "options", "choices", "option_list", "choice_list", "answer_choices"
-OPTION_FIELDS = [[start + letter for letter in "abcdefghij"]
-                 for start in ("option_", "choice_", "answer_", "op", "")]
-READ_FIELD = re.compile("|".join([*PROBLEM_FIELDS, *ANSWER_FIELDS, *sum(OPTION_FIELDS, []), GOLD_FIELD,
-                                  WRONG_OPTION_FIELD, MISSED_FIELD, *OPTION_LISTS, "tools"]))
-
+# ------------------------------------------------------------------------------------- SHARED BY BOTH SCRIPTS
 def say(text):
+    """Prints a text, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
@@ -89,37 +70,44 @@ def check(condition, message):
 
 @contextlib.contextmanager
 def blaming(where):
-    """An error inside, whatever library raises it, becomes a ValueError that begins with `where`."""
+    """Turns an error inside, whatever library raises it, into a ValueError of one line that begins with
+    `where`."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{where}: {str(error).strip() or repr(error)}".partition("\n")[0]) from error
+        # The general error of `datasets` gives its reason in later lines or in another error.
+        reason = str(error).removeprefix("An error occurred while generating the dataset").strip()
+        reason = " ".join((reason or str(error.__cause__ or "") or repr(error)).split())
+        raise ValueError(f"{where}: {reason[:1000]}") from error
 
 def explain(error):
-    """Why a command failed: a line for what the user can mend before the engine starts, else a traceback. A
-    NameError of this code or of a fork keeps its traceback, though `blaming` names an input for it."""
+    """Prints why a command failed: one line for what the user can mend before the engine starts, otherwise a
+    traceback. A NameError in this code or in a fork keeps its traceback, although `blaming` turned it into a
+    ValueError that names an input."""
     cause = error
     while isinstance(cause, (ValueError, OSError)) and cause.__cause__:
         cause = cause.__cause__
     frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
-    ours = frames and frames[-1].f_globals["__name__"] in ("__main__", "opsdc", "eval")  # no library's
+    is_ours = frames and frames[-1].f_globals["__name__"] in ("__main__", "opsdc", "eval")  # not a library's
+    is_mistake_in_code = is_ours and not isinstance(cause, (ValueError, OSError))
     if isinstance(error, SystemExit):
         print(error)
-    elif isinstance(error, (ValueError, OSError)) and "vllm" not in sys.modules and (
-            not ours or isinstance(cause, (ValueError, OSError))):
+    elif isinstance(error, (ValueError, OSError)) and "vllm" not in sys.modules and not is_mistake_in_code:
         print("error: " + " ".join(str(error).split()))
     else:
         sys.excepthook(type(error), error, error.__traceback__)
 
-def refuse_words(message):  # in place of argparse's usage, which every rank would print
+def refuse_words(message):
+    """Takes the place of argparse's own error, which would print the usage on every rank."""
     raise ValueError(f"{message}; see --help")
 
 def claim_folder(out, mark, files, results=""):
-    """For this group of processes alone, until it ends. The file `mark` tells a run's folder. Without it
-    nothing may be there that matches `files`, the run's own names; with it, nothing that matches `results`.
-    Other things may be there."""
+    """Reserves the folder `out` for this group of processes until it ends, by a lock on the file `mark`,
+    which also tells that the folder is a run's. In a folder without a mark nothing may match `files`, the
+    names that a run writes; in one with a mark nothing may match `results`. Files of other names do not
+    matter."""
     from torch import distributed as dist
-    token = [os.urandom(8).hex()]  # rank 0 writes its own into the mark, where all ranks must see it
+    token = [os.urandom(8).hex()]  # rank 0 writes its token into the mark, where all ranks must see it
     if dist.get_rank() == 0:
         with blaming(f"--out {out}: expected a new or empty folder or, with --resume, a run's, where no "
                      "other process is at work, found"):
@@ -140,35 +128,79 @@ def claim_folder(out, mark, files, results=""):
     dist.broadcast_object_list(token)
     sees = [None] * dist.get_world_size()
     dist.all_gather_object(sees, (out / mark).exists() and (out / mark).read_text() == token[0])
-    check(all(sees), f"--out {out}: expected one folder that all nodes share, but rank "
-          f"{sees.index(min(sees))} does not see what rank 0 wrote to {mark} there")
+    if not all(sees):
+        raise ValueError(f"--out {out}: expected one folder that all nodes share, but rank "
+                         f"{sees.index(False)} does not see what rank 0 wrote to {mark} there")
+
+# --------------------------------------------------------------------------------------------------- PROBLEMS
+# Reading problems and their answers from data, for both scripts. Something that is not text in the place of a
+# problem is refused with the number of its row; otherwise the str() of a list, or a single turn of a
+# conversation, would be trained on and nobody would notice. The answer that a row gives is called its gold.
+# One that cannot be used counts as unknown, because training needs no answers. Names of fields are compared
+# in lower case, with _ in place of spaces.
+PROBLEM_FIELDS = "problem", "prompt", "question", "messages"  # the first that is filled holds the problem
+ANSWER_FIELDS = ("answer", "final_answer", "expected_answer", "correct_answer", "ground_truth", "solution",
+                 "reward_model")  # the first that is filled holds the answer; if it has none, it is unknown
+ID_FIELDS = "unique_id", "id", "level"
+OPTION_LISTS = "options", "choices", "option_list", "choice_list", "answer_choices"
+OPTION_FIELDS = [[start + letter for letter in "abcdefghij"]
+                 for start in ("option_", "choice_", "answer_", "op", "")]
+GOLD_FIELD = re.compile(r"""(?x)  # fields that say which option is right; all that are filled must agree
+    (final_|expected_)?answer | ground_truth | gold | cop | label | correct
+    | (correct|right)_?(answer|option|index|letter) | answer_?(index|idx|letter|key|text|label|option)""")
+WRONG_OPTION_FIELD = re.compile(r"(incorrect|wrong)_answers?(_\d)?|distractors?_?\d?")
+MISSED_FIELD = re.compile(r"""(?x)  # fields that belong to the problem but cannot be put into its text
+    ((decoded|question|problem|input)_)?                         # whose picture it is
+        (image|img|picture|figure|video|audio)s? (_?(\d+|path|url|file|base64|bytes))?
+    | (option|choice)[_-]?\d                                     # numbered options
+    | body|passage|article                                       # a text that the question is about""")
+MISSED_IN_TEXT = re.compile(r"""(?xi)  # signs in a problem's text that a picture belongs to it
+    !\[[^\]\n]*\]\([^)\n]+\)                                     # Markdown's
+    | <\|?(image|img|video|audio)[_\ ]?(\d+|pad)?\|?>            # placeholders of multimodal models
+    | \\includegraphics                                          # LaTeX's""")
+OTHER_FORMAT = re.compile(r"""(?x)  # signs that a prompt asks for an answer in a format of its own
+    \#\#\#\# | \\boxed\b | </?answer> | (?i:last\ line\ of\ (your|the)\ (response|answer))
+    | (?i:final\ answer\ (in|within|inside|after|as)\b)""")
 
 def load_json(text, where=""):
     with blaming(f"{where}expected a JSON object, found {text[:60]!r}"):
         return json.loads(text)
 
+def short_hash(*parts):
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
 @functools.cache
-def normal(field):
+def field_name(field):
     return field.lower().replace(" ", "_")
 
 @functools.cache
-def is_read(field):  # Does it decide what is trained on? Rows that agree in all such fields are repeats.
-    return READ_FIELD.fullmatch(normal(field)) is not None
+def is_read(field):
+    """Does this field decide what is trained on? Rows that agree in all such fields are repeats."""
+    name = field_name(field)
+    names = {"tools", *PROBLEM_FIELDS, *ANSWER_FIELDS, *OPTION_LISTS, *itertools.chain(*OPTION_FIELDS)}
+    patterns = GOLD_FIELD, WRONG_OPTION_FIELD, MISSED_FIELD
+    return name in names or any(pattern.fullmatch(name) for pattern in patterns)
+
+def is_wanted(field):
+    """Is this field taken from a table, where reading the others would cost time?"""
+    return is_read(field) or field_name(field) in ID_FIELDS
 
 # ---------- files, folders and the hub
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # as `datasets` calls them
 
-def kind_of(path):  # x.csv.gz is a .csv
+def kind_of(path):
+    """The suffix that tells how a file is read: x.csv.gz is a .csv."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
-def read_rows(source, is_wanted=None):
-    """(where, row) of every row of a file, a folder of files or a data set of the hub. Of a table, fields for
-    which is_wanted(field) is false come as None."""
-    with blaming(f"{source}: expected a file .jsonl, .json, .csv (or a .gz of one) or .parquet, a folder of "
-                 "these, in the encoding UTF-8, or of the hub ID[:CONFIG[:SPLIT]], found"):
-        exists = os.path.exists(os.path.expanduser(source))  # then its colons are part of the name
+def read_rows(source, wanted=None):
+    """Yields (where, row) for every row of a file, of a folder of files or of a data set on the hub. Fields
+    of a table for which wanted(field) is false are not read: their values are None."""
+    with blaming(f"{source}: expected a file (.jsonl, .json, .csv, a .gz of one of these, or .parquet, with "
+                 "encoding UTF-8), a folder of such files, or a data set of the hub (ID[:CONFIG[:SPLIT]]), "
+                 "found"):
+        exists = os.path.exists(os.path.expanduser(source))  # then colons are part of its name
         parts = [source] if exists else source.rsplit(":", 2)
-        name, config, split = parts + [""] * (3 - len(parts))
+        name, config, split = (parts + ["", ""])[:3]
         path, split = Path(name).expanduser(), split or "train"
         kind, files = kind_of(path), [path]
         if path.is_dir() and name:
@@ -179,20 +211,22 @@ def read_rows(source, is_wanted=None):
         else:
             check(kind not in KINDS and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name),
                   f"No such file or folder: {path}")
-            kind, arguments = "", dict(path=name, name=config or None)
-        if KINDS.get(kind) in ("json", "csv"):
-            rows = ((file, n, row) for file in files for n, row in enumerate(read_text(file), 1))
+            kind, arguments = ".parquet", dict(path=name, name=config or None)
+        if kind == ".parquet":
+            for number, row in enumerate(read_table(arguments, split, wanted), 1):
+                yield f"{source}, row {number}", row
         else:
-            rows = ((source, n, row) for n, row in enumerate(read_table(arguments, split, is_wanted), 1))
-        for file, n, row in rows:
-            yield f"{file}, row {n}", row
+            for file in files:
+                for number, row in enumerate(read_text_file(file), 1):
+                    yield f"{file}, row {number}", row
 
-def read_text(path):
-    """Rows of a .jsonl, .json or .csv or of a .gz of one. A .csv's values stay the texts that they are:
-    `datasets` would make 55 of 055, and let a row with too many cells shift the columns."""
+def read_text_file(path):
+    """Yields the rows of a .jsonl, .json or .csv file or of a .gz of one. The values of a .csv stay the texts
+    that they are: `datasets` would make 55 of 055, and would let the cells of a row that has too many of them
+    move to other columns."""
     csv.field_size_limit(1 << 30)
     open_as = gzip.open if path.name.lower().endswith(".gz") else open
-    with open_as(path, "rt", encoding="utf-8-sig", newline="\n") as file:  # a line does not end at U+2028
+    with open_as(path, "rt", encoding="utf-8-sig", newline="\n") as file:  # U+2028 does not end a line
         is_array = file.read(4096).lstrip().startswith("[")
         file.seek(0)
         if kind_of(path) == ".csv":
@@ -200,16 +234,17 @@ def read_text(path):
         elif is_array:
             rows = load_json(file.read())
         else:
-            rows = (load_json(line, f"{path.name}, line {n}, ")
-                    for n, line in enumerate(file, 1) if line.strip())
-        for n, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or None in row:
-                raise ValueError(f"in row {n} no JSON object, or more cells than columns: {str(row):.60}")
-            yield {normal(field): value for field, value in row.items()}
+            rows = (load_json(line, f"{path.name}, line {number}, ")
+                    for number, line in enumerate(file, 1) if line.strip())
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or None in row:  # a DictReader puts surplus cells under None
+                raise ValueError(f"in row {number} no JSON object, or more cells than columns: "
+                                 f"{str(row):.60}")
+            yield {field_name(field): value for field, value in row.items()}
 
 def open_folder(path, config, split):
-    """(kind, the split's files, arguments that load it) of a folder; splits and configurations are those that
-    `datasets` sees."""
+    """(kind, the files of the split, the arguments with which `datasets` loads it) of a folder. Its splits
+    and configurations are those that `datasets` finds there."""
     import datasets
     check(not any((path / name).exists() for name in ("state.json", "dataset_dict.json")),
           "a dataset that was saved using `save_to_disk`; use its to_parquet or to_json instead")
@@ -217,81 +252,77 @@ def open_folder(path, config, split):
     kinds = {kind_of(file) for file in files if not any(part.startswith(".") for part in file.parts)}
     kinds &= KINDS.keys()
     if kinds & {".csv", ".parquet"}:
-        kinds.discard(".json")  # notes beside the data
+        kinds.discard(".json")  # such files describe the data
     check(len(kinds) == 1, f"files {' and '.join(sorted(kinds)) or 'of no such kind'}; name one of them")
-    kind, = kinds
+    kind = kinds.pop()
     arguments = dict(path=str(path), name=config or None)
-    if glob.has_magic(str(path.resolve())):  # brackets in its name
+    if glob.has_magic(str(path.resolve())):  # a name with brackets would be taken for a pattern
         arguments = dict(path=KINDS[kind], data_dir=glob.escape(str(path.resolve())))
-    with in_one_line():
-        found = datasets.load_dataset_builder(**arguments).config.data_files or {}
+    found = datasets.load_dataset_builder(**arguments).config.data_files or {}
     name = split.partition("[")[0]
     check(name in found, f"no split {name}, but {', '.join(map(str, found))}; name it: {path}::SPLIT")
     return kind, [Path(file) for file in found[name] if kind_of(Path(file)) == kind], arguments
 
-def read_table(arguments, split, is_wanted):
-    """Rows of .parquet or the hub, in batches of Arrow's table: a tenth of the time of single rows."""
+def read_table(arguments, split, wanted):
+    """Yields the rows of a .parquet file or of the hub. Whole batches of Arrow's table are converted, which
+    takes a tenth of the time that single rows take."""
     import datasets
-    with in_one_line():
-        table = datasets.load_dataset(**arguments, split=split)
-    table = table.rename_columns({field: normal(field) for field in table.column_names}).with_format("arrow")
-    unread = dict.fromkeys(field for field in table.column_names if is_wanted and not is_wanted(field))
-    table = table.remove_columns([*unread])
-    fields = table.column_names
+    table = datasets.load_dataset(**arguments, split=split)
+    table = table.rename_columns({field: field_name(field) for field in table.column_names})
+    unread = {field: None for field in table.column_names if wanted and not wanted(field)}
+    table = table.with_format("arrow").remove_columns(list(unread))
     for batch in table.iter(1000):
         for values in zip(*(column.to_pylist() for column in batch.columns)):
-            yield unread | dict(zip(fields, values))
-
-@contextlib.contextmanager
-def in_one_line():
-    """`datasets` says that an error occurred, and why in later lines or in another error."""
-    try:
-        yield
-    except Exception as error:
-        text = str(error).removeprefix("An error occurred while generating the dataset").strip()
-        text = text or f"{error.__cause__ or error!r}"
-        raise ValueError(" ".join(text.split())[:600]) from error
+            yield unread | dict(zip(table.column_names, values))
 
 # ---------- a row's problem
 def without_nulls(value):
-    """In Arrow's tables each tool has the others' parameters as null: such keys are absent."""
+    """In Arrow's tables each tool has the parameters of all the others, with null: such keys are absent."""
     if isinstance(value, dict):
         return {name: without_nulls(item) for name, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 def is_filled(value):
-    if isinstance(value, (dict, list)):
-        return any(map(is_filled, value.values() if isinstance(value, dict) else value))
-    return bool(value) and value == value and str(value).strip() not in ("", "[]", "{}")  # NaN: not itself
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return any(map(is_filled, value))
+    is_nan = value != value
+    return bool(value) and not is_nan and str(value).strip() not in ("", "[]", "{}")
 
 def is_turn(message):
+    """Is this one turn of a conversation? An assistant's turn may call tools and say nothing."""
     return isinstance(message, dict) and isinstance(message.get("role"), str) and (
         isinstance(message.get("content"), str)
         or message["role"] == "assistant" and bool(message.get("tool_calls")))
 
 def as_problem(value, prefix="", suffix=""):
-    """A text, or messages if there are several, without the prefix and suffix that the prompts will put
-    around it. None if it is blank."""
+    """The problem as a text, or as messages if there are several. The prefix and suffix that the prompts will
+    put around it are removed, where it has them already. None if it is blank."""
     if isinstance(value, str):
         is_chat = re.fullmatch(r"(?s)\[?\s*\{.*[\"'](role|from)[\"']\s*:.*\}\s*\]?", value.strip())
         value = load_json(value) if is_chat else [{"role": "user", "content": value}]
-    value = [] if value is None or value != value else without_nulls(value)
-    check(isinstance(value, list) and all(map(is_turn, value)),
-          f"expected a text, or messages with the texts role and content, found {value!r:.60}")
-    json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
-    roles = [m["role"] for m in value]
+    is_missing = value is None or value != value  # NaN is a table's missing value
+    messages = [] if is_missing else without_nulls(value)
+    check(isinstance(messages, list) and all(map(is_turn, messages)),
+          f"expected a text, or messages with the texts role and content, found {messages!r:.60}")
+    json.dumps(messages, ensure_ascii=False).encode()  # fails on half a surrogate pair
+    roles = [message["role"] for message in messages]
     check(roles[-1:] != ["assistant"], f"expected the user's turn last, found {', '.join(roles)}")
-    if not "".join([m["content"] for m in value if m["role"] == "user"][-1:]).strip():
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    if not asked or not asked[-1].strip():
         return None
     if prefix or suffix:
-        def bare(text):
+        def unwrap(text):
             return text.strip().removeprefix(prefix).removesuffix(suffix).strip()
-        value = edit_last_user(value, bare)
-    return value[0]["content"] if len(value) == 1 else value
+        messages = edit_last_user(messages, unwrap)
+    return messages[0]["content"] if len(messages) == 1 else messages
 
 def edit_last_user(messages, edit):
+    """The messages with edit(content) in the user's last turn."""
     last = max(i for i, message in enumerate(messages) if message["role"] == "user")
-    return [m | {"content": edit(m["content"])} if i == last else m for i, m in enumerate(messages)]
+    edited = messages[last] | {"content": edit(messages[last]["content"])}
+    return [*messages[:last], edited, *messages[last + 1:]]
 
 class NotInWords(ValueError):
     """A part of the problem is in a picture or in another field."""
@@ -301,10 +332,10 @@ def read_problem(row, where, prefix="", suffix=""):
     for field in PROBLEM_FIELDS:
         with blaming(f"{where}, field {field}"):
             problem = as_problem(row.get(field), prefix, suffix)
-        if problem:
+        if problem:  # `field` is the first one that is filled, or the last one
             break
-    missed = [name for name in row if re.fullmatch(MISSED_FIELD, name) and is_filled(row[name])]
-    missed += [found[0] for found in re.finditer(MISSED_IN_TEXT, str(problem))]
+    missed = [name for name in row if MISSED_FIELD.fullmatch(name) and is_filled(row[name])]
+    missed += [found[0] for found in MISSED_IN_TEXT.finditer(str(problem))]
     if missed:
         raise NotInWords(f"{where}: expected a problem in words, found {', '.join(missed)}; take such rows "
                          "out")
@@ -314,29 +345,37 @@ def read_problem(row, where, prefix="", suffix=""):
         return field, problem, load_json(tools) if isinstance(tools, str) else tools
 
 # ---------- a row's answer
-# A gold that is no value: nothing is known by it, nor by the fields after it.
-SENTINEL = re.compile(r"(?is)(?:the )?proof\b.*|see .{0,20}(?:proof|solution|above|below)\.?|n/?a|nan|"
-                      r"none\.?|null|unknown\.?|(?:answer )?not ?(?:found|available|provided|given)\.?|"
-                      r"no answer\.?|tbd|todo|[-?]+|assert .*|def \w+\(.*")
-# A sentence ends here, but not behind St., Dr., U.S., a.m. or approx.
-SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\b[A-Z]\w)(?<!\b[A-Z]\w\w)(?<!\b[A-Z]\w{3})(?<!\b\w\.\w)"
-                          r"(?<!\bapprox)(?<!\b(?:vs|cf|ca))[.!?]\s+(?=[A-Z\\$(])|[。！？]")
-PLAIN_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|[\u3040-\u9fff]")
+# Some golds only say that there is no answer. Then it is unknown, and fields that come later in ANSWER_FIELDS
+# are not looked at.
+NO_VALUE = re.compile(r"""(?xis)
+    (the\ )? proof\b .* | see\ .{0,20} (proof|solution|above|below) \.?      # "See the proof above."
+    | n/?a | nan | none\.? | null | unknown\.? | tbd | todo | [-?]+            # left open
+    | (answer\ )? not\ ?(found|available|provided|given) \.? | no\ answer \.? # the same in words
+    | assert\ .* | def\ \w+\(.*                                              # tests of a program""")
+SENTENCE_END = re.compile(r"""(?x)
+    (?<! \b[A-Z]) (?<! \b[A-Z]\w) (?<! \b[A-Z]\w\w) (?<! \b[A-Z]\w{3})  # not that of St., Mrs., Prof.,
+    (?<! \b\w\.\w) (?<! \bapprox) (?<! \b(?:vs|cf|ca))                  # U.S., a.m., approx., vs., cf., ca.,
+    [.!?] \s+ (?= [A-Z\\$(])                                   # but a full stop before a new sentence
+    | [。！？]""")
+PLAIN_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|[\u3040-\u9fff]")  # no LaTeX command; a CJK character
 
-def as_text(value):  # of a text, number or boolean; "" if it is missing or blank
+def as_text(value):
+    """A text, number or boolean as a text; "" if it is missing or blank."""
     check(isinstance(value, (str, int, float, type(None))), f"expected a text, found {value!r:.60}")
-    if value is None or value != value:  # NaN: a table's missing number
+    if value is None or value != value:  # NaN is a table's missing number
         return ""
     return format(Decimal(str(value)), "f") if isinstance(value, float) else str(value).strip()
 
 def gold_text(value):
-    """(text, why there is none) of a gold. It comes after GSM8K's ####, in a solution's last box, or is all
-    of it; of ["2"] and '["2"]' it is 2. Test cases are no text."""
-    if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"]; not [0, 1)
-        with contextlib.suppress(ValueError):
+    """(text, why there is none) of a gold. The text is what a solution has in its last box or after GSM8K's
+    ####, or else the whole gold. The gold ["2"] and its JSON '["2"]' mean 2; test cases are not a text."""
+    if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"], but not [0, 1)
+        try:
             value = json.loads(value)
-        value = None if value == "" else [] if isinstance(value, str) else value
-    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        except ValueError:
+            value = []
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if not isinstance(value, (str, int, float, type(None))):
         return "", f"{value!r:.40} is no text"
     text = as_text(value)
@@ -345,14 +384,15 @@ def gold_text(value):
 def why_no_value(text):
     """Why a gold's text is no value, or "". Several sentences, or more than 25 words, are a proof."""
     words = len(PLAIN_WORD.findall(text))
-    if SENTINEL.fullmatch(text):
+    if NO_VALUE.fullmatch(text):
         return f"{text[:40]!r} is no value"
-    return f"{text[:40]!r} is a text of {words} words" if words > 25 or (
-        words >= 5 and SENTENCE_END.search(text)) else ""
+    is_proof = words > 25 or words >= 5 and SENTENCE_END.search(text)
+    return f"{text[:40]!r} is a text of {words} words" if is_proof else ""
 
 def read_answer(row):
-    """(field, known answer, "") of a row, or (None, None, why it has none). A solution in words, without a
-    box or ####, is passed over. {"reward_model": {"ground_truth": 2}} gives ("reward_model", "2", "")."""
+    """(field, known answer, "") of a row, or (None, None, why the answer is unknown). A solution in words
+    that has neither a box nor #### is skipped. {"reward_model": {"ground_truth": 2}} gives ("reward_model",
+    "2", "")."""
     for field in ANSWER_FIELDS:
         value = row.get(field)
         if field == "reward_model" and value:
@@ -362,23 +402,28 @@ def read_answer(row):
                 return None, None, f"{field}: {value!r:.40} has no ground_truth"
             value = value.get("ground_truth")
         text, why = gold_text(value)
-        if (text or why) and not (field == "solution" and " " in text and text == str(value).strip()):
+        is_in_words = field == "solution" and " " in text and text == str(value).strip()
+        if (text or why) and not is_in_words:
             why = why or why_no_value(text)
             return (None, None, f"{field}: {why}") if why else (field, text, "")
     return None, None, "no answer"
 
 # ---------- questions with options
-# The options keep their order and their letters, because some refer to others ("Both A and B"). Only where
-# the fields themselves tell the right option from the wrong ones, as GPQA's do, they are shuffled.
+# The options keep their order and their letters, because some refer to others ("Both A and B"). They are
+# shuffled only where the fields themselves tell the right option from the wrong ones, as GPQA's do.
 LETTERS = [*"ABCDEFGHIJ"]
+NAMED_OPTION = re.compile(r"""(?xs)  # of a gold in lower case
+    (?: (?:the\ )? (?:option|choice|answer) (?:\ is)? :?\  )?   # "the answer is: "
+    (\w) (?: [).:]+ \s* (.+) )?                                 # "b", or "b) paris" """)
 
 def read_options(row):
-    """(fields, labels, options, are they shuffled) of a question with options. Without: no options."""
+    """(fields, labels, options, whether to shuffle them) of a question. Without options the lists are empty.
+    """
     for field in OPTION_LISTS:
         if row.get(field):
             found = load_json(row[field]) if isinstance(row[field], str) else row[field]
             if isinstance(found, dict) and "text" in found:  # ARC
-                return [field], [*map(str, found["label"])], found["text"], False
+                return [field], [str(label) for label in found["label"]], found["text"], False
             if isinstance(found, dict):  # MedQA
                 labels = [label for label in sorted(found) if found[label] is not None]
                 return [field], labels, [found[label] for label in labels], False
@@ -386,9 +431,9 @@ def read_options(row):
             return [field], LETTERS, found, False
     for fields in OPTION_FIELDS:
         fields = [field for field in fields if field in row]
-        if len(fields) >= 4 or len(fields) >= 2 and len(fields[0]) > 1:  # a, b alone may be anything
+        if len(fields) >= 4 or len(fields) >= 2 and len(fields[0]) > 1:  # two fields a and b may be anything
             return fields, LETTERS, [row[field] for field in fields], False
-    wrong = [field for field in sorted(row) if re.fullmatch(WRONG_OPTION_FIELD, field)]
+    wrong = [field for field in sorted(row) if WRONG_OPTION_FIELD.fullmatch(field)]
     if wrong and is_filled(row.get("correct_answer")):
         options = [row["correct_answer"]]
         for field in wrong:
@@ -397,89 +442,93 @@ def read_options(row):
     return [], LETTERS, [], False
 
 def places_of(gold, labels, options):
-    """Places of the options that a gold may mean. A number is a label, or a place from 0. A text is an
-    option, a label, both, or a place: 2, "Paris", "(C)", "C. Paris" and "2"."""
-    places = labels if labels[0].isdigit() else [str(place) for place in range(len(options))]
+    """The places of the options that a gold may mean. A number is a label, or a place counted from 0. A text
+    is an option, a label, both, or a place: 2, "Paris", "(C)", "C. Paris" and "2"."""
+    numbers = labels if labels[0].isdigit() else [str(place) for place in range(len(options))]
     text = gold_text(gold)[0]
-    if isinstance(gold, (int, float)) and text.removesuffix(".0") in places:
-        return [places.index(text.removesuffix(".0"))]
-    bare = [option.strip("()[]. :").lower() for option in (text, *options)]
-    for wanted, among in ((text, options), (bare[0], bare[1:])):
+    if isinstance(gold, (int, float)) and text.removesuffix(".0") in numbers:
+        return [numbers.index(text.removesuffix(".0"))]
+    bare, *bare_options = [words.strip("()[]. :").lower() for words in (text, *options)]
+    for wanted, among in ((text, options), (bare, bare_options)):
         if wanted in among:
             return [place for place, option in enumerate(among) if option == wanted]
-    named = re.fullmatch(r"(?s)(?:(?:the )?(?:option|choice|answer)(?: is)?:? )?(\w)(?:[).:]+\s*(.+))?",
-                         bare[0])
-    for names in (labels, places):
+    named = NAMED_OPTION.fullmatch(bare)
+    for names in (labels, numbers):
         if named and named[1].upper() in names[:len(options)]:
             place = names.index(named[1].upper())
-            return [place] if named[2] in (None, bare[1 + place]) else []
+            return [place] if named[2] in (None, bare_options[place]) else []
     return []
 
 def find_gold(row, labels, options):
     """(fields that say which option is right, its place, "") or (fields, None, why it is unknown)."""
-    fields = [field for field in row if re.fullmatch(GOLD_FIELD, field) and row[field] not in (None, "", [])]
-    places = [*range(len(options))] if fields else [None]
+    fields = [field for field in row if GOLD_FIELD.fullmatch(field) and row[field] not in (None, "", [])]
+    if not fields:
+        return [], None, "no answer"
+    places = range(len(options))
     for field in fields:
-        found, (text, why) = places_of(row[field], labels, options), gold_text(row[field])
-        if not found and (why or text in ("", "-1") or SENTINEL.fullmatch(text)):
+        found = places_of(row[field], labels, options)
+        text, why = gold_text(row[field])
+        if not found and (why or text in ("", "-1") or NO_VALUE.fullmatch(text)):
             return fields, None, f"{field}: {why or repr(text) + ' is no value'}"
         check(found, f"expected as {field} the letter, text or place of an option, found {row[field]!r:.60}")
         places = [place for place in places if place in found]
         check(places, "expected fields that mean the same option, found "
               + ", ".join(f"{name} {row[name]!r:.40}" for name in fields))
-    return fields, places[0], "" if fields else "no answer"
+    return fields, places[0], ""
 
 def letter_options(row, problem, question):
-    """(problem with its options lettered, letter of the right one or None, why that is unknown, fields of the
-    options, of the answer). The question's text decides how options are shuffled."""
-    fields, labels, options, shuffled = read_options(row)
+    """(problem with its options lettered, letter of the right one or None, why that is unknown, {field: what
+    it is read as}), without such fields if there are no options. The question's text decides how the options
+    are shuffled."""
+    fields, labels, options, is_to_shuffle = read_options(row)
     options = [as_text(option) for option in options]
     padding = ("", "N/A") if options.count("N/A") > 1 else ("",)
-    while options and options[-1] in padding:  # as MMLU-Pro's
+    while options and options[-1] in padding:  # MMLU-Pro fills its lists up to ten options
         options.pop()
     if not options:
-        return problem, None, "", [], []
+        return problem, None, "", {}
     check(1 < len(options) <= len(LETTERS) and all(options),
           f"expected a question and two to ten texts to choose from, found {options!r:.80}")
-    golds, place, why = ([], 0, "") if shuffled else find_gold(row, labels, options)
+    golds, place, why = ([], 0, "") if is_to_shuffle else find_gold(row, labels, options)
     order = list(range(len(options)))
-    if shuffled:
-        random.Random(digest(question)).shuffle(order)
+    if is_to_shuffle:
+        random.Random(short_hash(question)).shuffle(order)
     lines = ["", "Answer with the letter of the correct option."]
     lines += [f"({letter}) {options[i]}" for letter, i in zip(LETTERS, order)]
 
-    def lettered(text):
+    def add_options(text):
         return "\n".join([text.strip(), *lines])
-    problem = lettered(problem) if isinstance(problem, str) else edit_last_user(problem, lettered)
-    return problem, None if place is None else LETTERS[order.index(place)], why, fields, golds
+    problem = add_options(problem) if isinstance(problem, str) else edit_last_user(problem, add_options)
+    answer = None if place is None else LETTERS[order.index(place)]
+    return problem, answer, why, dict.fromkeys(fields, "options") | dict.fromkeys(golds, "answer")
 
 # ---------- all rows
 def read_row(row, where, prefix="", suffix=""):
-    """dict(problem, tools, answer) of a row, why it has no answer, {field: what it is read as}."""
+    """dict(problem, tools, answer) of a row, why its answer is unknown, and {field: what it is read as}."""
     field, problem, tools = read_problem(row, where, prefix, suffix)
     with blaming(f"{where}, a question with choices"):
-        problem, answer, why, options, golds = letter_options(row, problem, row[field])
-    if not options:
+        problem, answer, why, uses = letter_options(row, problem, row[field])
+    if not uses:
         gold, answer, why = read_answer(row)
-        golds = [gold] if gold else []
-    uses = {field: "problem"} | dict.fromkeys(options, "options") | dict.fromkeys(golds, "answer")
+        uses = {gold: "answer"} if gold else {}
+    uses = {field: "problem"} | uses
     if tools:
         uses["tools"] = "tools"
     return dict(problem=problem, tools=tools, answer=answer), why, uses
 
 def read_problems(source, prefix="", suffix=""):
-    """[dict(problem, tools, answer, ids, number)], each problem once, with its first known answer. A row that
-    says nothing new is skipped before it is parsed: DAPO repeats each of its 17,000 problems 100 times."""
+    """[dict(problem, tools, answer, ids, number)], each problem once, with the first answer of it that is
+    known. A row that says nothing new is skipped before it is parsed: DAPO has each of its 17,000 problems
+    100 times."""
     say(f"reading {source} ...")
-    found, fields, uses, reasons, seen, missed, formats = {}, {}, {}, {}, set(), [], []
+    found, reasons = {}, {}  # by problem: what is returned, and why its answer is unknown
+    fields, uses = {}, {}  # all fields in their order, and {field: what it is read as}
+    seen, missed, formats = set(), [], []  # hashes of rows, refusals, rows that ask for another format
     number = others = 0
-
-    def is_wanted(field):
-        return is_read(field) or normal(field) in ID_FIELDS
     for number, (where, row) in enumerate(read_rows(source, is_wanted), 1):
         fields.update(row)
         row_hash = hash(pickle.dumps([(field, row[field]) for field in row if is_read(field)]))
-        if row_hash in seen:  # of two million rows two have the same by chance once in ten million runs
+        if row_hash in seen:  # 64 bits: of two million rows, two share one once in ten million runs
             continue
         seen.add(row_hash)
         try:
@@ -491,18 +540,20 @@ def read_problems(source, prefix="", suffix=""):
         key = json.dumps([problem["problem"], problem["tools"]])
         if key not in found:
             ids = {name: row.get(name) for name in ID_FIELDS}
-            found[key], reasons[key] = problem | dict(ids=ids, number=number), f"{where}, {why}"
-            if (prefix or suffix) and re.search(OTHER_FORMAT, str(problem["problem"])):
+            found[key] = problem | dict(ids=ids, number=number)
+            reasons[key] = f"{where}, {why}"
+            if (prefix or suffix) and OTHER_FORMAT.search(str(problem["problem"])):
                 formats.append(where)
-        elif problem["answer"] is not None:
-            others += found[key]["answer"] not in (None, problem["answer"])
-            if found[key]["answer"] is None:
-                found[key]["answer"] = problem["answer"]
-    check(not missed, f"{''.join(missed[:1])} ({len(missed)} of {number} rows, repeats aside)")
+        elif found[key]["answer"] is None:
+            found[key]["answer"] = problem["answer"]
+        else:
+            others += problem["answer"] not in (None, found[key]["answer"])
+    if missed:
+        raise ValueError(f"{missed[0]} ({len(missed)} of {number} rows, repeats aside)")
     unknown = [reasons[key] for key in found if found[key]["answer"] is None]
+    first = f"the first without an answer: {unknown[0]}; " if unknown else ""
     say(f"{source}: {number} rows, {len(found)} problems, {len(unknown)} without a known answer, {others} "
-        f"again with another; {number - len(found)} rows were repeats; "
-        f"{''.join(f'the first without an answer: {reason}; ' for reason in unknown[:1])}"
+        f"again with another; {number - len(found)} rows were repeats; {first}"
         f"read: {', '.join(f'{name} as {use}' for name, use in uses.items())}; "
         f"not read: {', '.join(name for name in fields if name not in uses)}")
     if formats:
@@ -511,78 +562,95 @@ def read_problems(source, prefix="", suffix=""):
     return list(found.values())
 
 # ---------------------------------------------------------------------------------------------------- GRADING
-# First half: find the answer. All is linear in the text: a megabyte of brackets must not hang.
-# Think blocks of most families, Seed and EXAONE; Mistral; Cohere; Gemma 4. What follows the last one counts.
-OPENING = re.compile(r"<(?:\w{1,9}:)?(?:think|thought)>|\[THINK\]|<\|START_THINKING\|>|<\|channel>")
-CLOSING = re.compile(r"</(?:\w{1,9}:)?(?:think|thought)>|\[/THINK\]|<\|END_THINKING\|>|<channel\|>")
-SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # left over
-MARKER = re.compile(r"""(?xm)  # what comes before an answer
+# The first half finds the answer in a response. Everything in it takes time linear in the text, so that a
+# megabyte of brackets cannot block a run.
+THINK_TAGS = [  # (opening, closing); what follows the last closing tag counts
+    (r"<(?:\w{1,9}:)?(?:think|thought)>", r"</(?:\w{1,9}:)?(?:think|thought)>"),  # most, Seed and EXAONE
+    (r"\[THINK\]", r"\[/THINK\]"),                                                # Mistral
+    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),                             # Cohere
+    (r"<\|channel>", r"<channel\|>")]                                             # Gemma 4
+OPENING = re.compile("|".join(opening for opening, _ in THINK_TAGS))
+CLOSING = re.compile("|".join(closing for _, closing in THINK_TAGS))
+SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # as text
+ANSWER_MARKER = re.compile(r"""(?xm)  # what comes before an answer
     (?: ^[ \t>*_#`$-]* (?i: (?:the\ |my\ )?(?:final\ |correct\ )?answer )    # in any case where a line starts
       | \b(?:Answer|ANSWER) ) [ \t*_`]{0,8} [:：]                            # elsewhere only with a capital
       (?: \ ?[Tt]he\ [\w ]*(?:answer|option|choice)\ is\b )?                 # Answer: The correct option is B
-  | \b[Ff]inal\ answer\ is\b :? (?= [^\n]{1,400}I\ hope\ it\ is\ correct )   # the words of Minerva's prompt
-    """)
-SPANS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$\n": "$"}  # maths that may go over several lines
-GAP = re.compile(r"""(?x)  # what may stand between boxes that are one list
+  | \b[Ff]inal\ answer\ is\b :? (?= [^\n]{1,400}I\ hope\ it\ is\ correct )  # Minerva's prompt""")
+SPANS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$\n": "$"}  # formulas that may take several lines
+BETWEEN_BOXES = re.compile(r"""(?x)  # what may stand between boxes that are one list
     (?: [\s,;$&~*] | \\[\[\]()\\,;:!\ ] | \\q?quad                   # spaces, commas, the ends of formulas
       | \b(and|or)\b                                                 # a word, bare
-      | \\(?:text|mathrm)\{ [\s,]{0,9} (and|or)? [\s,]{0,9} \} )*    # or in \text
-    """)
-LONGEST = 1000  # characters of an answer that is still looked at; the longest gold of MATH-500 has 53
+      | \\(?:text|mathrm)\{ [\s,]{0,9} (and|or)? [\s,]{0,9} \} )*    # or in \text""")
+LONGEST = 1000  # characters; a longer answer is wrong. The longest gold of MATH-500 has 53.
 
 class Verdict(NamedTuple):
     correct: bool
     answer: str | None      # as extracted, None if there is none
-    answer_only: bool       # the three other rules, see the top of this file
+    answer_only: bool       # the verdicts of the three other rules, see the top of this file
     boxed_only: bool
     either_full_text: bool
-    truncated: bool         # cut at the token limit, or still inside a think block
+    truncated: bool         # ended at the token limit, or still inside a think block
     no_answer: bool         # ended by itself, but in neither format
 
 def last_answer_line(text):
     """(start of the last `Answer:` that has a value, the value), or (-1, None)."""
-    for marker in reversed(list(MARKER.finditer(text))):
+    for marker in reversed(list(ANSWER_MARKER.finditer(text))):
         rest = text[marker.end():marker.end() + 4 * LONGEST].lstrip(" \t\n*_`}")  # or on the next line
-        closing = SPANS.get(rest[:2]) or ("\\end{" if "\\begin{" in rest.partition("\n")[0] else "")
+        closing = SPANS.get(rest[:2])
+        if "\\begin{" in rest.partition("\n")[0]:
+            closing = closing or "\\end{"
         end = max(0, rest.find(closing, 2)) if closing else 0
-        value = clean(rest[:end] + rest[end:].partition("\n")[0])  # "$5$ or $6$" stays whole
+        value = clean(rest[:end] + rest[end:].partition("\n")[0])  # the line on which the formula ends
         if value:
             return marker.start(), value
     return -1, None
 
-def last_box(text):
-    """(end of the last balanced \\boxed{}, its content), or (-1, None). Boxes in a row are one list."""
-    stack, boxes = [], []  # one pass with a stack of open braces: unbalanced ones cost nothing
+def find_boxes(text):
+    """[(start, start of the content, end of the content, end)] of the balanced boxes of a text, without those
+    that stand inside another. One pass with a stack of open braces: unbalanced braces cost nothing."""
+    stack, boxes = [], []
     for token in re.finditer(r"\\f?box(?:ed)?\s*\{|\\boxed\s*[-+]?\d+(?:[.,/]\d+)*|\\.|[{}]", text):
         start, end = token.span()
-        if token[0][-1].isdigit():  # no braces needed; `\\.` eats \{ and \}
+        if token[0][-1].isdigit():  # \boxed 5 needs no braces
             boxes.append((start, start + len("\\boxed"), end, end))
         elif token[0] == "}" and stack:
             opened, content, is_box = stack.pop()
-            while is_box and boxes and boxes[-1][0] > opened:  # \boxed{\boxed{2}}
-                boxes.pop()
-            boxes += [(opened, content, start, end)] * is_box
+            if is_box:
+                while boxes and boxes[-1][0] > opened:  # \boxed{\boxed{2}}
+                    boxes.pop()
+                boxes.append((opened, content, start, end))
         elif token[0].endswith("{") and token[0] != "\\{":
             stack.append((start, end, token[0] != "{"))
-    found, following = [], None  # value, joint, value, ... from the last one backwards
+    return boxes
+
+def last_box(text):
+    """(end of the last \\boxed{}, its content), or (-1, None). Boxes in a row are one list."""
+    boxes = find_boxes(text)
+    parts, following = [], None  # value, joint, value, ... from the last box backwards
     for start, content, end, after in reversed(boxes[-LONGEST:]):
-        value = clean(MARKER.sub("", text[content:end][:4 * LONGEST]))
-        gap = GAP.fullmatch(text, after, following) if found else None
-        if not value or found and not gap:  # an empty box hides those before it
+        value = clean(ANSWER_MARKER.sub("", text[content:end][:4 * LONGEST]))
+        between = BETWEEN_BOXES.fullmatch(text, after, following) if parts else None
+        if not value or parts and not between:  # an empty box hides those before it
             break
-        word = gap and (gap[1] or gap[2])
-        found += [f" {word} " if word else ", "] * bool(found) + [value]
+        if parts:
+            word = between[1] or between[2]
+            parts.append(f" {word} " if word else ", ")
+        parts.append(value)
         following = start
-    found = found[:1] if len(set(found[::2])) == 1 else found[::-1]  # the same said twice is one
-    return boxes[-1][2] if boxes else -1, "".join(found) or None
+    if len(set(parts[::2])) == 1:  # the same value several times is one value
+        parts = parts[:1]
+    return boxes[-1][3] if boxes else -1, "".join(reversed(parts)) or None
 
 def find_answers(text):
-    """Values by three rules: the later of the two formats, the `Answer:` line alone, the box alone."""
-    (line_at, line), (box_at, box) = last_answer_line(text), last_box(text)
-    return box if box is not None and box_at > line_at else line, line, box  # a box in the line is later
+    """The answers by three rules: the later of the two formats, the `Answer:` line alone, the box alone."""
+    line_start, line = last_answer_line(text)
+    box_end, box = last_box(text)
+    is_box_later = box is not None and box_end > line_start  # a box in the line is later than its start
+    return box if is_box_later else line, line, box
 
 def clean(text):
-    """The bare value: no special tokens, Markdown, maths delimiters or trailing punctuation."""
+    """The bare value, without special tokens, Markdown, delimiters of maths and trailing punctuation."""
     text = re.sub(r"(?<!\\)\$|(?<!\\)\\[()\[\]]", " ", SPECIAL.sub("", text))  # but \$ and \\[2pt] stay
     text = " ".join(text.replace("...", "\\ldots").split()).lstrip(" *`\"“:").rstrip(" *_`\"”.,;:。✓✅")
     if text.count("}") > text.count("{"):  # \textbf{Answer: 7}
@@ -590,28 +658,41 @@ def clean(text):
     text = re.sub(r"(?i)^the (?:correct )?(?:answer|option) is:? |[. ]*I hope it is correct$", "", text)
     return text.rstrip("\\ .").strip()
 
-# Second half, in a worker: are two values equal? Rules, in this order, give each thing one spelling that
-# math-verify reads: (pattern, replacement, "answer -> gold": accepted with the rule and not without it,
-# "answer -> gold": a near miss, which must stay refused).
-SYMBOLS = str.maketrans({x[0]: x[1:] + " " for x in (
-    r"−- –- —- ×\cdot ·\cdot ⋅\cdot ÷/ ⁄/ ≡\equiv π\pi ∞\infty ∪\cup ≤\le ≥\ge ±\pm ∅\emptyset "
-    r"∠\angle θ\theta ∈\in ≈\approx △\triangle").split()})
-ARGUMENT = r" ?(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\w|\\pi|\\theta))"
+# The second half, which runs in a worker, decides whether two values are equal. The rules are applied in this
+# order and give each thing one spelling that math-verify can read. A rule is (pattern, replacement, example,
+# near miss): "answer -> gold" of the example is accepted with the rule and refused without it; that of the
+# near miss must stay refused.
+SYMBOLS = str.maketrans({
+    "−": "- ", "–": "- ", "—": "- ", "×": r"\cdot ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/ ", "⁄": "/ ",
+    "≡": r"\equiv ", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "≤": r"\le ", "≥": r"\ge ", "±": r"\pm ",
+    "∅": r"\emptyset ", "∠": r"\angle ", "θ": r"\theta ", "∈": r"\in ", "≈": r"\approx ",
+    "△": r"\triangle "})
+ARGUMENT = r" ?(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\w|\\pi|\\theta))"  # of a LaTeX command, in braces or bare
 AND = r"(?:,? ?\\text\{,? ?and,?\} ?|,? ?\band\b ?|, ?)"
 AND_OR = r"(?:,? ?(?:\\text\{,? ?(?:and|or),?\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])|\\&))+"
-MEASURES = {word: kind.split()[0] for kind in (  # compared where both values have one, converted nowhere
+# Units by their names: compared where both values have one, but never converted into each other
+MEASURES = {name: names.split()[0] for names in (
     "hour hr h", "minute min", "second sec s", "day", "week", "month", "year yr", "mm millimeter", "meter m",
     "cm centimeter", "km kilometer", "inch in inche", "foot ft feet", "yard yd", "mile mi mph", "gram g",
     "mg milligram", "kg kilogram", "pound lb", "ounce oz", "ml mL", "liter l", "cent", "dollar")
-    for word in kind.split()}
+    for name in names.split()}
 MEASURE = "(" + "|".join(MEASURES) + r")s?(?![a-zA-Z])"
 
-def point(match):
-    """(3, 4) of "x = 3, y = 4", but x = 3, x = 4 as it is."""
+def as_point(match):
+    """(3,4) for "x = 3, y = 4", but "x = 3, x = 4" stays as it is."""
     parts = sorted(part.replace(" =", "=") for part in re.split(AND, match[0]))
     names = {part[0] for part in parts}
     return f"({','.join(part[2:] for part in parts)})" if len(names) == len(parts) else match[0]
 
+def join_inequalities(match):
+    """Between inequalities it matters whether the word is "and" or "or"."""
+    def as_operator(word):
+        return r"\lor " if "or" in word[0] else r"\land "
+    return re.sub(AND_OR, as_operator, match[0])
+
+# Twice in the rules, because sqrt(1+sqrt(9)) has one inside another
+SQUARE_ROOT = (r"(?:√|(?<![\\a-zA-Z])sqrt|\\sqrt(?= ?\()) ?(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}",
+               "sqrt(1+sqrt(9)) -> 2", "sqrt(1+sqrt(9)) -> 4")
 RULES = {
     "unicode": [
         ("[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]", "", "1\u200b7 -> 17", "1\u200b7 -> 1"),
@@ -626,6 +707,7 @@ RULES = {
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])", "", r"\big\{1\big\} -> 1", r"\left[0,1\right) -> 1"),
         (r"\\(?:displaystyle|boxed|bf|[lL]arge|(?:text)?color ?\{\w+\})(?![a-zA-Z])", "", r"\bf 9 -> 9",
          r"\bf 9 -> 8"),
+        # Signs of currencies go. \$7.50 becomes 7.50 dollars, so that it is not 7.50 cents.
         (r"\\?\$ ?(\d(?:[\d.,]|\\!|\{,\})*(?<!,)|\.\d+)(?!,?\d| ?[\w\\.{])|\\?[$€£¥₹¢]",
          lambda m: rf"{m[1]}\text{{dollars}}" if m[1] else " ", "€7.50 -> 7.5", r"\$7.50 -> 7.5 cents"),
         (r"^ ?(?:\\approx|\\sim|=) ", "", r"\approx 5.2 -> 5.2", r"\neq 5.2 -> 5.2"),
@@ -635,13 +717,13 @@ RULES = {
          r"\mathrm{west} -> \text{west}", r"\mathrm{west} -> \text{east}"),
         (r"\\text(?=\{[^{}]*\\)", "", r"\mathbf{\frac{3}{4}} -> 3/4", r"\mathbf{\frac{3}{4}} -> 4/3"),
         (r"\\text\{([-+]?[\d(][^{}]*)\}", r"\1 ", r"\text{14/2} -> 7", r"\text{14 or 7} -> 7"),
+        # Of a set {x : condition} only the condition stays.
         (r"^(?:\w ?= ?)?\\\{ ?\w(?: ?\\in ?\\mathbb ?\{?R\}?)? ?(?:[:|]|\\mid) ?(.+)\\\}$", r"\1",
          r"\{x : x \le 3\} -> x \le 3", r"\{x \mid x < 3\} -> x \le 3")],
     "functions": [
         (r"(\\text\{)?(?<![\\a-zA-Z])((?:arc)?(?:sin|cos|tan)|pi|ln|log|exp)(?![a-zA-Z])(?(1)\})", r"\\\2 ",
          r"sin(x) -> \sin x", r"sin(x) -> \cos x"),
-        *[(r"(?:√|(?<![\\a-zA-Z])sqrt|\\sqrt(?= ?\()) ?(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}",
-           "sqrt(1+sqrt(9)) -> 2", "sqrt(1+sqrt(9)) -> 4")] * 2,
+        SQUARE_ROOT, SQUARE_ROOT,
         (r"\\[dtc]?frac" + ARGUMENT * 2, r"\\frac{\1\2}{\3\4}", r"\tfrac12 -> \frac{1}{2}", r"\frac12 -> 12"),
         (r"\\(sqrt|log_)" + ARGUMENT, r"\\\1{\2\3}", r"2\sqrt3 -> \sqrt{12}", r"\sqrt32 -> \sqrt{32}"),
         (r"\*\*(?=[\w({\\-])", "^", "2**3 -> 8", "2**3 -> 6"),
@@ -663,10 +745,12 @@ RULES = {
          lambda m: r"\cdot 10^" + {"t": "3", "m": "6", "b": "9"}[m[2][0]], "2.5 million -> 2,500,000",
          "2.5 million -> 2.5"),
         (r"(?<![\d./^_{}])(\d+) (\d+)/ ?(\d+)(?![\d./])", r"\1\\frac{\2}{\3}", "2 1/2 -> 2.5", "2 1/2 -> 1"),
+        # Thousands are set apart by spaces, apostrophes or full stops, or by commas before a percent sign.
         (r"(?<![\d.,])\d{1,3}(?:(?:[ ']\d{3})+|(?:\.\d{3}){2,}|(?:,\d{3})+(?= ?\\?%))(?![\d.])",
          lambda m: re.sub(r"\D", "", m[0]), "1'234'567 -> 1234567", "1'23 -> 123"),
         (r"(?<=[\d)}.]) ?((?:\\text)?\{)?(?:\\?%|per ?cent\b)(?(1)\})(?: (?=[a-z\\]))?", r"\\%",
          "25 percent -> 1/4", "25 percent gain -> 1/4"),
+        # Digits that repeat without end are written 30 times.
         (r"\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: f".{m[1]}{m[2] * 30}", r"0.\bar{6} -> 2/3",
          r"0.\bar{6} -> 0.6")],
     "units": [  # more in UNITS
@@ -676,6 +760,7 @@ RULES = {
         (r"(\\(?:sin|cos|tan|cot|sec|csc)[ ({]*)([\d.]+)°", r"\1\\frac{\2\\pi}{180}", r"\sin 30° -> 1/2",
          r"\sin 30 -> 1/2"),
         (r"°(?: ?(?:\\text\{[CF]\}|[CF](?![a-zA-Z])))?", " ", "20° C -> 20", "20 C -> 20"),
+        # A value with two units keeps both, under the names that MEASURES gives them.
         (r"(?<=\d) ?(?:\\text\{)?" + MEASURE + r"[., }and]*(?=[\d.]+ ?(?:\\text\{)?(?!\1)" + MEASURE + ")",
          lambda m: rf"\text{{{MEASURES[m[1]]}}}", "2 hours and 30 minutes -> 2 hr 30 min",
          "2 hours and 30 minutes -> 30 hr 2 min"),
@@ -683,121 +768,132 @@ RULES = {
          "5 min 20 s -> 5 minutes 20 seconds", "5 min 20 s -> 5 hr 20 s"),
         (r"(?i)\b([ap])\.(?=m)", r"\1", r"7:20 p.m -> 7:20 \text{ PM}", r"7:20 a.m -> 7:20 \text{ PM}")],
     "lists": [
-        (r"^.*(?:[<>]|\\[lg]eq?|\\neq?)(?![a-z]).*", lambda m: re.sub(  # between inequalities the word counts
-            AND_OR, lambda word: r"\lor " if "or" in word[0] else r"\land ", m[0]), "x>1 and x>3 -> x>3",
+        (r"^.*(?:[<>]|\\[lg]eq?|\\neq?)(?![a-z]).*", join_inequalities, "x>1 and x>3 -> x>3",
          "x>1 or x>3 -> x>3"),
-        (rf"^[x-z] ?=[^=,]*?(?:{AND}[x-z] ?=[^=,]*?){{1,2}}$", point, "y = 4 and x = 3 -> (3,4)",
+        (rf"^[x-z] ?=[^=,]*?(?:{AND}[x-z] ?=[^=,]*?){{1,2}}$", as_point, "y = 4 and x = 3 -> (3,4)",
          "x = 3, x = 4 -> (3,4)"),
         (AND_OR, ",", r"2 \text{ or } 5 -> 2, 5", r"2 \text{ or } 5 -> 25"),
         (r"^([^,]*)\\pm([^,]*)$", r"\1+\2,\1-\2", r"\frac{3 \pm i}{2} -> \frac{3}{2} \pm \frac{i}{2}",
          r"3 \pm i -> 3 + i")]}
 
-# What may go behind a number. Not math-verify's list: it has single letters (2m would be 2), am and east.
-# Written for re.VERBOSE, with an example and a near miss as above.
+# What may stand behind a number as its unit. This is not math-verify's list, which has single letters (2m
+# would be 2), am and east. The patterns are written for re.VERBOSE, with an example and a near miss as above.
 UNITS = [
-    ("|".join(word for word in MEASURES if len(word) > 1 and word != "hr"), "35 cm -> 35", "35 cm -> 35 m"),
+    ("|".join(name for name in MEASURES if len(name) > 1 and name != "hr"), "35 cm -> 35", "35 cm -> 35 m"),
     ("squared? | cubed | cubic | sq | cu", "5 square units -> 5", "5 square cm -> 5 cm"),
     ("people|person|children|[wo]*men|way", "7 men -> 7", "7 men -> 8"),
     (r"per\ [a-z]+", "60 miles per hour -> 60", "60 per cent -> 6"),
-    (r"[Jm](?=\ ?/)|(?<=/)[smhK]", "7 m/s -> 7", "7m -> 7"),
+    (r"[Jm](?=\ ?/)|(?<=/)[smhK]", "7 m/s -> 7", "7m -> 7"),  # one letter, beside a slash
     (r"hr(?!\^)", "4 hrs -> 4", "4 hr^n -> 4"),
-    (r"(?<=\{)[A-Zmgshl](?=[}/\ ^])", r"4\text{ h} -> 4", "4 h -> 4"),
+    (r"(?<=\{)[A-Zmgshl](?=[}/\ ^])", r"4\text{ h} -> 4", "4 h -> 4"),  # one letter, in \text
     ("nm|[kM]J|k?cal|k?mol|[kMG]?(?:eV|Hz|Pa)|deg|degree|rad|unit|cup|USD", "6.5 kJ -> 6.5", "6.5 k -> 6.5"),
+    # Any plural, but not of a word that changes the value
     (r"(?!(?:ten|\w+red|thousand|\w+illion|dozen|third|\w+th|halve|quarter|\w+crease|\w+verge|plu|minu|"
      r"\w+s)s)[a-z]{3,}s", "14 stamps -> 14", "14 minus -> 14")]
 UNIT = re.compile(r"""(?x)
-    (?: (?<!%) | (?= (?:\\text\{)?per\  ) )    # a percent sign keeps its "gains" and "losses", not "per year"
+    (?: (?<!%) | (?= (?:\\text\{)?per\  ) )    # behind a percent sign only "per year": gains are not losses
     (?: (?: (?<=[\d)}\]!%])\ ? | (?<=\\pi)\  ) # a unit without \text stands behind a number or \pi,
         (?= [a-zA-Z]{2} | [Jm]\ ?/ )           # and has two letters, or is that of 5 J/g or 7 m/s
       | (?<=.) \ ?/?\ ? (\\text\{) )           # a unit in \text stands behind anything
     (?: (?:""" + "|".join(pattern for pattern, *_ in UNITS) + r""") s? (?![a-zA-Z])
         (?: [./\ ] | \^\{?-?[1-3]\}? )* )+     # several units, each with its power: kg m/s^2
     (?(1) \} (?: \^\{?[23]\}? )? )             # \text{cm}^2
-    (?! \ ?\d )                                # 5 gallons 2 quarts is not 52
-    """)
-DIMENSION = re.compile(r"(?<![a-zA-Z])(?:(sq|cu)\w*[. ]+)?" + MEASURE + r"(?:\}?\^\{?-?(\d)| (sq|cu)\w*ed)?")
-# Misread by math-verify, so compared as text only, with what it would take for equal
-MISREAD = [
+    (?! \ ?\d )                                # 5 gallons 2 quarts is not 52""")
+DIMENSION = re.compile(r"""(?x) (?<![a-zA-Z])
+    (?: (sq|cu)\w*[.\ ]+ )? """ + MEASURE + r"""     # sq. cm, cubic m
+    (?: \}?\^\{?-?(\d) | \ (sq|cu)\w*ed )?           # cm^2, \text{cm}^{-2}, cm squared""")
+MISREAD = [  # what math-verify misreads, with a pair that it would take for equal; compared as text only
     (r"(?<![a-zA-Z\d_{])\d[\dA-F]*_", "52_9 -> 52_8"), (r"(?<![\d_^])\d+ \d", "5 6 -> 11"), ("'", "f' -> f"),
     (r"\\text", r"5\text{ R }2 -> 2\text{ R }5"), (r"\\angle", r"\angle AB -> \angle BA"),
     ("dots", r"2,4,6,\ldots -> 2,4,6"), (r"[A-Z]{3}|(?<![\\{a-zA-Z])[a-z]{4}", "seat -> east")]
-UNREAD = re.compile("|".join(pattern for pattern, _ in MISREAD))
-PERCENT = re.compile(r"((?:\d+/)?[\d.]+|(?:\d+ ?)?\\frac\{\d+\}\{\d+\})\\%")
+IS_MISREAD = re.compile("|".join(pattern for pattern, _ in MISREAD))
+PERCENTAGE = re.compile(r"((?:\d+/)?[\d.]+|(?:\d+ ?)?\\frac\{\d+\}\{\d+\})\\%")  # 5\%, 1/5\%, 2\frac{1}{5}\%
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
-OPTION = re.compile(r"\(?[A-J]\)?")
-CHOICE = re.compile(r"""(?x)
+OPTION_LETTER = re.compile(r"\(?[A-J]\)?")
+CHOSEN_OPTION = re.compile(r"""(?x)
     \ ? (?: (?i:option|choice)\  )? [(\[{]? ([A-J])  # the letter
     (?: [.)]\ ?[A-Z][a-z] .*                         # B. A sentence follows, which may name other options
       | (?: [).,:;?!*\]}](?!\w)                      # B) or B: seven
           | (?= \ [^=+*/^_<>] )                      # B because ..., but not B + 1
           | $ )
-        (?: (?! (?<![\w'\\]) (?: [B-HJ]             # and no other letter in what follows,
-                | [AI](?!\ [a-z]) ) (?![\w']) ) . )* ) # where A or I may be a word
-    """)
-PAIR = re.compile(r"[(\[][^()\[\]]*[)\]]")
-NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|(?=\.?\d)\d*(?:\.\d*)?)")
-WORD = re.compile(r"(?<![\\a-zA-Z])(?:(?=\w*[aeiouyAEIOU])(?:[A-Z][a-z]{2,}|[A-Z]{3,})|N[oO]|[AP]M)"
-                  r"(?![a-zA-Z_])")
+        (?: (?! (?<![\w'\\]) (?: [B-HJ]              # and no other letter in what follows,
+                | [AI](?!\ [a-z]) ) (?![\w']) ) . )* )  # where A or I may be a word""")
+BRACKETED = re.compile(r"[(\[][^()\[\]]*[)\]]")  # a point or an interval
+PLAIN_NUMBER = re.compile(r"""(?x) [+-]?
+    (?: \d{1,3}(,\d{3})+ (\.\d*)?        # 11,111.5
+      | (?=\.?\d) \d* (\.\d*)? )         # 055, 5. or .5""")
+ORDINARY_WORD = re.compile(r"""(?x)  # whose case does not count: Marcus and DNE, but not AB, CO and Mgh
+    (?<![\\a-zA-Z]) (?: (?=\w*[aeiouyAEIOU]) (?: [A-Z][a-z]{2,} | [A-Z]{3,} )  # three letters and a vowel
+                      | N[oO] | [AP]M ) (?![a-zA-Z_])                          # No, NO, AM and PM""")
 
 def normalise(text):
-    """One spelling for each thing, still LaTeX that math-verify reads."""
+    """The value with one spelling for each thing, still in LaTeX that math-verify reads."""
     for rules in RULES.values():
         for pattern, replacement, *_ in rules:
             text = re.sub(pattern, replacement, text)
     return " ".join(text.split())
 
 def canonical(text):
-    """The canonical form of a normalised value: equal forms, equal answers. "3 5" keeps its space: not 35."""
-    text = WORD.sub(lambda m: m[0].lower(), TEXT.sub(r"\1", text))  # Marcus, DNE; but not in AB, CO, Mgh
+    """The canonical form of a normalised value: equal forms are equal answers. "3 5" keeps its space, because
+    it is not 35."""
+    def lower(word):
+        return word[0].lower()
+    text = ORDINARY_WORD.sub(lower, TEXT.sub(r"\1", text))
     text = re.sub(r"(?<!\d) | (?!\d)", "", text)
     return re.sub(r"\{(\w)\}", r"\1", text).rstrip(".")  # \frac{1}{2} and \frac12, 5_{4} and 5_4
 
 def dimensions(text):
-    """What a normalised value is measured in: [("meter", "1"), ("second", "2")] of 7 m/s^2."""
-    units = DIMENSION.finditer("".join(unit[0] for unit in UNIT.finditer(text)))
+    """What a normalised value is measured in: [("meter", "1"), ("second", "2")] for 7 m/s^2."""
     powers = {None: "1", "sq": "2", "cu": "3"}
-    return [("%", "1")] * (r"\%" in text) + [(MEASURES[m[2]], m[3] or powers[m[1] or m[4]]) for m in units]
+    found = [("%", "1")] if r"\%" in text else []
+    for match in DIMENSION.finditer("".join(unit[0] for unit in UNIT.finditer(text))):
+        before, name, power, behind = match.groups()
+        found.append((MEASURES[name], power or powers[before or behind]))
+    return found
 
 def equal(answer, gold):
     """Are two normalised values equal?"""
-    if OPTION.fullmatch(canonical(gold)):  # multiple choice
-        return CHOICE.sub(r"\1", TEXT.sub(r" \1 ", answer).strip()) == canonical(gold).strip("()")
+    if OPTION_LETTER.fullmatch(canonical(gold)):  # multiple choice
+        return CHOSEN_OPTION.sub(r"\1", TEXT.sub(r" \1 ", answer).strip()) == canonical(gold).strip("()")
     if canonical(answer) == canonical(gold):
         return True
     if any(a != g for a, g in zip(dimensions(answer), dimensions(gold))):
         return False  # cm and m, cm^2 and cm^3
-    bare = [UNIT.sub("", text).strip() for text in (answer, gold)]
-    readings = [r"\\frac{\1}{100}"]
-    if (r"\%" in answer) != (r"\%" in gold):  # on one side only the sign may go, as a unit may
-        readings.append(r"\1 ")
-    return any(equal_bare(*[PERCENT.sub(percent, text) for text in bare]) for percent in readings)
+    bare_answer, bare_gold = UNIT.sub("", answer).strip(), UNIT.sub("", gold).strip()
+    meanings = [r"\\frac{\1}{100}"]
+    if (r"\%" in answer) != (r"\%" in gold):  # a sign on one side only may be left out, as a unit may
+        meanings.append(r"\1 ")
+    return any(equal_bare(PERCENTAGE.sub(meaning, bare_answer), PERCENTAGE.sub(meaning, bare_gold))
+               for meaning in meanings)
 
 def equal_bare(answer, gold):
-    """Exact rules first, then math-verify's opinion."""
+    """Are two normalised values without units equal? Exact rules come first, then math-verify's opinion."""
     a, g = canonical(answer), canonical(gold)
     if ("=" in a) != ("=" in g):  # n = 52_8 and 52_8
-        a, g = (re.sub(r"^[a-zA-Z]=", "", x) for x in (a, g))
+        a, g = re.sub(r"^[a-zA-Z]=", "", a), re.sub(r"^[a-zA-Z]=", "", g)
     if a == g:
         return True
-    if NUMBER.fullmatch(a) and NUMBER.fullmatch(g):  # 055, 11,111, .5
+    if PLAIN_NUMBER.fullmatch(a) and PLAIN_NUMBER.fullmatch(g):  # 055, 11,111, .5
         return fractions.Fraction(a.replace(",", "")) == fractions.Fraction(g.replace(",", ""))
-    if (any(UNREAD.search(x.rpartition("=")[2]) for x in (answer, gold))
-            or PAIR.fullmatch(a) and PAIR.fullmatch(g) and a[0] != g[0]):  # [3, 1] and (3, 1) would be points
+    if any(IS_MISREAD.search(value.rpartition("=")[2]) for value in (answer, gold)):
         return False
+    if BRACKETED.fullmatch(a) and BRACKETED.fullmatch(g) and a[0] != g[0]:
+        return False  # math-verify would take both [3, 1] and (3, 1) for points
     return sympy_equal(to_sympy(answer), to_sympy(gold))
 
 def latex_to_sympy(text):
     """Sympy's expression of a text. x<1 \\lor x>3 is joined; a comma beside the word means the same."""
     import sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
-    for word, join in ((r"\lor", sympy.Or), (r"\land", sympy.And)):
-        if word in text:
-            return join(*map(latex_to_sympy, text.replace(",", word).split(word)))
+    for operator, join in ((r"\lor", sympy.Or), (r"\land", sympy.And)):
+        if operator in text:
+            return join(*map(latex_to_sympy, text.replace(",", operator).split(operator)))
     return latex2sympy(text, is_real=True, conversion_config=ConversionConfig(lowercase_symbols=False))
 
 @functools.lru_cache(1000)
 def to_sympy(text):
-    """A value as sympy has it: letters keep their case; conditions on x become x = the set they allow."""
+    """A value as an expression of sympy. Letters keep their case; conditions on x become x = the set that
+    they allow."""
     import sympy
     value = latex_to_sympy(text)
     inequalities = (sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge, sympy.Ne)
@@ -806,101 +902,113 @@ def to_sympy(text):
     if len(value.free_symbols) > 1:
         return sympy.FiniteSet(*value.args) if type(value) is sympy.And else value
     conditions = value.args if isinstance(value, sympy.FiniteSet) else [value]
-    allowed, all_x = sympy.Or(*conditions).as_set(), (sympy.Reals, sympy.UniversalSet)
-    if allowed in all_x:  # x>1, x<3; but x<1, x>3
+    all_x = sympy.Reals, sympy.UniversalSet
+    allowed = sympy.Or(*conditions).as_set()
+    if allowed in all_x:  # a list of conditions: x<1, x>3 means "or", but x>1, x<3 means "and"
         allowed = sympy.And(*conditions).as_set()
     if allowed in (sympy.S.EmptySet, *all_x):
-        raise ValueError("of nothing and of everything one spelling is as good as another")
+        raise ValueError("all conditions that no x satisfies would be equal, and so would those that all do")
     return sympy.Eq(*value.free_symbols, allowed, evaluate=False)
 
 def sympy_equal(a, g):
-    """Numbers by their digits, all else by math-verify's opinion, less its false equalities."""
+    """Numbers are compared by their digits, everything else by math-verify, less what it wrongly takes for
+    equal."""
     import sympy
     from math_verify import verify
     if all(getattr(x, "is_number", False) and x.is_finite for x in (a, g)):
-        # Not by math-verify: to its 6 decimals .0000672 = .0000674, and to its 15 digits 1/2^99 = 1/2^98.
-        x, y, rough = a.evalf(60), g.evalf(60), "." in f"{a}{g}"
-        return bool(abs(x - y) <= (1e-6 if rough else 1e-50) * max(abs(x), abs(y)))
+        # math-verify's 6 decimals would make .0000672 = .0000674, its 15 digits 1/2^99 = 1/2^98.
+        tolerance = 1e-6 if "." in f"{a}{g}" else 1e-50
+        a, g = a.evalf(60), g.evalf(60)
+        return bool(abs(a - g) <= tolerance * max(abs(a), abs(g)))
     # The set option: -2 <= x <= 7 is the interval [-2, 7].
     if not verify(g, a, numeric_precision=50, allow_set_relation_comp=True, timeout_seconds=None):
         return False
     kinds = {type(x.rhs if isinstance(x, sympy.Eq) else x).__name__ for x in (a, g)}
     if "FiniteSet" not in kinds:
         return True
-    # 1, 2, 2 is not 1, 1, 2; and no set is (1, 2), be it a pair or an interval
+    if kinds & {"Tuple", "Interval"}:
+        return False  # a set is neither the point nor the interval (1, 2)
     items = [sorted(map(str, x._unsorted_args)) for x in (a, g) if hasattr(x, "_unsorted_args")]
-    often = [[part.count(x) for x in part] for part in items]
-    return often[:1] == often[-1:] and not kinds & {"Tuple", "Interval"}
+    counts = [[values.count(value) for value in values] for values in items]
+    return len(counts) < 2 or counts[0] == counts[1]  # 1, 2, 2 is not 1, 1, 2
 
-# math-verify runs in processes that can be killed: its alarm works in the main thread only and stops no C
-# code (9^9^9^9). They start by exec, not by fork of a trainer with CUDA and NCCL, and are kept: it is slow.
-# A comparison, which takes 0.01 to 0.6 s, may take 15 times the CPU time of the worker's own start, 0.4 s: in
-# seconds the limit would make verdicts depend on the processor.
-PATIENCE = 15
-WALL_SECONDS = 1000  # room to start on a busy machine; later no answer takes as long: its CPU time is bounded
-MEMORY = 4 << 30  # bytes of address space of a worker: a huge power must not take the trainer's memory
-IDLE = []         # started workers, waiting
+# math-verify runs in worker processes that can be killed, because its own alarm works in the main thread only
+# and cannot stop C code (9^9^9^9). Workers start by exec: a fork would copy a trainer's CUDA and NCCL state.
+# They are kept, because their start is slow. A comparison takes 0.01 to 0.6 s and may take 15 times the CPU
+# time of the worker's own start, which is 0.4 s: with a limit in seconds, verdicts would depend on the
+# processor.
+CPU_TIME_FACTOR = 15
+WALL_SECONDS = 1000  # enough to start on a busy machine; the limit of CPU time ends an answer much earlier
+WORKER_MEMORY = 4 << 30  # bytes of address space: a huge power must not take the trainer's memory
+IDLE_WORKERS = []
 
 def ask_worker(pair):
-    """Are (answer, gold) equal? What takes too long or ends the worker is wrong."""
-    worker, reply = IDLE.pop() if IDLE else None, ""
+    """Are (answer, gold) equal? An answer that takes too long or ends the worker is wrong."""
+    worker = IDLE_WORKERS.pop() if IDLE_WORKERS else None
     if worker is None or worker.poll() is not None:
-        worker = subprocess.Popen([sys.executable, os.path.abspath(__file__), "worker"], text=True, stdin=-1,
-                                  stdout=-1, start_new_session=True,  # -1: a pipe. Ctrl-C is not for workers
-                                  env=os.environ | {"PYTHONHASHSEED": "0"})  # sympy's order, and so verdicts
+        worker = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), "worker"], text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, start_new_session=True,  # Ctrl-C does not reach workers
+            env=os.environ | {"PYTHONHASHSEED": "0"})  # which decides sympy's order, and with it verdicts
+    reply = ""
     with contextlib.suppress(OSError):  # killed from outside just now; no reason to end a training run
         print(json.dumps(pair), file=worker.stdin, flush=True)
-        reply = worker.stdout.readline() if select.select([worker.stdout], [], [], WALL_SECONDS)[0] else None
+        is_ready = select.select([worker.stdout], [], [], WALL_SECONDS)[0]
+        reply = worker.stdout.readline() if is_ready else None
     if reply:
-        IDLE.append(worker)
+        IDLE_WORKERS.append(worker)
         return json.loads(reply)
     worker.kill()
-    if worker.wait() > 0 or reply is None:  # not killed, or stands still: no fault of the answer
+    if worker.wait() > 0 or reply is None:  # it ended by itself or stands still: not the answer's fault
         raise RuntimeError("a grading worker did not start (see above); is math-verify installed?")
     return False
 
 def worker_main():
+    """Reads pairs from stdin, one a line, and writes whether they are equal, until its parent ends."""
     import logging
     import resource
     import signal
-    import math_verify  # noqa: F401  slow: no pair pays for it
+    import math_verify  # noqa: F401  the slow imports come first: no pair pays for them
     from latex2sympy2_extended import latex2sympy2  # noqa: F401
-    limit = PATIENCE * time.process_time()
+    limit = CPU_TIME_FACTOR * time.process_time()
     logging.disable()
-    replies, sys.stdout = sys.stdout, sys.stderr  # a stray print must not look like a reply
+    replies = sys.stdout
+    sys.stdout = sys.stderr  # a stray print must not look like a reply
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    for line in sys.stdin:  # ends when the parent does
-        # CPU time: a verdict must not depend on the load. The kernel kills, in C code and orphans too.
+    resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
+    for line in sys.stdin:
+        # The limit is CPU time, so that a verdict does not depend on the load. The kernel enforces it, even
+        # in C code and in a worker whose parent is gone.
         signal.setitimer(signal.ITIMER_PROF, limit)
-        right = False
-        with contextlib.suppress(Exception):  # what sympy cannot read is not the answer
-            right = bool(equal(*map(normalise, json.loads(line))))
-        print(json.dumps(right), file=replies, flush=True)
+        is_equal = False
+        with contextlib.suppress(Exception):  # a text that sympy cannot read is not the answer
+            is_equal = bool(equal(*map(normalise, json.loads(line))))
+        print(json.dumps(is_equal), file=replies, flush=True)
 
 def grade_all(responses, golds, finished=None, workers=2):
-    """Verdicts of many responses. Each distinct pair (answer, gold) is compared once."""
-    found = []
-    for response, gold, done in zip(responses, golds, finished or [True] * len(responses), strict=True):
+    """The verdicts of many responses. Each distinct pair (answer, gold) is compared once."""
+    found, right = [], {}
+    finished = finished or [True] * len(responses)
+    for response, gold, is_finished in zip(responses, golds, finished, strict=True):
         tail = response[max((tag.end() for tag in CLOSING.finditer(response)), default=0):]
-        cut = not done or bool(OPENING.search(tail))
-        gold = last_box(str(gold))[1] or clean(str(gold))  # of a whole reference solution: its last box
-        whole = find_answers(response)
-        by_rule = (None,) * 3 if cut else whole if tail == response else find_answers(tail)
-        found.append((gold, cut, *by_rule, *whole[1:]))
-    told = {(x, gold): x == gold for gold, _, *answers in found for x in answers}
-    asked = sorted(pair for pair in told if pair[0] and not told[pair] and max(map(len, pair)) <= LONGEST)
+        is_truncated = not is_finished or OPENING.search(tail) is not None
+        gold = last_box(str(gold))[1] or clean(str(gold))  # a whole reference solution has it in its last box
+        answers = (None, None, None) if is_truncated else find_answers(tail)
+        _, full_line, full_box = find_answers(response)
+        right.update({(answer, gold): answer == gold for answer in (*answers, full_line, full_box)})
+        found.append((gold, is_truncated, *answers, full_line, full_box))
+    pairs = sorted(pair for pair in right if pair[0] and not right[pair] and max(map(len, pair)) <= LONGEST)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        told.update(zip(asked, pool.map(ask_worker, asked)))
-    verdicts = []
-    for gold, cut, answer, *others in found:
-        right, line, box, full_line, full_box = (told[x, gold] for x in (answer, *others))
-        verdicts.append(Verdict(right, answer, line, box, full_line or full_box, cut,
-                                answer is None and not cut))
-    return verdicts
+        right.update(zip(pairs, pool.map(ask_worker, pairs)))
+    return [Verdict(correct=right[answer, gold], answer=answer,
+                    answer_only=right[line, gold], boxed_only=right[box, gold],
+                    either_full_text=right[full_line, gold] or right[full_box, gold],
+                    truncated=is_truncated, no_answer=answer is None and not is_truncated)
+            for gold, is_truncated, answer, line, box, full_line, full_box in found]
 
 def grade(response, gold, finished=True):
-    """Verdict of one response. `gold`: the answer, or a reference solution whose last \\boxed{} holds it."""
+    """The verdict of one response. `gold` is the answer, or a reference solution whose last \\boxed{} holds
+    it. """
     return grade_all([response], [gold], [finished])[0]
 
 # ------------------------------------------------------------------------------------------------- BENCHMARKS
@@ -913,120 +1021,137 @@ BENCHMARKS = {  # name: hub id, configuration, split
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # the paper's
 
-def digest(*parts):
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-
-def load_problems(source, wrapper="math"):
-    """Problems (id, problem, tools, answer, level or None) of a benchmark, a copy of it (math500=DIR), or
-    what opsdc.py's --data is. Those without a known answer are left out; opsdc.py says how many there are."""
-    import opsdc
+def load_benchmark(source, wrapper="math"):
+    """The problems of a benchmark, of a copy of one (math500=DIR), or of anything that opsdc.py takes as
+    --data."""
     name, _, copy = source.partition("=")
-    blamed = contextlib.nullcontext()  # opsdc.py names a file itself
-    if name in BENCHMARKS:
-        hub_id, _, rest = BENCHMARKS[name].partition(":")
-        source = f"{copy or hub_id}:{rest}"
-        blamed = blaming(f"benchmark {name} (if gated, accept its terms on its hub page; offline a "
-                                 f"copy: {name}=DIR)")
-    with blamed:
-        check(re.search("[./]", source) or Path(source.partition(":")[0]).exists(),
-              f"{source}: expected {', '.join(BENCHMARKS)}, a file, a folder or a hub ID")
-        problems = [p for p in read_problems(source, *opsdc.WRAPPERS[wrapper]) if p["answer"] is not None]
-        check(problems, f"{source}: expected a field answer, final_answer or solution, found none")
-        for p in problems:
-            ids = p.pop("ids")
-            with blaming(f"{source}, row {p['number']}, unique_id, id or level"):
-                p["level"] = ids["level"] if isinstance(ids["level"], int) else as_text(ids["level"]) or None
-                p["id"] = as_text(ids["unique_id"]) or as_text(ids["id"]) or str(p["number"] - 1)
-    often = collections.Counter(p["id"] for p in problems)
+    if name not in BENCHMARKS:
+        return read_answered(source, wrapper)
+    hub_id, _, rest = BENCHMARKS[name].partition(":")
+    with blaming(f"benchmark {name} (if it is gated, accept its terms on its hub page; offline, give a copy: "
+                 f"{name}=DIR)"):
+        return read_answered(f"{copy or hub_id}:{rest}", wrapper)
+
+def read_answered(source, wrapper):
+    """[dict(problem, tools, answer, level or None, id)] of all problems with a known answer; the others are
+    left out. An id that occurs several times gets the number of its row."""
+    import opsdc
+    check(re.search("[./]", source) or Path(source.partition(":")[0]).exists(),
+          f"{source}: expected {', '.join(BENCHMARKS)}, a file, a folder or a hub ID")
+    problems = [p for p in read_problems(source, *opsdc.WRAPPERS[wrapper]) if p["answer"] is not None]
+    check(problems, f"{source}: expected a field answer, final_answer or solution, found none")
     for p in problems:
-        p["id"] += f", row {p.pop('number')}" * (often[p["id"]] > 1)
+        ids = p.pop("ids")
+        with blaming(f"{source}, row {p['number']}, unique_id, id or level"):
+            p["level"] = ids["level"] if isinstance(ids["level"], int) else as_text(ids["level"]) or None
+            p["id"] = as_text(ids["unique_id"]) or as_text(ids["id"]) or str(p["number"] - 1)
+    times = collections.Counter(p["id"] for p in problems)
+    for p in problems:
+        number = p.pop("number")
+        if times[p["id"]] > 1:
+            p["id"] += f", row {number}"
     return problems
 
 # ------------------------------------------------------------------------------------------------- GENERATION
 def make_jobs(tokenizer, problems, samples, seed, instruction=None, thinking=True, wrapper="math"):
-    """`samples` jobs of each problem: records without a response, with the prompt's ids. instruction: c's."""
+    """`samples` jobs for each problem: records that lack the response but have the ids of the prompt. With an
+    `instruction` the prompt is the teacher's."""
     import opsdc
     jobs = []
     for p in problems:
         prompt = opsdc.prompt_ids(tokenizer, p["problem"], instruction, thinking, wrapper, p.get("tools"))
-        job = {name: p[name] for name in ("id", "problem", "level")} | {
-            "gold": p["answer"], "prompt": prompt, "prompt_hash": digest(prompt),
-            "problem_hash": digest(p["problem"], p["answer"])}
-        jobs += [job | {"sample": i, "seed": int(digest(seed, p["id"], i), 16)} for i in range(samples)]
+        job = {"id": p["id"], "problem": p["problem"], "level": p["level"], "gold": p["answer"],
+               "prompt": prompt, "prompt_hash": short_hash(prompt),
+               "problem_hash": short_hash(p["problem"], p["answer"])}
+        jobs += [job | {"sample": i, "seed": int(short_hash(seed, p["id"], i), 16)} for i in range(samples)]
     return jobs
 
-def make_records(tokenizer, jobs, outputs):  # one of each job, graded; outputs: (ids, logprobs, finished)
-    # The last id of a finished response ended it: no text, even where the tokenizer does not call it special.
-    texts = [readable(tokenizer, job["prompt"], ids[:-1] if done else ids)
-             for job, (ids, _, done) in zip(jobs, outputs, strict=True)]
-    verdicts = grade_all(texts, [job["gold"] for job in jobs], [done for *_, done in outputs])
-    thinks = [think_length(tokenizer, ids, text) for (ids, *_), text in zip(outputs, texts)]
-    return [{name: value for name, value in job.items() if name != "prompt"} | {
-        "tokens": len(ids), "think_tokens": think, "answer_tokens": len(ids) - think, "response": text,
-        "finish_reason": "stop" if done else "length", **verdict._asdict()}
-        for job, (ids, _, done), text, think, verdict in zip(jobs, outputs, texts, thinks, verdicts)]
+def make_records(tokenizer, jobs, outputs):
+    """A graded record for each job from its output (ids, logprobs, finished)."""
+    # The last id of a finished response ended it. It is not text, even if the tokenizer does not call it
+    # special.
+    texts = [readable(tokenizer, job["prompt"], ids[:-1] if finished else ids)
+             for job, (ids, _, finished) in zip(jobs, outputs, strict=True)]
+    verdicts = grade_all(texts, [job["gold"] for job in jobs], [finished for _, _, finished in outputs])
+    records = []
+    for job, (ids, _, finished), text, verdict in zip(jobs, outputs, texts, verdicts):
+        think_tokens = think_length(tokenizer, ids, text)
+        record = {name: value for name, value in job.items() if name != "prompt"}
+        record |= {"tokens": len(ids), "think_tokens": think_tokens, "answer_tokens": len(ids) - think_tokens,
+                   "response": text, "finish_reason": "stop" if finished else "length"}
+        records.append(record | verdict._asdict())
+    return records
 
 def grade_rollouts(rollouts, problems, tokenizer):
-    known = [r for r in rollouts if problems[r.index].answer is not None]
+    """Sets `correct` of the rollouts whose problems have known answers."""
+    known = [rollout for rollout in rollouts if problems[rollout.index].answer is not None]
     jobs = [{"prompt": problems[r.index].student, "gold": problems[r.index].answer} for r in known]
-    for r, record in zip(known, make_records(tokenizer, jobs, [(r.ids, None, r.finished) for r in known])):
-        r.correct = record["correct"]
+    records = make_records(tokenizer, jobs, [(r.ids, None, r.finished) for r in known])
+    for rollout, record in zip(known, records):
+        rollout.correct = record["correct"]
 
 def readable(tokenizer, prompt, ids):
-    """The text that is graded: think tags kept (special tokens for some), other special tokens not."""
+    """The text that is graded. It keeps think tags, which some tokenizers call special, and no other special
+    tokens. A think block that the template opens in the prompt, as R1-Distill's does, gets its opening
+    tag."""
     text = tokenizer.decode(ids, skip_special_tokens=False)
     for token in tokenizer.all_special_tokens:
-        text = text if OPENING.fullmatch(token) or CLOSING.fullmatch(token) else text.replace(token, "")
-    tags = list(OPENING.finditer(tokenizer.decode(prompt[-16:]).rstrip()))  # by the template: R1-Distill's
-    return f"{tags[-1][0]}\n{text}" if tags and not tags[-1].string[tags[-1].end():] else text
+        if not OPENING.fullmatch(token) and not CLOSING.fullmatch(token):
+            text = text.replace(token, "")
+    opened = re.search(rf"(?:{OPENING.pattern})\s*\Z", tokenizer.decode(prompt[-16:]))
+    return f"{opened[0].rstrip()}\n{text}" if opened else text
 
 def think_length(tokenizer, ids, text):
-    """Tokens up to the last closing think tag and with it; all of them if none came, 0 without a block."""
+    """The number of tokens up to the last closing think tag, including it. Without such a tag these are all
+    tokens if a block was opened, otherwise none."""
     closed = list(CLOSING.finditer(text))
     if not closed:
         return len(ids) if OPENING.search(text) else 0
-    close = tokenizer.convert_tokens_to_ids(closed[-1][0])
-    if close in ids:
-        return len(ids) - ids[::-1].index(close)
-    # spelled with several tokens: encoded again, about one token off
+    tag = tokenizer.convert_tokens_to_ids(closed[-1][0])
+    if tag in ids:
+        return len(ids) - ids[::-1].index(tag)
+    # The tag is spelled with several tokens; encoding the text again is off by about one token.
     return len(tokenizer.encode(text[:closed[-1].end()], add_special_tokens=False))
 
 # ------------------------------------------------------------------------------------------------- STATISTICS
-def grouped(records, column):  # {value: its records} in the order of values; those without one are left out
+def grouped(records, column):
+    """{value: its records} in the order of the values; records without a value are left out."""
     found = collections.defaultdict(list)
-    for record in sorted(records, key=lambda r: str(r[column])):
+    for record in sorted(records, key=lambda record: str(record[column])):
         found[record[column]].append(record)
     return {value: group for value, group in found.items() if value is not None}
 
 def mean(records, column):
-    return statistics.fmean(r[column] for r in records)
+    return statistics.fmean(record[column] for record in records)
 
-def clustered_error(groups, column):  # of the mean over problems, whose samples depend on each other, or None
+def clustered_error(groups, column):
+    """The standard error of the mean over problems, whose samples depend on each other; None for one
+    problem."""
     means = [mean(group, column) for group in groups]
     return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
 def summarise(records):
-    """Statistics of records with equally many samples of each problem. Shares are fractions."""
-    groups = [*grouped(records, "id").values()]
+    """Statistics of records with equally many samples of each problem. Shares are fractions of 1."""
+    groups = list(grouped(records, "id").values())
     sizes = sorted({len(group) for group in groups})
     check(len(sizes) == 1, "expected equally many samples of each problem, found "
           f"{len(records)} records with {' or '.join(map(str, sizes)) or 'no'} samples")
-    right = [r["tokens"] for r in records if r["correct"]]
-    return {
-        "problems": len(groups), "samples": len(groups[0]),
-        "accuracy": mean(records, "correct"), "accuracy_se": clustered_error(groups, "correct"),
-        **{column: mean(records, column) for column in (
-            "answer_only", "boxed_only", "either_full_text", "truncated", "no_answer", "think_tokens",
-            "answer_tokens", "tokens")},
-        "tokens_se": clustered_error(groups, "tokens"),
-        "tokens_median": statistics.median(r["tokens"] for r in records),
-        "tokens_correct": statistics.fmean(right) if right else None,
-        "levels": {str(level): summarise([r | {"level": None} for r in group])
-                   for level, group in grouped(records, "level").items()}}
+    right = [record["tokens"] for record in records if record["correct"]]
+    means = {column: mean(records, column) for column in (
+        "answer_only", "boxed_only", "either_full_text", "truncated", "no_answer", "think_tokens",
+        "answer_tokens", "tokens")}
+    levels = {str(level): summarise([record | {"level": None} for record in group])
+              for level, group in grouped(records, "level").items()}
+    return {"problems": len(groups), "samples": len(groups[0]), "accuracy": mean(records, "correct"),
+            "accuracy_se": clustered_error(groups, "correct"), **means,
+            "tokens_se": clustered_error(groups, "tokens"),
+            "tokens_median": statistics.median(record["tokens"] for record in records),
+            "tokens_correct": statistics.fmean(right) if right else None, "levels": levels}
 
 def paired(base, ours, draws=4000):
-    """Token reduction (1 - ratio of means), accuracy change: (value, low, high), 95 % bootstrap intervals.
-    Problems are drawn, each with all its samples in both runs: what is long in one is long in the other."""
+    """The reduction of tokens (1 - ratio of means) and the change of accuracy, each as (value, low, high)
+    with a 95 % bootstrap interval. Problems are drawn, each with all its samples in both runs, because a
+    problem that takes many tokens in one run does so in the other."""
     import numpy
     base, ours = grouped(base, "id"), grouped(ours, "id")
     check(base and base.keys() == ours.keys(), "expected two runs on the same problems")
@@ -1035,66 +1160,76 @@ def paired(base, ours, draws=4000):
     check(means[0].any(), "the first run has no tokens at all: there is nothing to reduce")
     rng, count = numpy.random.default_rng(0), len(base)
     drawn = [means[:, rng.integers(count, size=count)].mean(1) for _ in range(draws)]
-    was, tokens, right, our_right = numpy.array([means.mean(1), *drawn]).T  # the first is of all problems
-    return {name: (float(found[0]), *numpy.percentile(found[1:], [2.5, 97.5]).tolist())
-            for name, found in (("reduction", 1 - tokens / was), ("change", our_right - right))}
+    # Of each row the first value is that of all problems, the others are those of the draws.
+    base_tokens, our_tokens, base_right, our_right = numpy.array([means.mean(1), *drawn]).T
+
+    def with_interval(values):
+        return float(values[0]), *numpy.percentile(values[1:], [2.5, 97.5]).tolist()
+    return {"reduction": with_interval(1 - our_tokens / base_tokens),
+            "change": with_interval(our_right - base_right)}
 
 # --------------------------------------------------------------------------------------------- COMPARING RUNS
 MAY_DIFFER = ("model", "model_hash", "instruction", "template", "seed")  # in two comparable runs
 
-def read_lines(path):  # of a .jsonl file; a last line without its end, which a kill left, is dropped
-    rows = []
-    for at, line in enumerate(path.read_text().split("\n")[:-1], 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {at}: not JSON ({error}); restore or move the file") from None
-    return rows
+def read_lines(path):
+    """The rows of a .jsonl file. A last line without its end, which a killed process left, is dropped."""
+    lines = path.read_text().split("\n")[:-1]
+    return [load_json(line, f"{path}, line {number} (restore or move the file): ")
+            for number, line in enumerate(lines, 1)]
 
 def read_summary(directory):
-    try:
+    with blaming(f"{directory}: expected the --out folder of an evaluation, with its summary.json, found"):
         summary = json.loads(Path(directory, "summary.json").read_text())
-        version = summary["settings"]["version"]
+        version = summary.get("settings", {}).get("version")
         check(version == VERSION, f"version {version} of eval.py, this is {VERSION}; evaluate again")
         return summary
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory}: expected the --out directory of an evaluation, with its summary.json;"
-                         f" found {type(error).__name__}: {error}") from None
 
-def read_run(directory):  # (settings, {benchmark: records}) of a finished evaluation
+def read_run(directory):
+    """(settings, {benchmark: records}) of a finished evaluation."""
     summary = read_summary(directory)
     check(summary["finished"], f"{directory}: not finished; repeat its command, it goes on where it stopped")
     return summary["settings"], {
         name: read_lines(Path(directory, f"{name}.jsonl")) for name in summary["benchmarks"]}
 
 def refuse_unless_comparable(base, ours, names):
-    a, b = ({**run[0], "benchmarks": sorted(run[1])} for run in (base, ours))
-    differ = [f"{k} is {v!r} and {b.get(k)!r}" for k, v in a.items() if k not in MAY_DIFFER and v != b.get(k)]
-    for name in base[1].keys() & ours[1].keys():
-        a, b = ({(r["id"], r["problem_hash"]) for r in run[1][name]} for run in (base, ours))
+    """Refuses two runs whose settings differ in more than MAY_DIFFER, or which have different problems."""
+    (base_settings, base_records), (our_settings, our_records) = base, ours
+    theirs = base_settings | {"benchmarks": sorted(base_records)}
+    own = our_settings | {"benchmarks": sorted(our_records)}
+    differ = [f"{name} is {value!r} and {own.get(name)!r}" for name, value in theirs.items()
+              if name not in MAY_DIFFER and value != own.get(name)]
+
+    def problems_of(records):
+        return {(record["id"], record["problem_hash"]) for record in records}
+    for name in base_records.keys() & our_records.keys():
+        a, b = problems_of(base_records[name]), problems_of(our_records[name])
         if a != b:
             differ.append(f"{name} has {len(a - b)} and {len(b - a)} problems of its own: {min(a ^ b)[0]}")
     check(not differ, f"{names[0]} and {names[1]} cannot be compared: " + "; ".join(differ))
 
-def markdown(header, rows):
+def markdown_table(header, rows):
     rows = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows)
 
-def percent(value, *interval, sign=""):
+def in_percent(value, *interval, sign=""):
+    """"12.3 [11.0, 13.5]" for 0.123 with an interval."""
     text = "" if value is None else f"{100 * value:{sign}.1f}"
     return text + (f" [{100 * interval[0]:{sign}.1f}, {100 * interval[1]:{sign}.1f}]" if interval else "")
 
-def contrast(base, ours):  # [(level or "all", statistics of base, of ours, paired differences)], "all" first
+def contrast(base, ours):
+    """[(level, statistics of base, statistics of ours, their paired differences)], with "all" levels
+    first."""
     by_level = grouped(ours, "level")
-    parts = [("all", base, ours)] + [(x, a, by_level.get(x, [])) for x, a in grouped(base, "level").items()]
+    parts = [("all", base, ours)]
+    parts += [(level, records, by_level.get(level, [])) for level, records in grouped(base, "level").items()]
     return [(level, summarise(a), summarise(b), paired(a, b)) for level, a, b in parts]
 
 def compare(args):
     check(len(args.directories) > 1, "compare needs the directories of at least two evaluations")
     base_dir, *directories = args.directories
-    base_run, *runs = map(read_run, args.directories)
+    base_run, *runs = [read_run(directory) for directory in args.directories]
     for directory, run in zip(directories, runs):
         refuse_unless_comparable(base_run, run, (base_dir, directory))
     contrasts = {}
@@ -1102,11 +1237,14 @@ def compare(args):
         rows = []
         for label, (_, ours) in zip(directories, runs):
             contrasts[name, label] = contrast(base, ours[name])
-            rows += [[label, level, a["problems"], f"{percent(a['accuracy'])} -> {percent(b['accuracy'])}",
-                      percent(*versus["change"], sign="+"), f"{a['tokens']:.0f} -> {b['tokens']:.0f}",
-                      percent(*versus["reduction"])] for level, a, b, versus in contrasts[name, label]]
+            for level, a, b, differences in contrasts[name, label]:
+                accuracy = f"{in_percent(a['accuracy'])} -> {in_percent(b['accuracy'])}"
+                tokens = f"{a['tokens']:.0f} -> {b['tokens']:.0f}"
+                rows.append([label, level, a["problems"], accuracy,
+                             in_percent(*differences["change"], sign="+"), tokens,
+                             in_percent(*differences["reduction"])])
         header = [name, "level", "problems", "accuracy, %", "change, points", "mean tokens", "reduction, %"]
-        print(markdown(header, rows), end="\n\n")
+        print(markdown_table(header, rows), end="\n\n")
     print(f"Base: {base_dir}. In brackets: 95 % paired bootstrap intervals over problems.")
     if args.plot:
         plot_compare(args.plot, args.directories, contrasts)
@@ -1115,24 +1253,28 @@ def compare(args):
 # --------------------------------------------------------------------------------------------------- PICTURES
 def pyplot():
     from matplotlib import pyplot
-    pyplot.switch_backend("Agg")  # a file, no screen
+    pyplot.switch_backend("Agg")  # draws files and needs no screen
     return pyplot
 
 def plot_compare(path, directories, contrasts):
-    """A line from the base through the runs in their order, each with its name; thin ones by level."""
+    """A line for each benchmark from the base through the runs in their order; thin lines for its levels."""
     figure, ax = pyplot().subplots(figsize=(9, 6), layout="constrained")
     names = [Path(directory).name for directory in directories]
-    labels = names if len({*names}) == len(names) else directories
+    labels = names if len(set(names)) == len(names) else directories
     for i, benchmark in enumerate(dict.fromkeys(name for name, _ in contrasts)):
         for parts in zip(*(contrasts[benchmark, directory] for directory in directories[1:])):
             level, base, *_ = parts[0]
-            runs, whole = [base, *(ours for _, _, ours, _ in parts)], level == "all"
-            x, dx, y, dy = ([scale * (run[column] or 0) for run in runs] for column, scale in (
-                ("tokens", 1), ("tokens_se", 1.96), ("accuracy", 100), ("accuracy_se", 196)))
+            points = [base, *(ours for _, _, ours, _ in parts)]
+            x = [point["tokens"] for point in points]
+            y = [100 * point["accuracy"] for point in points]
+            dx = [1.96 * (point["tokens_se"] or 0) for point in points]
+            dy = [196 * (point["accuracy_se"] or 0) for point in points]
+            is_whole = level == "all"
             ax.errorbar(x, y, dy, dx, color=f"C{i}", marker="o", capsize=3, elinewidth=0.8,
-                        linewidth=3 if whole else 0.8, label=benchmark if whole else None)
-            for *place, text in zip(x, y, labels) if whole else [(x[-1], y[-1], level)]:
-                ax.annotate(f"  {text}", place, rotation=30, rotation_mode="anchor")
+                        linewidth=3 if is_whole else 0.8, label=benchmark if is_whole else None)
+            notes = zip(x, y, labels) if is_whole else [(x[-1], y[-1], level)]
+            for note_x, note_y, text in notes:
+                ax.annotate(f"  {text}", (note_x, note_y), rotation=30, rotation_mode="anchor")
     ax.set(xlabel="mean response tokens", ylabel="accuracy, %",
            title="from the base on, in the order given; thin: by level; bars: 95 %")
     figure.legend(loc="outside lower center")
@@ -1140,13 +1282,15 @@ def plot_compare(path, directories, contrasts):
 
 PANELS = "response_tokens", "loss", "student_entropy", "accuracy", "grad_norm", "truncated"
 
-def curves(args):  # metrics of training runs over steps; a dotted line where thetabar was refreshed
+def curves(args):
+    """Draws the metrics of training runs over steps, with a dotted line where thetabar was refreshed."""
     figure, axes = pyplot().subplots(2, 3, figsize=(14, 7), layout="constrained")
     for i, directory in enumerate(args.directories):
         rows = read_lines(Path(directory, "metrics.jsonl"))
         for ax, metric in zip(axes.flat, PANELS):
-            known = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
-            ax.plot(*zip(*known), color=f"C{i}", label=directory if metric == PANELS[0] else None)
+            known = [row for row in rows if row.get(metric) is not None]
+            ax.plot([row["step"] for row in known], [row[metric] for row in known], color=f"C{i}",
+                    label=directory if metric == PANELS[0] else None)
             for row, following in zip(rows, rows[1:]):
                 if following["teacher_age"] < row["teacher_age"]:
                     ax.axvline(row["step"] + 0.5, color=f"C{i}", linewidth=0.8, linestyle=":")
@@ -1156,8 +1300,10 @@ def curves(args):  # metrics of training runs over steps; a dotted line where th
     print(f"wrote {args.plot}; dotted lines: thetabar <- theta")
 
 # ----------------------------------------------------------------------------------------------------- TOKENS
-# What the loss sees: the divergence of every token of a response, computed by the trainer's own functions.
-PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+# A page that shows what the loss sees: the divergence at every token of some responses, computed by the
+# trainer's own functions.
+PAGE_START = """\
+<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <meta name=color-scheme content="light dark"><title>What the loss sees</title><style>
 body { max-width: 60rem; margin: auto; padding: 1rem 1rem 4rem; font: 15px/1.5 system-ui, sans-serif }
 h2 { font-size: 1rem; margin: 1.5rem 0 .3rem }
@@ -1170,13 +1316,14 @@ span:hover, #bar { outline: 2px solid }
 #bar { position: fixed; inset: auto 0 0; padding: .5rem 1rem; background: Canvas }
 </style><script>
 onmouseover = ({target: {dataset: {d, p, q, best}}}) => document.getElementById("bar").textContent =
-  d ? `${d} nats   student p ${p}   teacher q ${q}   its likeliest: ${best}` : ""
+  d ? `${d} nats   student p ${p}   teacher q ${q}   most likely: ${best}` : ""
 </script><div id=bar>Point at a token.</div><h1>What the loss sees</h1><p>Shaded: where student and teacher
 differ, by <span style=--shade:.1>0.02</span> <span style=--shade:.5>0.5</span> <span style=--shade:1>2
 nats</span>.
 """
 
-def token_options(argv):  # opsdc.py's and three more
+def token_options(argv):
+    """The options of opsdc.py and three more."""
     import opsdc
     parser = opsdc.HfArgumentParser(opsdc.Config)
     parser.error = refuse_words
@@ -1188,94 +1335,119 @@ def token_options(argv):  # opsdc.py's and three more
     return parser.parse_args(argv)
 
 def read_responses(cfg, problems, tokenizer):
-    """Rollouts of the first --samples rows of --data: the ids sampled, of records those of the text."""
+    """Rollouts of the first --samples rows of --data. A line of samples.jsonl has the ids that were sampled;
+    a record of an evaluation has only the text, which is encoded again."""
     import opsdc
-    places, rollouts = {digest(p.text): i for i, p in enumerate(problems)}, []
-    for _, (where, row) in zip(range(cfg.samples), read_rows(cfg.data)):
-        with blaming(f"{where}: expected a line of samples.jsonl or a record of eval.py, found no"):
-            place = places.get(digest(read_problem(row, where, *opsdc.WRAPPERS[cfg.wrapper])[1]))
-            check(place is not None and "response" in row, "response to a problem of them")
-            text, finished = row["response"], row.get("finished", row.get("finish_reason") == "stop")
-        if "finish_reason" in row:  # a record: undo `readable`
+    places, rollouts = {short_hash(p.text): i for i, p in enumerate(problems)}, []
+    for where, row in itertools.islice(read_rows(cfg.data), cfg.samples):
+        with blaming(f"{where}: expected a line of samples.jsonl or a record of eval.py, found"):
+            _, problem, _ = read_problem(row, where, *opsdc.WRAPPERS[cfg.wrapper])
+            place = places.get(short_hash(problem))
+            check(place is not None and "response" in row, "no response to one of the problems")
+        text, finished = row["response"], row.get("finished", row.get("finish_reason") == "stop")
+        if "finish_reason" in row:  # a record: undo what `readable` did
             text = text.removeprefix(readable(tokenizer, problems[place].student, []))
-            text += tokenizer.eos_token * finished
+            text += tokenizer.eos_token if finished else ""
         ids = row.get("ids") or tokenizer.encode(text, add_special_tokens=False)
         rollouts.append(opsdc.Rollout(place, ids, [0.0] * len(ids), finished, row.get("correct")))
     return rollouts
 
-def score(student, teacher, batch, tokenizer, cfg):
-    """Of each token, --loss_chunk at a time: itself, divergence, p, q, the three likeliest of the teacher."""
+def score_tokens(student, teacher, batch, tokenizer, cfg):
+    """[(token, divergence, p, q, [(one of the teacher's three most likely tokens, its q)])] of every token of
+    a batch, --loss_chunk tokens at a time."""
     import opsdc
     hidden, heads, found = [], [], []
     for model, inputs in ((student, batch.student), (teacher, batch.teacher)):
         hidden.append(model(*inputs).split(cfg.loss_chunk))  # [n, d] each
         model.reshard()
         heads.append(model.lm.get_output_embeddings().weight.to(opsdc.DTYPE).full_tensor().float().T)
-    quoted = lambda ids: [json.dumps(tokenizer.decode([y]), ensure_ascii=False) for y in ids]
-    for y, *parts in zip(batch.tokens.split(cfg.loss_chunk), *hidden):
-        log_p, log_q = (opsdc.finish_logits(h.float() @ head, **student.logit_options)[0].log_softmax(-1)
-                        for h, head in zip(parts, heads))
+
+    def quoted(token):
+        return json.dumps(tokenizer.decode([token]), ensure_ascii=False)
+
+    def log_probabilities(hidden, head):
+        return opsdc.finish_logits(hidden.float() @ head, **student.logit_options)[0].log_softmax(-1)
+    for tokens, of_student, of_teacher in zip(batch.tokens.split(cfg.loss_chunk), *hidden):
+        log_p, log_q = log_probabilities(of_student, heads[0]), log_probabilities(of_teacher, heads[1])
         p, q = log_p.exp(), log_q.exp()
         nats, _ = opsdc.divergence_and_gradient(p, log_p, q, log_q, cfg.divergence)
-        best = [list(zip(quoted(ids), row)) for row, ids in zip(*(x.tolist() for x in q.topk(3)))]
-        chances = (x.gather(-1, y[:, None])[:, 0].tolist() for x in (p, q))
-        found += zip(quoted(y), nats.tolist(), *chances, best)
+        likeliest = q.topk(3)
+        for i, token in enumerate(tokens.tolist()):
+            names = map(quoted, likeliest.indices[i].tolist())
+            best = list(zip(names, likeliest.values[i].tolist()))
+            found.append((quoted(token), nats[i].item(), p[i, token].item(), q[i, token].item(), best))
     return found
 
-def pieces(tokenizer, ids):  # each token's text: "" in a character of several, whose last one brings it
+def token_texts(tokenizer, ids):
+    """The text of each token. Of a character that takes several tokens the last one has it, the others ""."""
     found, before, since = [], 0, 0
-    for at in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[before:at])[len(tokenizer.decode(ids[before:since])):]
-        whole = at == len(ids) or not text.endswith("\ufffd")
-        found.append(text if whole else "")
-        before, since = (since, at) if whole else (before, since)
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[before:end])[len(tokenizer.decode(ids[before:since])):]
+        if end == len(ids) or not text.endswith("\ufffd"):
+            found.append(text)
+            before, since = since, end
+        else:
+            found.append("")
     return found
 
-def page(tokenizer, problems, rollouts, scores, about):  # responses, and what carries most of the loss
+def as_html(text):
+    return html.escape(str(text), quote=False).replace("'", "&#39;").replace("\r", "&#13;")
+
+def response_html(texts, tokens):
+    """A shaded span for each token; pointing at it shows its numbers."""
+    spans = []
+    for text, (_, nats, p, q, best) in zip(texts, tokens):
+        best = as_html(", ".join(f"{token} {chance:.3g}" for token, chance in best))
+        spans.append(f"<span style=--shade:{min(1, math.sqrt(nats / 2)):.2f} data-d={nats:.6g} "
+                     f"data-p={p:.3g} data-q={q:.3g} data-best='{best}'>{as_html(text)}</span>")
+    return f"<pre>{''.join(spans)}</pre>\n"
+
+def render_page(tokenizer, problems, rollouts, scores, about):
+    """The page: the responses, and a table of the tokens that carry most of the loss."""
     import opsdc
-    escape = lambda text: html.escape(str(text), quote=False).replace("'", "&#39;").replace("\r", "&#13;")
-    found, nats_of = [PAGE, f"<p>{escape(about)}\n"], collections.defaultdict(list)
-    wanted = collections.defaultdict(collections.Counter)  # token: its part of the loss, by the likeliest
+    found, nats_of = [PAGE_START, f"<p>{as_html(about)}\n"], collections.defaultdict(list)
+    losses = collections.defaultdict(collections.Counter)  # {token: {the teacher's choice: its loss}}
     for rollout, weights, tokens in zip(rollouts, opsdc.token_weights(rollouts), scores):
         verdict = {None: "not graded", True: "right", False: "wrong"}[rollout.correct]
-        found.append(f"<h2>{escape(problems[rollout.index].text)}</h2>{len(tokens)} tokens, "
-                     f"{statistics.fmean(nats for _, nats, *_ in tokens):.4g} nats/token, {verdict}\n<pre>")
-        for text, weight, (token, nats, p, q, best) in zip(pieces(tokenizer, rollout.ids), weights, tokens):
+        for weight, (token, nats, *_, best) in zip(weights, tokens):
             nats_of[token].append(nats)
-            wanted[token][best[0][0]] += weight * nats
-            best = ", ".join(f"{token} {chance:.3g}" for token, chance in best)
-            found.append(f"<span style=--shade:{min(1, math.sqrt(nats / 2)):.2f} data-d={nats:.6g} "
-                         f"data-p={p:.3g} data-q={q:.3g} data-best='{escape(best)}'>{escape(text)}</span>")
-        found.append("</pre>\n")
-    loss = sum(those.total() for those in wanted.values())
+            losses[token][best[0][0]] += weight * nats
+        found.append(f"<h2>{as_html(problems[rollout.index].text)}</h2>{len(tokens)} tokens, "
+                     f"{statistics.fmean(nats for _, nats, *_ in tokens):.4g} nats/token, {verdict}\n"
+                     + response_html(token_texts(tokenizer, rollout.ids), tokens))
+    loss = sum(parts.total() for parts in losses.values())
     found.append(f"<h2>What carries most of the loss, {loss:.6g} nats/token</h2><table><tr><th>token<th>times"
-                 "<th>mean nats<th>% of the loss<th>the teacher's likeliest there\n")
-    for token, those in sorted(wanted.items(), key=lambda item: -item[1].total())[:20]:
+                 "<th>mean nats<th>% of the loss<th>the teacher's most likely there\n")
+    for token, parts in sorted(losses.items(), key=lambda item: -item[1].total())[:20]:
         row = (token, len(nats_of[token]), f"{statistics.fmean(nats_of[token]):.3g}",
-               percent(those.total() / (loss or 1)), " ".join(best for best, _ in those.most_common(3)))
-        found.append(f"<tr><td>{'<td>'.join(map(escape, row))}\n")
+               in_percent(parts.total() / (loss or 1)), " ".join(best for best, _ in parts.most_common(3)))
+        found.append(f"<tr><td>{'<td>'.join(map(as_html, row))}\n")
     return "".join(found) + "</table>\n"
 
-def show_tokens(cfg):  # samples as the trainer's first step does, or reads; scores as it does
+def show_tokens(cfg):
+    """Samples responses as the trainer's first step does, or reads them, and computes their loss as it
+    does."""
     import opsdc
     device = opsdc.start_processes()
     opsdc.check_settings(vars(cfg))
     out = Path(cfg.out)
-    check(not out.exists() or PAGE[:200] == out.read_text("utf-8", "replace")[:200],
+    check(not out.exists() or PAGE_START[:200] == out.read_text("utf-8", "replace")[:200],
           f"--out {out}: expected a new file, or an older page")
     bases = [opsdc.open_base(name, to_train=True) for name in (cfg.model, cfg.teacher) if name]
-    tokenizer, told = bases[0].tokenizer, opsdc.read_instruction(cfg.instruction)
+    tokenizer, instruction = bases[0].tokenizer, opsdc.read_instruction(cfg.instruction)
     check(bases[-1].tokenizer.get_vocab() == tokenizer.get_vocab(), f"--teacher {cfg.teacher}: expected the "
           f"tokens of {cfg.model}, found others")
-    problems = opsdc.from_rank_0(opsdc.make_problems, cfg, bases[0], told)
-    rollouts = read_responses(cfg, problems, tokenizer) if cfg.given else None
-    longest = cfg.max_prompt_tokens + cfg.max_response_tokens if rollouts is None else max(
-        len(prompt) + len(r.ids) for r in rollouts for prompt in problems[r.index][2:])
+    problems = opsdc.from_rank_0(opsdc.make_problems, cfg, bases[0], instruction)
+    rollouts, longest = None, cfg.max_prompt_tokens + cfg.max_response_tokens
+    if cfg.given:
+        rollouts = read_responses(cfg, problems, tokenizer)
+        longest = max(len(prompt) + len(r.ids) for r in rollouts for prompt in problems[r.index][2:])
     context = min(map(opsdc.context_of, bases))
     check(longest <= context, f"expected at most the model's context, {context} tokens, found responses that "
           f"take {longest} with their prompt: lower --max_response_tokens, or leave those in --data out")
-    for base in bases if opsdc.dist.get_rank() == 0 else ():
-        base.loaded = opsdc.read_weights(base)
+    if opsdc.dist.get_rank() == 0:
+        for base in bases:
+            base.loaded = opsdc.read_weights(base)
     engine = None if rollouts else opsdc.RolloutEngine(bases[0], cfg)
     models = [opsdc.load_model(base, device, cfg) for base in bases]
     if engine:
@@ -1284,15 +1456,16 @@ def show_tokens(cfg):  # samples as the trainer's first step does, or reads; sco
         rollouts = opsdc.sample_rollouts(engine, problems, indices, 1, tokenizer, cfg)
         engine.sleep()
     with opsdc.torch.no_grad():
-        scores = [score(models[0], models[-1], batch, tokenizer, cfg) for r in rollouts
-                  for batch in opsdc.make_micro_batches([r], problems, device, cfg)]
-    about = f"Student: {cfg.model}. Teacher: {cfg.teacher or 'the same'}, told: {told}"
+        scores = [score_tokens(models[0], models[-1], batch, tokenizer, cfg) for rollout in rollouts
+                  for batch in opsdc.make_micro_batches([rollout], problems, device, cfg)]
+    about = f"Student: {cfg.model}. Teacher: {cfg.teacher or 'the same model'}, with: {instruction}"
     if opsdc.dist.get_rank() == 0:
-        out.write_text(page(tokenizer, problems, rollouts, scores, about), "utf-8")
+        out.write_text(render_page(tokenizer, problems, rollouts, scores, about), "utf-8")
         print(f"wrote {out}")
 
-# ----------------------------------------------------------------------------------------------- COMMAND LINE
-def write_summary(out, settings, benchmarks, finished):  # beside the benchmarks that are in it already
+# ------------------------------------------------------------------------------------------------- EVALUATION
+def write_summary(out, settings, benchmarks, finished):
+    """Writes summary.json, in which the benchmarks of earlier commands stay."""
     import opsdc
     older = read_summary(out)["benchmarks"] if (out / "summary.json").exists() else {}
     summary = {"settings": settings, "finished": finished, "benchmarks": older | {
@@ -1301,60 +1474,72 @@ def write_summary(out, settings, benchmarks, finished):  # beside the benchmarks
     return summary
 
 def read_parts(out, name, jobs, merge=False):
-    """(records, jobs without one) of a benchmark's file and a killed run's parts, on any number of ranks, in
-    the order of `jobs`. merge: into one file."""
+    """(records, jobs that lack one) of a benchmark, in the order of `jobs`. They are read from its file and
+    from the parts that a killed run left, on however many ranks. With `merge` they are written into one
+    file."""
     import opsdc
-    key_of = lambda r: (r.get("id"), r.get("sample"), r.get("problem_hash"))
+
+    def key_of(record):
+        return record.get("id"), record.get("sample"), record.get("problem_hash")
+    file = out / f"{name}.jsonl"
     paths = [p for p in out.glob("*.jsonl") if re.fullmatch(re.escape(name) + r"(\.rank-\d+)?", p.stem)]
-    found, file = {key_of(r): r for path in paths for r in read_lines(path)}, out / f"{name}.jsonl"
+    found = {key_of(record): record for path in paths for record in read_lines(path)}
     check(found.keys() <= {*map(key_of, jobs)}, f"--out {out}: {file.name} has other problems; give another")
     records = [found[key_of(job)] for job in jobs if key_of(job) in found]
     if merge:
-        opsdc.replace_file(file, "".join(json.dumps(r) + "\n" for r in records))
+        opsdc.replace_file(file, "".join(json.dumps(record) + "\n" for record in records))
         for part in {*paths} - {file}:
             part.unlink()
     return records, [job for job in jobs if key_of(job) not in found]
 
-def prepare(args):  # all checks -> base, {benchmark: jobs}, settings, folder, {benchmark: jobs left}, Config
+def prepare_evaluation(args):
+    """Makes all checks and reserves the folder. (base, {benchmark: jobs}, settings, folder, {benchmark: jobs
+    that are left to do}, the Config of the engine)."""
     import opsdc
     opsdc.check_settings(vars(args))
-    args.instruction = None if args.instruction is None else opsdc.read_instruction(args.instruction)
+    if args.instruction is not None:
+        args.instruction = opsdc.read_instruction(args.instruction)
     base, jobs = opsdc.open_base(args.model, to_train=False), {}
-    model = os.path.basename(os.path.abspath(args.model))  # of `..` too
-    out = Path(args.out or f"eval-{model}" + ("-concise" if args.instruction else ""))
-    for source in [args.data] if args.data else args.benchmarks.replace(" ", "").split(","):
+    sources = [args.data] if args.data else args.benchmarks.replace(" ", "").split(",")
+    for source in sources:
         name = Path(source.partition("=")[0]).stem
-        name += f"-{len(jobs) + 1}" * (name in jobs)  # two sources of one name are two
-        problems = opsdc.from_rank_0(load_problems, source, args.wrapper)
+        if name in jobs:  # another source of the same name
+            name += f"-{len(jobs) + 1}"
+        problems = opsdc.from_rank_0(load_benchmark, source, args.wrapper)
         jobs[name] = make_jobs(base.tokenizer, problems, args.samples, args.seed, args.instruction,
                                args.thinking, args.wrapper)
-    prompts = [(job["prompt"], job["id"]) for those in jobs.values() for job in those]
+    prompts = [(job["prompt"], job["id"]) for group in jobs.values() for job in group]
     opsdc.check_ids(base, [prompt for prompt, _ in prompts])
     say(f"the first prompt:\n{base.tokenizer.decode(prompts[0][0])}")
-    longest, worst = max((len(prompt), name) for prompt, name in prompts)
+    longest, problem = max((len(prompt), name) for prompt, name in prompts)
     context = opsdc.context_of(base, to_train=False)
-    check(longest + args.max_tokens <= context, f"the prompt of problem {worst} has {longest} tokens, and "
+    check(longest + args.max_tokens <= context, f"the prompt of problem {problem} has {longest} tokens, and "
           f"{args.model} holds {context}: lower --max-tokens {args.max_tokens}, or leave that problem out")
     cfg = opsdc.Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,
-                         seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=args.vllm_memory)
+                       seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=args.vllm_memory)
     settings = {"version": VERSION, "model": args.model, "model_hash": opsdc.model_hash(base),
-                "template": digest(base.tokenizer.chat_template), **{name: getattr(args, name) for name in (
-                    *SAMPLING, "max_tokens", "samples", "seed", "thinking", "wrapper", "instruction")}}
+                "template": short_hash(base.tokenizer.chat_template)}
+    for name in (*SAMPLING, "max_tokens", "samples", "seed", "thinking", "wrapper", "instruction"):
+        settings[name] = getattr(args, name)
+    model_name = os.path.basename(os.path.abspath(args.model))  # abspath: the model may be `..`
+    out = Path(args.out or f"eval-{model_name}" + ("-concise" if args.instruction else ""))
     names = "|".join(map(re.escape, jobs))
     claim_folder(out, "eval.lock",
                  rf"opsdc\.lock|summary\.json|{opsdc.UNFINISHED}|({names})(\.rank-\d+)?\.jsonl")
     found = read_summary(out)["settings"] if (out / "summary.json").is_file() else settings
-    differ = [f"{k}: there {found.get(k)!r}, here {v!r}" for k, v in settings.items()
-              if k != "model" and found.get(k) != v]  # a copy elsewhere is the same model: its weights are
+    differ = [f"{name}: there {found.get(name)!r}, here {value!r}" for name, value in settings.items()
+              if name != "model" and found.get(name) != value]  # a copy elsewhere has the same model_hash
     check(not differ, f"--out {out} holds another run ({'; '.join(differ)}); give another directory")
-    return base, jobs, settings, out, {name: read_parts(out, name, jobs[name])[1] for name in jobs}, cfg
+    todo = {name: read_parts(out, name, jobs[name])[1] for name in jobs}
+    return base, jobs, settings, out, todo, cfg
 
 def start_engine(base, cfg):
     """A RolloutEngine with the weights that `base` names. vLLM looks for weights by patterns: it finds none
-    below a folder with brackets, and others too where there are several formats. There it gets links."""
+    in a folder with brackets in its name, and the wrong ones where there are several formats. Then it gets a
+    folder of links to the right files."""
     import opsdc
-    found = [*base.folder.glob("*.safetensors")] or [*base.folder.glob("*.bin")]
-    if {*found} == {*base.weight_files} and glob.escape(str(base.folder)) == str(base.folder):
+    found = list(base.folder.glob("*.safetensors")) or list(base.folder.glob("*.bin"))
+    if set(found) == set(base.weight_files) and glob.escape(str(base.folder)) == str(base.folder):
         return opsdc.RolloutEngine(base, cfg, load_format="auto")
     with tempfile.TemporaryDirectory() as links:
         for path in [*map(base.folder.joinpath, base.files), *base.weight_files]:
@@ -1364,37 +1549,39 @@ def start_engine(base, cfg):
         return opsdc.RolloutEngine(dataclasses.replace(base, folder=Path(links)), cfg, load_format="auto")
 
 def sample_and_write(engine, tokenizer, jobs, path, settings, block):
-    """Appends the records of `jobs` to `path` as they end: once `block` have, or after two minutes, so that a
-    kill loses little however long the responses are. No path: a rank that helps another's engine."""
+    """Appends the records of `jobs` to `path` as their responses end: whenever there are `block` of them or
+    two minutes have passed, so that a killed run loses little. A rank that helps another's engine has no
+    path."""
     import opsdc
     from vllm import SamplingParams
     sampling = {name: settings[name] for name in (*SAMPLING, "max_tokens")}
     params = [SamplingParams(**sampling, seed=job["seed"], logprobs=0, detokenize=False) for job in jobs]
     queued = engine.llm.enqueue([{"prompt_token_ids": job["prompt"]} for job in jobs], params, use_tqdm=False)
-    job_of = {name.partition("-")[0]: job for name, job in zip(queued, jobs)}  # vLLM adds a suffix in between
+    job_of = {name.partition("-")[0]: job for name, job in zip(queued, jobs)}  # outputs lack vLLM's suffix
     pending, since, count = [], time.monotonic(), 0
     while engine.llm.llm_engine.has_unfinished_requests():
         for output in engine.llm.llm_engine.step():
             pending.append((job_of[output.request_id], opsdc.sampled(output.outputs[0])))
-        last = not engine.llm.llm_engine.has_unfinished_requests()
-        if path and pending and (len(pending) >= block or last or time.monotonic() - since > 120):
+        is_last = not engine.llm.llm_engine.has_unfinished_requests()
+        if path and pending and (len(pending) >= block or is_last or time.monotonic() - since > 120):
             records = make_records(tokenizer, *zip(*pending))
             with path.open("a") as file:
-                file.writelines(json.dumps(r) + "\n" for r in records)
+                file.writelines(json.dumps(record) + "\n" for record in records)
             pending, since, count = [], time.monotonic(), count + len(records)
             say(f"{path.stem}: {count} of {len(jobs)} samples; the last {len(records)}: accuracy "
-                        f"{percent(mean(records, 'correct'))} %, {mean(records, 'tokens'):.0f} tokens")
+                f"{in_percent(mean(records, 'correct'))} %, {mean(records, 'tokens'):.0f} tokens")
 
 def evaluate(args):
     import opsdc
     opsdc.start_processes()
-    base, jobs, settings, out, todo, cfg = prepare(args)
-    rank, barrier, engine, done = opsdc.dist.get_rank(), opsdc.dist.barrier, None, {}
-    barrier()  # all have read before one writes
+    base, jobs, settings, out, todo, cfg = prepare_evaluation(args)
+    rank, barrier = opsdc.dist.get_rank(), opsdc.dist.barrier
+    engine, done = None, {}
+    barrier()  # all ranks have read before one writes
     if rank == 0:
         write_summary(out, settings, {}, finished=False)
     for name, left in todo.items():
-        if rank == 0:  # a killed run's part may end in half a line: nothing is appended to it
+        if rank == 0:  # merged, because a part of a killed run may end in half a line
             read_parts(out, name, jobs[name], merge=True)
         barrier()
         say(f"{name}: {len(left)} of {len(jobs[name])} samples are left to make")
@@ -1402,7 +1589,7 @@ def evaluate(args):
             engine = engine or start_engine(base, cfg)
             path = out / f"{name}.rank-{rank}.jsonl" if rank % cfg.vllm_tp == 0 else None
             sample_and_write(engine, base.tokenizer, engine.share(left), path, settings, args.block)
-        barrier()  # all have written before one reads
+        barrier()  # all ranks have written before one reads
         if rank == 0:
             done[name], missing = read_parts(out, name, jobs[name], merge=True)
             check(not missing, f"--out {out}: {len(missing)} of {len(jobs[name])} samples of {name} have no "
@@ -1411,23 +1598,30 @@ def evaluate(args):
         print_table(write_summary(out, settings, done, finished=True))
         print(f"wrote {out}/summary.json")
 
-def print_table(summary):  # a column for each benchmark, as in summary.json; shares in %
+def print_table(summary):
+    """Prints a column for each benchmark in summary.json. Shares are in %."""
     found = summary["benchmarks"]
-    names = [name for name in next(iter(found.values())) if name != "levels"]
-    is_plain = lambda name, x: isinstance(x, int) or "tokens" in name and x is not None
-    print(markdown(["in %, or tokens", *found], [
-        [name, *(round(s[name], 1) if is_plain(name, s[name]) else percent(s[name]) for s in found.values())]
-        for name in names]))
 
-NUMBERS = {  # option: default, help
-    "samples": (8, "per problem"), "max-tokens": (30000, "of a response"),
-    "temperature": (SAMPLING["temperature"], "of sampling"), "top-p": (SAMPLING["top_p"], "of sampling"),
-    "top-k": (SAMPLING["top_k"], "of sampling, 0: all"), "seed": (0, "of sampling"),
-    "vllm-tp": (1, "ranks of an engine"),
-    "vllm-memory": (0.9, "share of each GPU's memory for vLLM; no trainer is beside it"),
-    "block": (128, "samples graded and written at a time, or what came in two minutes")}
+    def cell(name, value):
+        is_number = isinstance(value, int) or "tokens" in name and value is not None
+        return round(value, 1) if is_number else in_percent(value)
+    names = [name for name in next(iter(found.values())) if name != "levels"]
+    rows = [[name, *(cell(name, benchmark[name]) for benchmark in found.values())] for name in names]
+    print(markdown_table(["in %, or tokens", *found], rows))
+
+# ----------------------------------------------------------------------------------------------- COMMAND LINE
+NUMBER_OPTIONS = {  # option: default, help
+    "samples": (8, "samples of each problem"), "max-tokens": (30000, "longer responses are truncated"),
+    "temperature": (SAMPLING["temperature"], "sampling temperature"),
+    "top-p": (SAMPLING["top_p"], "tokens are sampled from this share of the probability"),
+    "top-k": (SAMPLING["top_k"], "tokens are sampled from this number of the most likely ones, 0: from all"),
+    "seed": (0, "decides the sampling"),
+    "vllm-tp": (1, "ranks that share one vLLM engine (tensor parallelism)"),
+    "vllm-memory": (0.9, "share of each GPU's memory for vLLM, which has it to itself here"),
+    "block": (128, "samples that are graded and written together, or as many as end within two minutes")}
 
 def parse_args(argv):
+    """(the options, the function that runs the command)."""
     parser = argparse.ArgumentParser(description=__doc__.partition("What counts")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse_words
@@ -1439,19 +1633,22 @@ def parse_args(argv):
         return parser.parse_args(argv), {"compare": compare, "curves": curves}[argv[0]]
     if argv[:1] == ["tokens"]:
         return token_options(argv[1:]), show_tokens
-    for name, (value, text) in NUMBERS.items():
+    for name, (value, text) in NUMBER_OPTIONS.items():
         add(f"--{name}", type=type(value), default=value, help=f"{text} (default: {value})")
     add("--benchmarks", default="math500,aime24,aime25", help=f"{', '.join(BENCHMARKS)}; NAME=DIR: a copy")
     add("--model", required=True, help="hub id or directory")
-    add("--data", help="as of opsdc.py, with answers, instead of benchmarks")
+    add("--data", help="as for opsdc.py, with answers; replaces the benchmarks")
     add("--out", help="directory of the records and the summary")
-    add("--instruction", help="as of opsdc.py: the concise prompt baseline")
-    add("--wrapper", choices=("math", "none"), default="math", help="as of opsdc.py")
+    add("--instruction", help="as for opsdc.py: gives the baseline with a concise prompt")
+    add("--wrapper", choices=("math", "none"), default="math", help="as for opsdc.py")
     add("--thinking", action=argparse.BooleanOptionalAction, default=True)
-    args = parser.parse_args([re.sub(r"^--\w+", lambda m: m[0].replace("_", "-"), a) for a in argv])
-    return args, evaluate
 
-def refuse(error):  # once, though every rank finds it
+    def with_dashes(option):
+        return option[0].replace("_", "-")
+    return parser.parse_args([re.sub(r"^--\w+", with_dashes, word) for word in argv]), evaluate
+
+def refuse(error):
+    """Raises an error that every rank found, in a group of processes that prints it once."""
     import opsdc
     opsdc.start_processes()
     raise error
@@ -1474,7 +1671,7 @@ def main(argv):
     except ModuleNotFoundError as error:
         hint = "it belongs beside eval.py" if error.name == "opsdc" else f"pip install {error.name}"
         sys.exit(f"eval.py: {error}; {hint}")
-    opsdc.run_and_exit(lambda: command(args))
+    opsdc.run_and_exit(functools.partial(command, args))
 
 if __name__ == "__main__":
     main(sys.argv[1:])

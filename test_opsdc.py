@@ -584,7 +584,7 @@ FORKS = {
         ("        begun = time.perf_counter()\n",
          "        if step % 10 == 1:\n"
          "            jobs = evaluator.make_jobs(\n"
-         "                base.tokenizer, evaluator.load_problems(\"math500\"), 2, cfg.seed)\n"
+         "                base.tokenizer, evaluator.load_benchmark(\"math500\"), 2, cfg.seed)\n"
          "            samples = engine.generate([job[\"prompt\"] for job in engine.share(jobs)],\n"
          "                                      [job[\"seed\"] for job in engine.share(jobs)],\n"
          "                                      max_tokens=cfg.max_response_tokens, **evaluator.SAMPLING)\n"
@@ -703,7 +703,7 @@ def claims(directory="toy", *seeds):
                          for column in ("tokens", "correct"))
         (*_, whole), *parts = ev.contrast(base, ours)
         table.append([row, f"`{CLAIMS[row]}`" if CLAIMS[row] else "", spread([100 * x for x in right[1]]),
-                      ev.percent(*whole["change"], sign="+"), spread(tokens[1]),
+                      ev.in_percent(*whole["change"], sign="+"), spread(tokens[1]),
                       spread([100 * (1 - y / x) for x, y in zip(*tokens)]),
                       " / ".join(f"{100 * stats['accuracy']:.1f}" for _, _, stats, _ in parts),
                       " / ".join(f"{100 * versus['reduction'][0]:.0f}" for *_, versus in parts),
@@ -711,10 +711,10 @@ def claims(directory="toy", *seeds):
         wrong.append([row, *faults(ours)])
     print(f"{len(seeds)} seeds, mean ± standard deviation; in brackets the 95 % paired bootstrap interval "
           f"over {parts[0][1]['problems'] * len(parts)} problems, all seeds together\n")
-    print(ev.markdown(["toy", "options", "accuracy, %", "change, points", "tokens", "reduction, %",
+    print(ev.markdown_table(["toy", "options", "accuracy, %", "change, points", "tokens", "reduction, %",
                        "accuracy at 3 / 4 / 5 / 6 terms", "reduction there", "entropy, nats/token"], table))
     print("\nWhat wrong responses do wrong, % of all responses, easy / hard sums\n")
-    print(ev.markdown(["toy", *FAULTS, "steps checked, %", "further checks a step"], wrong))
+    print(ev.markdown_table(["toy", *FAULTS, "steps checked, %", "further checks a step"], wrong))
 
 FAULTS = ("a slip unchecked", "a further check astray", "a term left out", "a term again", "other terms",
           "else")
@@ -1103,7 +1103,7 @@ CHOICES_READ = [  # fields of a row, letter of its answer, None if unknown, or w
 
 @pytest.mark.parametrize("fields, expected", CHOICES_READ)
 def test_the_right_option_is_found_by_letter_text_or_place_and_all_fields_agree(fields, expected):
-    row = {ev.normal(name): value for name, value in dict(question="Which?", **fields).items()}
+    row = {ev.field_name(name): value for name, value in dict(question="Which?", **fields).items()}
     if expected is not None and len(expected) > 1:
         with pytest.raises(ValueError, match=f"^here.*{expected}"):
             ev.read_row(row, "here")
@@ -1256,7 +1256,7 @@ def read_on_each_rank(model, data, file):
         ev.read_rows = None
     problems = opsdc.from_rank_0(opsdc.make_problems, opsdc.Config(data=data), opsdc.open_base(model, False),
                                  "Be brief.")
-    Path(f"{file}.{rank}").write_text(json.dumps([problems, opsdc.from_rank_0(ev.load_problems, data)]))
+    Path(f"{file}.{rank}").write_text(json.dumps([problems, opsdc.from_rank_0(ev.load_benchmark, data)]))
 
 @beside()
 def test_rank_0_reads_and_the_others_get_the_problems(folder):
@@ -1890,7 +1890,7 @@ def families(*names):
             rows.append([f"{x:.0e}" if isinstance(x, float) else "" if x is None else x
                          for x in row.values()])
             print(*rows[-1], sep=" | ", flush=True)
-    print(ev.markdown(["family", "gap", "export", "remark", "s"], rows))
+    print(ev.markdown_table(["family", "gap", "export", "remark", "s"], rows))
 
 @beside("SmolLM3", "Gemma 3", "Falcon-H1", "Granite", "Gemma 2", "Gemma 4 text", "Mixtral", "Qwen3-Next")
 def test_families_that_differ_most_in_code(name, folder):
@@ -2534,14 +2534,14 @@ def test_paths_as_a_person_types_them(good, one_rank, tmp_path, monkeypatch):
         assert settings["instruction"] == "Be brief, please."
         shutil.rmtree(place / "out [1]")
         words = evaluation(good, **change | dict(out=""))
-        assert ev.prepare(ev.parse_args(words)[0])[3] == Path(f"eval-{name}-concise")
+        assert ev.prepare_evaluation(ev.parse_args(words)[0])[3] == Path(f"eval-{name}-concise")
         shutil.rmtree(at / f"eval-{name}-concise")
 
 def test_vllm_that_is_not_installed_is_named_first(good, one_rank, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     words = evaluation(good, tmp_path / "out")
     for command in (lambda: opsdc.prepare(opsdc.Config(**good | dict(model="nowhere"))),
-                    lambda: ev.prepare(ev.parse_args(words)[0])):
+                    lambda: ev.prepare_evaluation(ev.parse_args(words)[0])):
         assert "vllm is not installed" in refusal(command)
 
 def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, capsys):
@@ -2573,7 +2573,7 @@ def test_readme_names_no_option_that_is_not_there():
     others = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "gpu-memory-utilization"}
     others |= {"gpus", "nodes"}  # of test_opsdc.py memory
     others |= {"index-url", "no-deps", "dry-run", "only-binary", "python-version", "target"}  # pip's
-    known = others | {f.name for f in dataclasses.fields(opsdc.Config)} | ev.NUMBERS.keys() | {"help"}
+    known = others | {f.name for f in dataclasses.fields(opsdc.Config)} | ev.NUMBER_OPTIONS.keys() | {"help"}
     known |= set(re.findall(r'"--([a-z-]+)"', (HERE / "eval.py").read_text()))
     named = {name.removeprefix("no_") for name in re.findall(r"(?<![\w-])--([a-z][a-z_-]*)", readme)}
     assert named - known == set()
@@ -2755,7 +2755,7 @@ def test_a_file_system_without_locks_is_a_warning(good, one_rank, tmp_path, monk
 
 def finished_evaluation(words):
     """All records of an evaluation, none of which an engine made, in its folder."""
-    base, jobs, _, out, _, _ = ev.prepare(ev.parse_args(words)[0])
+    base, jobs, _, out, _, _ = ev.prepare_evaluation(ev.parse_args(words)[0])
     for name, those in jobs.items():
         ids = base.tokenizer.encode("Answer: 2", add_special_tokens=False)
         records = ev.make_records(base.tokenizer, those, [(ids, None, True)] * len(those))
@@ -3080,7 +3080,7 @@ def test_no_rule_without_an_example_that_fails_without_it_and_a_near_miss(monkey
             with monkeypatch.context() as without:
                 without.setitem(ev.RULES, kind, [other for other in rules if other != rule])
                 assert not accepted(example), rule
-    for table, name in ((ev.UNITS, "UNIT"), (ev.MISREAD, "UNREAD")):
+    for table, name in ((ev.UNITS, "UNIT"), (ev.MISREAD, "IS_MISREAD")):
         for rule, *examples in table:
             *example, near_miss = examples
             whole, rest = ("|".join(p for p, *_ in table if p != left_out) for left_out in (None, rule))
@@ -3218,7 +3218,7 @@ def test_only_the_text_after_the_last_think_counts():
 def workers(monkeypatch):
     """What a test starts and what it asks, recorded; no worker is there before."""
     found, start, ask = types.SimpleNamespace(started=[], asked=[]), subprocess.Popen, ev.ask_worker
-    monkeypatch.setattr(ev, "IDLE", [])
+    monkeypatch.setattr(ev, "IDLE_WORKERS", [])
     monkeypatch.setattr(ev.subprocess, "Popen",
                         lambda *a, **options: found.started.append(start(*a, **options)) or found.started[-1])
     monkeypatch.setattr(ev, "ask_worker", lambda pair: found.asked.append(pair) or ask(pair))
@@ -3368,12 +3368,12 @@ def hub_copy(folder, rows, split, configuration=None):
 def test_benchmarks_load_with_the_fields_of_the_hub(tmp_path):
     math_row = {"problem": "What is $1+1$?", "solution": "\\boxed{2}", "answer": "2", "subject": "Algebra",
                 "level": 3, "unique_id": "a/1.json"}
-    got = ev.load_problems(f"math500={hub_copy(tmp_path / 'm', [math_row], 'test')}")
+    got = ev.load_benchmark(f"math500={hub_copy(tmp_path / 'm', [math_row], 'test')}")
     assert got == [{"id": "a/1.json", "problem": "What is $1+1$?", "tools": None, "answer": "2", "level": 3}]
     row_24 = {"id": 60, "problem": "p", "solution": "s", "answer": "060", "url": "u", "year": "2024"}
     row_25 = {"problem": "p", "answer": 70, "id": "0"}
     for name, row, split, answer in (("aime24", row_24, "train", "060"), ("aime25", row_25, "test", "70")):
-        got, = ev.load_problems(f"{name}={hub_copy(tmp_path / name, [row], split)}")
+        got, = ev.load_benchmark(f"{name}={hub_copy(tmp_path / name, [row], split)}")
         assert got["answer"] == answer
 
 def test_only_options_that_begin_with_the_right_one_are_shuffled(tmp_path):
@@ -3385,8 +3385,8 @@ def test_only_options_that_begin_with_the_right_one_are_shuffled(tmp_path):
     gpqa = hub_copy(tmp_path / "gpqa", gpqa, "train", "gpqa_diamond")
     mmlu = hub_copy(tmp_path / "mmlu", mmlu, "test", "all")
     for source, letters in ((f"gpqa_diamond={gpqa}", "ABCD"), (f"mmlu={mmlu}", "C")):
-        problems = ev.load_problems(source)
-        assert problems == ev.load_problems(source)
+        problems = ev.load_benchmark(source)
+        assert problems == ev.load_benchmark(source)
         assert {p["answer"] for p in problems} == set(letters) and len({p["id"] for p in problems}) == 40
         for i, p in enumerate(problems):
             question, *lines = p["problem"].split("\n")
@@ -3407,7 +3407,7 @@ BAD_PROBLEMS = {  # content of a file of problems: what is said of it
 def test_problem_files_and_their_faults(tmp_path, capsys):
     def load(text, *wrapper):
         (tmp_path / "mine.jsonl").write_text(text)
-        return ev.load_problems(str(tmp_path / "mine.jsonl"), *wrapper)
+        return ev.load_benchmark(str(tmp_path / "mine.jsonl"), *wrapper)
 
     for text, message in BAD_PROBLEMS.items():
         with pytest.raises(ValueError, match=message):
@@ -3424,7 +3424,7 @@ def test_problem_files_and_their_faults(tmp_path, capsys):
     for source, message in (("math501", "math500.*mmlu"),
                             (f"gpqa_diamond={tmp_path / 'absent'}", "hub page.*gpqa_diamond=DIR")):
         with pytest.raises(ValueError, match=message):
-            ev.load_problems(source)
+            ev.load_benchmark(source)
 
 # ------------------------------------------------------------------------------------------------- statistics
 
@@ -3433,7 +3433,7 @@ def record(problem, sample, correct, tokens, level=None, **more):
     return {"id": problem, "sample": sample, "correct": correct, "tokens": tokens, "level": level,
             "think_tokens": tokens - 2, "answer_tokens": 2, "truncated": False, "no_answer": False,
             "answer_only": correct, "boxed_only": False, "either_full_text": correct,
-            "problem_hash": ev.digest(problem)} | more
+            "problem_hash": ev.short_hash(problem)} | more
 
 def test_summary_against_values_worked_out_by_hand():
     s = ev.summarise([
@@ -3528,7 +3528,7 @@ def test_compare_refuses(tmp_path):
             ({"name": "aime24"}, "math500.*aime24"),
             ({"version": 0}, "version 0"), ({"finished": False}, "not finished"))):
         refused(fake_run(tmp_path / str(i), **change), message)
-    refused(tmp_path / "absent", "with its summary.json; found FileNotFoundError")
+    refused(tmp_path / "absent", "with its summary.json, found: .*No such file")
     file = tmp_path / "ours/math500.jsonl"
     *lines, last = file.read_text().splitlines(keepends=True)
     for content, message in ((lines, "59 records with 1 or 2 samples"),
@@ -3821,7 +3821,7 @@ def test_bad_evaluation_is_refused_before_the_engine_starts(case, good, refused_
 
 def test_an_evaluation_keeps_its_folder(good, one_rank, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    prepare = lambda out=out, **change: ev.prepare(ev.parse_args(evaluation(good, out, **change))[0])
+    prepare = lambda out=out, **change: ev.prepare_evaluation(ev.parse_args(evaluation(good, out, **change))[0])
     *_, cfg = prepare(out=tmp_path / "other", **{"vllm-memory": 0.3})
     assert cfg.vllm_memory == 0.3
     settings = prepare()[2]
