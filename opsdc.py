@@ -744,7 +744,7 @@ def load_newest(out, model, optimizer, thetabar, cfg):
             from_rank_0(path.rename, out / f"damaged-{path.name}-{time.time():.0f}")
         evaluator.say(f"--resume: {step} steps are done")
         return step
-    evaluator.check(not damaged, f"--resume: no checkpoint in {out} is whole; use another --out to start anew")
+    evaluator.check(not damaged, f"--resume: no checkpoint in {out} is whole; use another --out to restart")
     return 0
 
 # What torch says of a file that is truncated, overwritten or missing. Any other error may be the file
