@@ -850,6 +850,8 @@ def file_hash(path):
     with evaluator.blaming(f"{path}: expected weights, found a pointer or half a file"):
         if path.suffix == ".safetensors":  # for a .bin, transformers notices it
             safetensors.safe_open(path, "pt")
+        if re.fullmatch(".*/blobs/[0-9a-f]{64}", str(path.resolve())):  # in the hub's cache it is the name
+            return path.resolve().name
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -1019,9 +1021,20 @@ def start_run(base, out, settings):
     evaluator.say(f"each of 3 checkpoints takes {(12 + DTYPE.itemsize) * billions:.3g} GB, each of {exports} "
                   f"exports {2 * billions:.3g} GB; {shutil.disk_usage(out).free / 1e9:.3g} GB are free")
     if torch.cuda.is_available():
-        shards = 18 * billions * settings["replicas"] / dist.get_world_size()
-        evaluator.say(f"weights, gradients and Adam's state take {shards:.3g} GB of a GPU's "
-                      f"{torch.cuda.mem_get_info()[1] / 1e9:.3g} GB; activations and logits come on top")
+        evaluator.say(f"training takes about {training_bytes(base.empty, settings) / 1e9:.3g} GB of a GPU's "
+                      f"{torch.cuda.mem_get_info()[1] / 1e9:.3g} GB; a sleeping engine takes 3 to 4 GB more")
+
+def training_bytes(lm, settings):
+    """About the most that training needs on a GPU, with gradient checkpointing: its shards of the weights, of
+    Adam's state, thetabar and the gradients (18 bytes a parameter), the layers' inputs, and the larger of what
+    the loss and the backward pass of a layer add. `python test_opsdc.py memory` counts it exactly."""
+    V, d = lm.get_output_embeddings().weight.shape
+    layers, T = lm.get_decoder().layers, settings["micro_batch_tokens"]
+    layer = sum(p.numel() for p in layers[0].parameters())
+    shards = 18 * sum(p.numel() for p in lm.parameters()) * settings["replicas"] / dist.get_world_size()
+    loss = 8 * V * (d + settings["loss_chunk"]) + 45 * BLOCK["cuda"] + 24 * d * T
+    backward = 4 * V * d + 8 * layer + (4 * layer / d + 22 * d) * T
+    return shards + 2 * d * len(layers) * T + max(loss, backward)
 
 def compare_settings(file, settings):
     """Compares the settings with those of the run that --resume continues."""

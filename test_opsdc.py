@@ -4589,16 +4589,6 @@ def memory_steps(base, device, cfg, ledger):
     gc.collect()
     return dict(+ledger.held)  # without those that hold nothing
 
-def training_bytes(lm, settings):
-    """About the peak on a GPU, with gradient checkpointing: shards of weights, Adam's state, thetabar and
-    gradients, and the larger of what the loss and a layer's backward add: README's formula."""
-    (V, d), layers = lm.get_output_embeddings().weight.shape, lm.get_decoder().layers
-    T = settings["micro_batch_tokens"]
-    P, p = (sum(w.numel() for w in module.parameters()) for module in (lm, layers[0]))
-    shards = 18 * P * settings["replicas"] / torch.distributed.get_world_size()
-    loss = 8 * V * (d + settings["loss_chunk"]) + 45 * opsdc.BLOCK["cuda"] + 24 * d * T
-    return shards + 2 * d * len(layers) * T + max(loss, 4 * V * d + 8 * p + (4 * p / d + 22 * d) * T)
-
 def simulated(*options):
     """Of `--model M --gpus N --nodes K` and opsdc.py's options -> what `memory` prints, in bytes."""
     parser = argparse.ArgumentParser(prog="memory", epilog="and opsdc.py's options")
@@ -4619,7 +4609,7 @@ def simulated(*options):
         with fake_gpu(ledger), ledger:
             base = opsdc.Base(cfg.model, None, config, None, "", empty, loaded)
             idle = memory_steps(base, torch.device("cuda", 0), cfg, ledger)
-    formula = training_bytes(empty, dataclasses.asdict(cfg))
+    formula = opsdc.training_bytes(empty, dataclasses.asdict(cfg))
     torch.distributed.destroy_process_group()
     return dict(place=f"{cfg.model} on {place.nodes} x {place.gpus}", peaks=ledger.peaks, idle=idle,
                 pools=sum(ledger.highest.values()), formula=formula, flops=sum(ledger.flops.values()),
@@ -4718,7 +4708,7 @@ def test_a_run_says_what_training_takes_of_a_gpu(good, one_rank, tmp_path, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 80e9))
     opsdc.prepare(opsdc.Config(**good, out=str(tmp_path / "out")))
-    assert re.search(r"take 0.\d+ GB of a GPU's 80 GB", capsys.readouterr().out)
+    assert re.search(r"training takes about 0.\d+ GB of a GPU's 80 GB", capsys.readouterr().out)
 
 def test_count_of_a_real_step_is_the_profilers(one_rank, monkeypatch):
     """On the CPU with real tensors, the same ledger beside torch's profiler, which sees the allocator."""
