@@ -37,6 +37,7 @@ import glob
 import gzip
 import hashlib
 import html
+import importlib.util
 import itertools
 import json
 import math
@@ -97,6 +98,25 @@ def explain(error):
     else:
         sys.excepthook(type(error), error, error.__traceback__)
 
+def say_once(error):
+    """The first rank to fail says why; the others end after that. As the store's host may be gone, no rank
+    waits long for it."""
+    from torch import distributed as dist
+    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+    if store is None or within_seconds(10, store.add, "failed", 1) in (None, 1):
+        explain(error)
+        sys.stdout.flush()
+        if store:
+            within_seconds(10, store.set, "said", "")
+    else:
+        within_seconds(10, store.wait, ["said"])
+
+def within_seconds(seconds, call, *arguments):  # its result, or None if it fails or takes longer
+    try:
+        return concurrent.futures.ThreadPoolExecutor(1).submit(call, *arguments).result(seconds)
+    except Exception:
+        return None
+
 def refuse_words(message):
     """Takes the place of argparse's own error, which would print the usage on every rank."""
     raise ValueError(f"{message}; see --help")
@@ -131,6 +151,44 @@ def claim_folder(out, mark, files, results=""):
     if not all(sees):
         raise ValueError(f"--out {out}: expected one folder that all nodes share, but rank "
                          f"{sees.index(False)} does not see what rank 0 wrote to {mark} there")
+
+MAY_BE_0 = "lr", "weight_decay", "clip", "temperature", "refresh_every", "export_every", "seed", "top_k"
+AT_MOST = {"vllm_memory": 1, "top_p": 1, "seed": 2**32 - 1}
+
+def check_settings(settings):
+    """Checks the options {name: value} of both scripts. A ~ at the start of a path becomes the home folder: a
+    shell leaves the ~ of --out=~/runs as it is."""
+    import torch
+    from torch import distributed as dist
+    for name in ("model", "teacher", "data", "out"):
+        if settings.get(name):
+            settings[name] = os.path.expanduser(settings[name])
+    for name, value in settings.items():
+        if type(value) in (int, float):
+            expected = "0 or more" if name in MAY_BE_0 else "more than 0"
+            enough = value > 0 or value == 0 and name in MAY_BE_0
+            check(enough and math.isfinite(value), f"--{name} {value}: expected {expected}")
+            most = AT_MOST.get(name, value)
+            check(value <= most, f"--{name} {value}: expected at most {most}")
+    check(torch.cuda.is_available() or not torch.version.cuda,  # else the CPU would be used
+                    "no GPU is seen: expected a driver R580 or newer; without a GPU, see the README")
+    check(importlib.util.find_spec("vllm") or settings.get("given"),  # --given needs no engine
+                    "vllm is not installed: expected the packages of requirements.txt, see the README")
+    # With OMP_NUM_THREADS=0, every rank would use all cores.
+    check(os.environ.get("OMP_NUM_THREADS") != "0", "OMP_NUM_THREADS=0: expected 1 or more")
+    for name in ("vllm_tp", "replicas"):  # eval.py has no replicas
+        value, world = settings.get(name, 1), dist.get_world_size()
+        check(world % value == 0,
+                        f"--{name} {value}: expected a divisor of the number of ranks, which is {world}")
+
+def context_of(base, to_train=True):
+    """The largest number of tokens of a sequence. Beyond its original context, LongRoPE has other factors:
+    the engine uses them for all sequences if one may be long, the trainer for the long ones only."""
+    text = base.config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if to_train and rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return getattr(text, "max_position_embeddings", math.inf)
 
 # --------------------------------------------------------------------------------------------------- PROBLEMS
 # Reading problems and their answers from data, for both scripts. Something that is not text in the place of a
@@ -1429,7 +1487,7 @@ def show_tokens(cfg):
     does."""
     import opsdc
     device = opsdc.start_processes()
-    opsdc.check_settings(vars(cfg))
+    check_settings(vars(cfg))
     out = Path(cfg.out)
     check(not out.exists() or PAGE_START[:200] == out.read_text("utf-8", "replace")[:200],
           f"--out {out}: expected a new file, or an older page")
@@ -1442,7 +1500,7 @@ def show_tokens(cfg):
     if cfg.given:
         rollouts = read_responses(cfg, problems, tokenizer)
         longest = max(len(prompt) + len(r.ids) for r in rollouts for prompt in problems[r.index][2:])
-    context = min(map(opsdc.context_of, bases))
+    context = min(map(context_of, bases))
     check(longest <= context, f"expected at most the model's context, {context} tokens, found responses that "
           f"take {longest} with their prompt: lower --max_response_tokens, or leave those in --data out")
     if opsdc.dist.get_rank() == 0:
@@ -1496,7 +1554,7 @@ def prepare_evaluation(args):
     """Makes all checks and reserves the folder. (base, {benchmark: jobs}, settings, folder, {benchmark: jobs
     that are left to do}, the Config of the engine)."""
     import opsdc
-    opsdc.check_settings(vars(args))
+    check_settings(vars(args))
     if args.instruction is not None:
         args.instruction = opsdc.read_instruction(args.instruction)
     base, jobs = opsdc.open_base(args.model, to_train=False), {}
@@ -1512,7 +1570,7 @@ def prepare_evaluation(args):
     opsdc.check_ids(base, [prompt for prompt, _ in prompts])
     say(f"the first prompt:\n{base.tokenizer.decode(prompts[0][0])}")
     longest, problem = max((len(prompt), name) for prompt, name in prompts)
-    context = opsdc.context_of(base, to_train=False)
+    context = context_of(base, to_train=False)
     check(longest + args.max_tokens <= context, f"the prompt of problem {problem} has {longest} tokens, and "
           f"{args.model} holds {context}: lower --max-tokens {args.max_tokens}, or leave that problem out")
     cfg = opsdc.Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,

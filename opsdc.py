@@ -39,7 +39,6 @@ This file differs from the authors' code (A) or from the text of the paper (P) a
     problems with long prompts are dropped.
 """
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -50,7 +49,6 @@ import shutil
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import cached_property, partial
@@ -925,42 +923,6 @@ def read_instruction(name):
                     f"{', '.join(INSTRUCTIONS)}, @FILE or a text, found {text!r}")
     return text
 
-MAY_BE_0 = "lr", "weight_decay", "clip", "temperature", "refresh_every", "export_every", "seed", "top_k"
-AT_MOST = {"vllm_memory": 1, "top_p": 1, "seed": 2**32 - 1}
-
-def check_settings(settings):
-    """Checks the options {name: value} of both scripts. A ~ at the start of a path becomes the home folder: a
-    shell leaves the ~ of --out=~/runs as it is."""
-    for name in ("model", "teacher", "data", "out"):
-        if settings.get(name):
-            settings[name] = os.path.expanduser(settings[name])
-    for name, value in settings.items():
-        if type(value) in (int, float):
-            expected = "0 or more" if name in MAY_BE_0 else "more than 0"
-            enough = value > 0 or value == 0 and name in MAY_BE_0
-            evaluator.check(enough and math.isfinite(value), f"--{name} {value}: expected {expected}")
-            most = AT_MOST.get(name, value)
-            evaluator.check(value <= most, f"--{name} {value}: expected at most {most}")
-    evaluator.check(torch.cuda.is_available() or not torch.version.cuda,  # else the CPU would be used
-                    "no GPU is seen: expected a driver R580 or newer; without a GPU, see the README")
-    evaluator.check(importlib.util.find_spec("vllm") or settings.get("given"),  # --given needs no engine
-                    "vllm is not installed: expected the packages of requirements.txt, see the README")
-    # With OMP_NUM_THREADS=0, every rank would use all cores.
-    evaluator.check(os.environ.get("OMP_NUM_THREADS") != "0", "OMP_NUM_THREADS=0: expected 1 or more")
-    for name in ("vllm_tp", "replicas"):  # eval.py has no replicas
-        value, world = settings.get(name, 1), dist.get_world_size()
-        evaluator.check(world % value == 0,
-                        f"--{name} {value}: expected a divisor of the number of ranks, which is {world}")
-
-def context_of(base, to_train=True):
-    """The largest number of tokens of a sequence. Beyond its original context, LongRoPE has other factors:
-    the engine uses them for all sequences if one may be long, the trainer for the long ones only."""
-    text = base.config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    if to_train and rope.get("rope_type") == "longrope":
-        return rope["original_max_position_embeddings"]
-    return getattr(text, "max_position_embeddings", math.inf)
-
 def from_rank_0(function, *arguments):
     """Returns on every rank what function(*arguments) returns on rank 0. The other ranks wait for it."""
     found = [function(*arguments) if dist.get_rank() == 0 else None]
@@ -994,10 +956,10 @@ def parse_settings():
 
 def prepare(cfg):
     """Makes all checks. Returns the base, on rank 0 with its weights, the problems and the run's folder."""
-    check_settings(vars(cfg))
+    evaluator.check_settings(vars(cfg))
     instruction, out = read_instruction(cfg.instruction), Path(cfg.out)
     base = open_base(cfg.model, to_train=True)
-    context = context_of(base)
+    context = evaluator.context_of(base)
     evaluator.check(cfg.max_prompt_tokens + cfg.max_response_tokens <= context, "--max_prompt_tokens + "
                     f"--max_response_tokens: expected at most the model's context, {context}")
     problems = from_rank_0(make_problems, cfg, base, instruction)
@@ -1026,8 +988,8 @@ def start_run(base, out, settings):
 
 def training_bytes(lm, settings):
     """About the most that training needs on a GPU, with gradient checkpointing: its shards of the weights, of
-    Adam's state, thetabar and the gradients (18 bytes a parameter), the layers' inputs, and the larger of what
-    the loss and the backward pass of a layer add. `python test_opsdc.py memory` counts it exactly."""
+    Adam's state, thetabar and the gradients (18 bytes a parameter), the layers' inputs, and the larger of
+    what the loss and the backward pass of a layer add. `python test_opsdc.py memory` counts it exactly."""
     V, d = lm.get_output_embeddings().weight.shape
     layers, T = lm.get_decoder().layers, settings["micro_batch_tokens"]
     layer = sum(p.numel() for p in layers[0].parameters())
@@ -1096,27 +1058,9 @@ def run_and_exit(main):
         if isinstance(error, SystemExit) and isinstance(error.code, int | None):
             status = error.code or 0  # as of --help, which has printed its text
         else:
-            say_once(error)
+            evaluator.say_once(error)
     sys.stdout.flush()
     os._exit(status)
-
-def say_once(error):
-    """The first rank to fail says why; the others end after that. As the store's host may be gone, no rank
-    waits long for it."""
-    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
-    if store is None or within_seconds(10, store.add, "failed", 1) in (None, 1):
-        evaluator.explain(error)
-        sys.stdout.flush()
-        if store:
-            within_seconds(10, store.set, "said", "")
-    else:
-        within_seconds(10, store.wait, ["said"])
-
-def within_seconds(seconds, call, *arguments):  # its result, or None if it fails or takes longer
-    try:
-        return ThreadPoolExecutor(1).submit(call, *arguments).result(seconds)
-    except Exception:
-        return None
 
 if __name__ == "__main__":
     if not hasattr(evaluator, "grade_rollouts"):
