@@ -491,13 +491,13 @@ def quickstart(directory="toy"):
     steps = [  # what it does, command, what it leaves
         ("a tiny reasoning model that overthinks sums, made from scratch: 1 to 3 minutes",
          f"python test_opsdc.py toy {toy}", "eval.jsonl"),
-        ("OPSDC: it learns to reason as if told v2: 1 to 2 minutes",
+        ("OPSDC: it learns to reason as if v2 stood in its prompt: 1 to 2 minutes",
          f"torchrun --nproc_per_node 2 opsdc.py --model {toy}/model --data {toy}/train.jsonl --out {toy}/run "
          + " ".join(TOY_RUN), "run/model"),
         ("the model before: half a minute", f"{evaluate} --model {toy}/model --out {toy}/base", ""),
-        ("the model before, told v2 in its prompt: half a minute",
+        ("the model before, with v2 in its prompt: half a minute",
          f"{evaluate} --model {toy}/model --instruction v2 --out {toy}/concise", ""),
-        ("the trained model, told nothing: half a minute",
+        ("the trained model, without an instruction: half a minute",
          f"{evaluate} --model {toy}/run/model --out {toy}/ours", ""),
         ("the three side by side: seconds",
          f"python eval.py compare {toy}/base {toy}/concise {toy}/ours --plot {toy}/compare.png", ""),
@@ -3821,7 +3821,9 @@ def test_bad_evaluation_is_refused_before_the_engine_starts(case, good, refused_
 
 def test_an_evaluation_keeps_its_folder(good, one_rank, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    prepare = lambda out=out, **change: ev.prepare_evaluation(ev.parse_args(evaluation(good, out, **change))[0])
+
+    def prepare(out=out, **change):
+        return ev.prepare_evaluation(ev.parse_args(evaluation(good, out, **change))[0])
     *_, cfg = prepare(out=tmp_path / "other", **{"vllm-memory": 0.3})
     assert cfg.vllm_memory == 0.3
     settings = prepare()[2]
