@@ -93,6 +93,8 @@ def explain(error):
     is_mistake_in_code = is_ours and not isinstance(cause, (ValueError, OSError))
     if isinstance(error, SystemExit):
         print(error)
+    elif isinstance(error, KeyboardInterrupt):
+        print("interrupted; what was saved stays: the same command goes on, of opsdc.py with --resume")
     elif isinstance(error, (ValueError, OSError)) and "vllm" not in sys.modules and not is_mistake_in_code:
         print("error: " + " ".join(str(error).split()))
     else:
@@ -1383,7 +1385,7 @@ nats</span>.
 def token_options(argv):
     """The options of opsdc.py and three more."""
     import opsdc
-    parser = opsdc.HfArgumentParser(opsdc.Config)
+    parser = opsdc.HfArgumentParser(opsdc.Config, allow_abbrev=False)
     parser.error = refuse_words
     parser.add_argument("--samples", type=int, default=4, help="number of responses")
     parser.add_argument("--given", action="store_true", help="show the responses in --data, which is a run's "
@@ -1680,7 +1682,7 @@ NUMBER_OPTIONS = {  # option: default, help
 
 def parse_args(argv):
     """(the options, the function that runs the command)."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("What counts")[0],
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.partition("What counts")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse_words
     add = parser.add_argument

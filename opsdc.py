@@ -950,7 +950,7 @@ RESULTS = r"checkpoint-\d+|model(-\d+)?"  # names in --out
 RUN_FILES = rf"{RESULTS}|config\.json|(metrics|samples)\.jsonl|{UNFINISHED}.*|eval\.lock"
 
 def parse_settings():
-    parser = HfArgumentParser(Config)
+    parser = HfArgumentParser(Config, allow_abbrev=False)
     parser.error = evaluator.refuse_words  # a mistyped option gives one line, from one rank
     return Config(**vars(parser.parse_args()))
 

@@ -2886,7 +2886,7 @@ def late(file, *arguments):
     time.sleep(6 * (os.environ["RANK"] == "1"))
     script(file, *arguments)
 
-MISTYPED = {"opsdc.py": ("--learning_rate 1", "unrecognized arguments: --learning_rate 1"),
+MISTYPED = {"opsdc.py": ("--step 1", "unrecognized arguments: --step 1"),
             "eval.py": ("--model m --samples many", "argument --samples: invalid int value: 'many'")}
 
 @beside(*MISTYPED)
