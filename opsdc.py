@@ -25,9 +25,9 @@ the teacher's last hidden states. Finally it swaps theta back and trains it.
 The axes of tensors are B sequences of a batch, b of a micro-batch, T positions, N response tokens of a
 micro-batch (concatenated without padding), V and d.
 
-Left out on purpose: rewards and advantages; importance ratios (at a given prefix the loss is exact, whoever
-sampled the prefix); LoRA; learning rate schedules; several rollouts of a prompt; asynchronous rollouts. The
-README says which forks add them.
+Left out on purpose: rewards and advantages; importance ratios (the loss sums over all next tokens instead of
+using the sampled one, so it needs none); LoRA; learning rate schedules; several rollouts of a prompt;
+asynchronous rollouts. The README says which forks add them.
 
 This file differs from the authors' code (A) or from the text of the paper (P) as follows.
  1. Logits are float32 whatever the model's dtype. A's bfloat16 drowns the small KL (see THE OBJECTIVE).
@@ -35,8 +35,8 @@ This file differs from the authors' code (A) or from the text of the paper (P) a
  3. The sampled token ids are trained on. A tokenises the responses' text again, and has the line "Remember to
     put your answer ..." twice in the teacher's prompt.
  4. thetabar is part of the checkpoint, so that --resume goes on as if the run had not stopped.
- 5. The prompt text of the data set is removed from its problems and added back (P keeps it as it is), and
-    problems with long prompts are dropped.
+ 5. The text that the data set puts around each problem is stripped, and the two prompts put their own there
+    (P leaves the data set's text in place). Problems with long prompts are dropped.
 """
 import hashlib
 import itertools
@@ -160,14 +160,14 @@ def prompt_ids(tokenizer, problem, instruction=None, thinking=True, wrapper="mat
 
 # --------------------------------------------------------------------------------------------- THE OBJECTIVE
 # loss = sum over tokens of w KL(p || q), w = 1 / (B |y|). With the student's logits s and a = log p - log q:
-#     KL = sum_v p_v a_v                             dKL/ds_v = p_v (a_v - sum_u p_u a_u)
-#        = sum_v p_v (exp(-a_v) - 1 + a_v)           as sum_v p_v = sum_v q_v = sum_v p_v exp(-a_v) = 1
-# We compute the second sum. It has the form of the k3 estimator, r - 1 - log r with r = q / p = exp(-a), but
-# summed over the whole vocabulary instead of sampled. None of its terms is negative. The terms of the first
-# sum have both signs and cancel to second order, which in float32 leaves a relative error of 1.5e-4 at a KL
-# of 1e-4 nats/token. Logits are float32 even if hidden states and heads are bfloat16: at a KL of 0.0016
-# nats/token, bfloat16 logits cause an error of 20 % in the loss and of 63 % in the head's gradient (README,
-# The objective).
+#     KL = sum_v p_v a_v = sum_v p_v (exp(-a_v) - 1 + a_v)
+#     dKL/ds_v = p_v (a_v - sum_u p_u a_u)
+# The two sums are equal because p_v exp(-a_v) = q_v, and p and q each sum to 1. We compute the second. It has
+# the form of the k3 estimator, r - 1 - log r with r = q / p = exp(-a), but summed over the whole vocabulary
+# instead of sampled. None of its terms is negative. The terms of the first sum have both signs and cancel to
+# second order, which in float32 leaves a relative error of 1.5e-4 at a KL of 1e-4 nats/token. Logits are
+# float32 even if hidden states and heads are bfloat16: at a KL of 0.0016 nats/token, bfloat16 logits cause an
+# error of 20 % in the loss and of 63 % in the head's gradient (README, The objective).
 
 def kl_divergence(p, q, a):
     """KL(p || q) [n] in nats, given a = log p - log q [n, V]. Both forms below equal p (exp(-a) - 1 + a). The
@@ -200,12 +200,12 @@ def reverse_kl(student_logits, teacher_logits):
 # How many logits a softmax takes at a time: few enough for a CPU's cache, or enough to keep a GPU busy.
 BLOCK = dict(cpu=620_000, cuda=10_000_000)
 
-def split_together(size, *tensors):  # views of the first `size` rows of all tensors, then of the next, ...
+def split_together(size, *tensors):  # like zip, but in slices of `size` rows; the slices are views
     return zip(*[x.split(size) for x in tensors])
 
 def divergence_in_place(logits, teacher_logits, weights, ids, kind, scale, softcap):
-    """For n tokens, the five numbers of each that chunked_divergence returns [5, n]. Overwrites `logits`
-    [n, V] with the gradients of the loss with respect to them."""
+    """Returns [5, n]: for each of n tokens the five numbers listed in chunked_divergence. Overwrites `logits`
+    [n, V] with the gradient of the loss with respect to them."""
     finished, derivative = finish_logits(logits, scale, softcap)
     teacher_finished, _ = finish_logits(teacher_logits, scale, softcap)
     log_p, log_q = finished.log_softmax(-1), teacher_finished.log_softmax(-1)
@@ -260,7 +260,7 @@ class WithGradients(torch.autograd.Function):
 
 def finish_logits(raw, scale, softcap):
     """From raw = h W^T [n, V], the logits softcap * tanh(scale * raw / softcap), or scale * raw without a
-    softcap, and their derivative with respect to raw."""
+    softcap, and their derivative with respect to raw, which is scaled in place."""
     logits = raw if scale == 1 else raw.mul_(scale)
     if softcap is None:
         return logits, scale
@@ -278,11 +278,11 @@ def float32_product(a, b, out, add=False):
 def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, weights, divergence="reverse_kl",
                  chunk=256, tokens=None, scale=1.0, softcap=None):
     """sum_n weights[n] D(student_n, teacher_n), exact over the vocabulary, without logits [N, V] in memory.
-    student_hidden [N, d] and student_head [V, d] get gradients; teacher_hidden [N, d'] and teacher_head
-    [V, d'] do not. weights [N] are float32, tokens [N] the sampled ids; for scale and softcap see
-    finish_logits. Each of the `chunk` tokens takes 8 V bytes, on a GPU 10 V. Returns the loss (a float32
-    scalar) and, without gradient, a dict: kl (the divergence), student_entropy and teacher_entropy (means
-    over N, nats/token) and, given tokens, logprob [N] = log p(token)."""
+    student_hidden [N, d] and student_head [V, d] get gradients; teacher_hidden [N, d'] and teacher_head [V,
+    d'] do not. weights [N] are float32, tokens [N] the sampled ids; for scale and softcap see finish_logits.
+    Each of the `chunk` tokens takes 8 V bytes (two float32 rows), on a GPU 10 V (and a bfloat16 copy).
+    Returns the loss (a float32 scalar) and, without gradient, a dict: kl (the divergence), student_entropy
+    and teacher_entropy (means over N, nats/token) and, given tokens, logprob [N] = log p(token)."""
     y = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
     grad_hidden, grad_head, per_token = chunked_divergence(student_hidden, student_head, teacher_hidden,
                                                            teacher_head, weights, y, divergence, chunk, scale,
@@ -355,25 +355,27 @@ def read_weights(base):
 def load_model(base, device, cfg):
     """The model, sharded, with the base's weights. Rank 0 broadcasts these and then frees its copy."""
     lm = base.empty
-    source = base.loaded or lm  # on ranks > 0 nothing is loaded, and nothing is read from `source`
+    source = base.loaded or lm  # on ranks > 0 only the names in it matter: rank 0 broadcasts all values
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
+    # A multimodal model has its decoder in another place, so the names are made anew, as `lm` has them.
     weights = {f"{lm.base_model_prefix}.{name}": w for name, w in source.get_decoder().state_dict().items()}
     weights["lm_head.weight"] = source.get_output_embeddings().weight
     model = shard(SelfDistillation(lm), device, cfg.replicas).to_empty(device=device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp_state.set_model_state_dict(lm, weights, options=options)
-    for buffer, original in zip(lm.get_decoder().buffers(), source.get_decoder().buffers()):  # RoPE buffers
+    # RoPE's buffers are in no state dict. On ranks > 0 copy_ does nothing, and the broadcast sets the values.
+    for buffer, original in zip(lm.get_decoder().buffers(), source.get_decoder().buffers()):
         buffer.copy_(original)
         dist.broadcast(buffer, src=0)
     base.loaded = None
     return model
 
 def shard(model, device, replicas):
-    """FSDP2: every decoder layer, the embedding and the last norm are groups of weights of their own. The
-    model's own group has the head, with the embedding if these are tied. A group is gathered for its forward
-    and again for its backward, and freed after each. With replicas > 1 (HSDP), each of so many groups of
-    consecutive ranks holds a whole copy of the model."""
+    """FSDP2: each decoder layer, the embedding and the last norm form one group of weights each. The head is
+    in the root module's group; a tied embedding is the same tensor, and so it is there too. A group is
+    gathered for its forward, again for its backward if that needs it, and freed after each. With replicas > 1
+    (HSDP), the ranks form `replicas` blocks of consecutive ranks, and each block holds a whole copy."""
     shape = replicas, dist.get_world_size() // replicas
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     mesh = mesh if replicas > 1 else mesh["shard"]
@@ -382,12 +384,13 @@ def shard(model, device, replicas):
     decoder, head = model.lm.get_decoder(), model.lm.get_output_embeddings().weight
     others = [module for module in decoder.children()  # the last norm, and the embedding unless it is tied
               if not isinstance(module, nn.ModuleList) and head not in set(module.parameters())]
-    # An embedding's gradient does not depend on its weights; the head's gradient is computed in forward.
+    # Backward needs neither of these: an embedding's gradient does not depend on its weights, and the head's
+    # gradient was already computed in forward. A group with no other weights is not gathered again.
     not_needed_in_backward = {model.lm.get_input_embeddings().weight, head}
     for module in [*decoder.layers, *others, model]:
         group = {p for p in module.parameters() if not isinstance(p, DTensor)}  # not yet in another group
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        module.set_unshard_in_backward(not group <= not_needed_in_backward)
+        module.set_unshard_in_backward(bool(group - not_needed_in_backward))
     return model
 
 def checkpoint_weights(lm, dtype, both_names=False):
@@ -454,10 +457,10 @@ class RolloutEngine:
             defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
         os.environ.update(defaults | os.environ)
         from vllm import LLM
-        from vllm.model_executor.models.transformers import base as wrapped
+        from vllm.model_executor.models.transformers import base as vllm_wrapper
         # For a family that vLLM has no class for, it wraps the class of transformers and decorates that class
         # in place for torch.compile. The trainer builds its model from the same class, and would fail.
-        wrapped.Base._decorate_for_torch_compile = lambda self: None
+        vllm_wrapper.Base._decorate_for_torch_compile = lambda self: None
         length = cfg.max_prompt_tokens + cfg.max_response_tokens
         self.llm = LLM(str(base.folder), distributed_executor_backend="external_launcher", seed=cfg.seed,
                        tensor_parallel_size=cfg.vllm_tp, gpu_memory_utilization=cfg.vllm_memory,
@@ -545,18 +548,19 @@ class MicroBatch(NamedTuple):
     logprobs: torch.Tensor  # [N] the tokens' log-probabilities in the engine
     real: bool  # False where a rank without a sequence of its own only takes part in the collectives
 
-def token_weights(rollouts):  # of each token in the loss: 1 / (B |y|), B rollouts kept on all ranks
+def token_weights(rollouts):  # 1 / (B |y|) of each token; B counts the rollouts kept, over all ranks
     return [[1 / (len(rollouts) * len(r.ids))] * len(r.ids) for r in rollouts]
 
 def plan_micro_batches(lengths, budget, rank, world):
-    """The indices of `lengths` that `rank` computes, in groups. A group has at most `budget` padded tokens,
-    or a single sequence; at most a twentieth of the budget is padding. The sequences are dealt to the ranks
-    in turn, the longest first, so that all ranks have equally many groups. Lengths [9, 3, 9, 8, 8, 3], world
-    2 and budget 20 give [[0, 3], [1]] on rank 0."""
+    """The indices of `lengths` that `rank` computes, in groups. Padded to its longest sequence, a group has
+    at most `budget` tokens, at most a twentieth of `budget` of them padding; a single long sequence may
+    exceed that. The sequences are dealt to the ranks in rounds, the longest first, so that all ranks have
+    equally many groups. Lengths [9, 3, 9, 8, 8, 3] and world 2 make the rounds [0, 2], [3, 4], [1, 5]. With
+    budget 20 the first two rounds share a micro-batch, and rank 0 gets [[0, 3], [1]]."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     rounds = [order[k:k + world] for k in range(0, len(order), world)]  # in each, a rank gets one sequence
 
-    def fits(group):  # judged by the longest sequence of each round, which rank 0 gets
+    def fits(group):  # of rounds; the longest sequence of a round is rank 0's, dealt[0]
         widths = [lengths[dealt[0]] for dealt in group]
         padded = widths[0] * len(group)
         return padded <= budget and padded - sum(widths) <= budget / 20
@@ -738,8 +742,8 @@ def load_newest(out, model, optimizer, thetabar, cfg):
             continue
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         optimizer.param_groups[0].update(lr=cfg.lr, weight_decay=cfg.weight_decay)  # not the checkpoint's
-        for path in damaged:
-            from_rank_0(path.rename, out / f"damaged-{path.name}-{time.time():.0f}")
+        for newer in damaged:
+            from_rank_0(newer.rename, out / f"damaged-{newer.name}-{time.time():.0f}")
         evaluator.say(f"--resume: {step} steps are done")
         return step
     evaluator.check(not damaged, f"--resume: no checkpoint in {out} is whole; use another --out to restart")
@@ -846,9 +850,10 @@ def model_hash(base):
 
 def file_hash(path):
     with evaluator.blaming(f"{path}: expected weights, found a pointer or half a file"):
-        if path.suffix == ".safetensors":  # for a .bin, transformers notices it
+        if path.suffix == ".safetensors":  # raises if damaged; transformers checks a .bin itself
             safetensors.safe_open(path, "pt")
-        if re.fullmatch(".*/blobs/[0-9a-f]{64}", str(path.resolve())):  # in the hub's cache it is the name
+        # In the hub's cache, the name of the file is already its sha256.
+        if re.fullmatch(".*/blobs/[0-9a-f]{64}", str(path.resolve())):
             return path.resolve().name
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -943,7 +948,8 @@ def make_problems(cfg, base, instruction):
                     "with so short a prompt and, for --keep correct, a known answer")
     return short
 
-# The settings that --resume lets change, with a line on the console. The others decide how the run goes on.
+# The settings that --resume lets change, with a line on the console. `model` and `data` are only names: the
+# hashes of both, which `prepare` adds to the settings, must stay the same. So must all other settings.
 MAY_CHANGE = ("model data out steps lr weight_decay clip save_every export_every micro_batch_tokens "
               "loss_chunk gradient_checkpointing replicas vllm_tp vllm_memory").split()
 RESULTS = r"checkpoint-\d+|model(-\d+)?"  # names in --out
@@ -978,7 +984,8 @@ def start_run(base, out, settings):
     remove_unfinished(out)
     base.loaded = read_weights(base)
     replace_file(out / "config.json", json.dumps(settings, indent=1))
-    billions = sum(p.numel() for p in base.empty.parameters()) / 1e9  # of parameters: GB at one byte each
+    # Billions of parameters; times the bytes of a parameter, this is GB.
+    billions = sum(p.numel() for p in base.empty.parameters()) / 1e9
     exports = 1 + (settings["steps"] // settings["export_every"] if settings["export_every"] else 0)
     evaluator.say(f"each of 3 checkpoints takes {(12 + DTYPE.itemsize) * billions:.3g} GB, each of {exports} "
                   f"exports {2 * billions:.3g} GB; {shutil.disk_usage(out).free / 1e9:.3g} GB are free")
@@ -994,6 +1001,8 @@ def training_bytes(lm, settings):
     layers, T = lm.get_decoder().layers, settings["micro_batch_tokens"]
     layer = sum(p.numel() for p in layers[0].parameters())
     shards = 18 * sum(p.numel() for p in lm.parameters()) * settings["replicas"] / dist.get_world_size()
+    # The factors add up what that command shows to be alive at the two highest moments: 8 V bytes a token of
+    # the chunk, for example, are its two float32 rows of logits.
     loss = 8 * V * (d + settings["loss_chunk"]) + 45 * BLOCK["cuda"] + 24 * d * T
     backward = 4 * V * d + 8 * layer + (4 * layer / d + 22 * d) * T
     return shards + 2 * d * len(layers) * T + max(loss, backward)
