@@ -7,22 +7,20 @@
     python eval.py tokens --model ID_OR_PATH --data FILE [--out FILE.html]      (what the loss sees)
 
 What counts as right decides the figures: one model scores 54.5 on MATH-500 if only boxes are read, and 93.0
-if either format is. These are the rules here. They apply to the text after the last </think> (or after the
-closing tag of another model family).
+if either format is. These rules apply to the text after the last </think> (or another family's closing tag).
     formats    The last `Answer:` line that is not empty or the last \\boxed{}, whichever comes later. An
                empty box hides the boxes before it; \\boxed{2} and \\boxed{3} is a list. A response that has
                neither format or was truncated is wrong.
     text       must agree: 7 million is not 7, nor is 42 because ... equal to 42; 10% loss is not 10% gain.
     units      may be left out (but 2m is not 2). Where both sides have one, it must agree: 7 cm is not 7 m.
     numbers    are equal up to 1e-6 where one side is a decimal: 0.333 is not 1/3.
-    percent    10% is 0.1. A percent sign on one side only may also be left out, as a unit may: 10% is 10, but
-               10% is never 1.
+    percent    10% is 0.1. A percent sign on one side only may also be left out: 10% is 10, but never 1.
     letters    are compared by case (c is not C), but not within words. A choice must name one letter only.
     lists      may be in any order, with each item the same number of times. (1, 2), 1, 2 and [1, 2) are three
                different answers; 1, 2 and {1, 2} are the same.
-Each record also holds the verdicts of three other rules, so that published figures can be compared like for
-like: `answer_only`, `boxed_only`, and `either_full_text` (the paper's rule: either format, think block
-included). Left out: models as graders, grading of code and proofs, conversion of units and number bases.
+Records also hold the verdicts of three other rules, to compare with published figures: `answer_only`,
+`boxed_only`, and `either_full_text` (the paper's rule: either format, think block included). Left out:
+models as graders, grading of code and proofs, conversion of units and number bases.
 """
 import argparse
 import collections
@@ -126,8 +124,7 @@ def refuse_words(message):
 def claim_folder(out, mark, files, results=""):
     """Reserves the folder `out` for this group of processes until it ends, by a lock on the file `mark`,
     which also tells that the folder is a run's. In a folder without a mark nothing may match `files`, the
-    names that a run writes; in one with a mark nothing may match `results`. Files of other names do not
-    matter."""
+    names that a run writes; in one with a mark nothing may match `results`. Other files do not matter."""
     from torch import distributed as dist
     token = [os.urandom(8).hex()]  # rank 0 writes its token into the mark, where all ranks must see it
     if dist.get_rank() == 0:
@@ -235,15 +232,12 @@ def field_name(field):
 
 @functools.cache
 def is_read(field):
-    """Does this field decide what is trained on? Rows that agree in all such fields are repeats."""
+    """Is this field looked at? The others are left in a table's file, and rows that differ in them only are
+    repeats."""
     name = field_name(field)
-    names = {"tools", *PROBLEM_FIELDS, *ANSWER_FIELDS, *OPTION_LISTS, *itertools.chain(*OPTION_FIELDS)}
+    names = {"tools", *PROBLEM_FIELDS, *ANSWER_FIELDS, *ID_FIELDS, *OPTION_LISTS, *sum(OPTION_FIELDS, [])}
     patterns = GOLD_FIELD, WRONG_OPTION_FIELD, MISSED_FIELD
     return name in names or any(pattern.fullmatch(name) for pattern in patterns)
-
-def is_wanted(field):
-    """Is this field taken from a table, where reading the others would cost time?"""
-    return is_read(field) or field_name(field) in ID_FIELDS
 
 # ---------- files, folders and the hub
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # as `datasets` calls them
@@ -262,23 +256,20 @@ def read_rows(source, wanted=None):
         parts = [source] if exists else source.rsplit(":", 2)
         name, config, split = (parts + ["", ""])[:3]
         path, split = Path(name).expanduser(), split or "train"
-        kind, files = kind_of(path), [path]
+        kind, files, arguments = kind_of(path), [], dict(path=name, name=config or None)
         if path.is_dir() and name:
-            kind, files, arguments = open_folder(path, config, split)
+            files, arguments = open_folder(path, config, split)
         elif path.is_file():
             check(kind in KINDS, f"a file {path.suffix}")
+            files = [path] if kind != ".parquet" else []
             arguments = dict(path="parquet", data_files=glob.escape(str(path.parent.resolve() / path.name)))
         else:
             check(kind not in KINDS and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name),
                   f"No such file or folder: {path}")
-            kind, arguments = ".parquet", dict(path=name, name=config or None)
-        if kind == ".parquet":
-            for number, row in enumerate(read_table(arguments, split, wanted), 1):
-                yield f"{source}, row {number}", row
-        else:
-            for file in files:
-                for number, row in enumerate(read_text_file(file), 1):
-                    yield f"{file}, row {number}", row
+        tables = [(file, read_text_file(file)) for file in files]
+        for name, rows in tables or [(source, read_table(arguments, split, wanted))]:
+            for number, row in enumerate(rows, 1):
+                yield f"{name}, row {number}", row
 
 def read_text_file(path):
     """Yields the rows of a .jsonl, .json or .csv file or of a .gz of one. The values of a .csv stay the texts
@@ -303,8 +294,8 @@ def read_text_file(path):
             yield {field_name(field): value for field, value in row.items()}
 
 def open_folder(path, config, split):
-    """(kind, the files of the split, the arguments with which `datasets` loads it) of a folder. Its splits
-    and configurations are those that `datasets` finds there."""
+    """(the text files of the split, the arguments with which `datasets` loads it) of a folder. Its splits and
+    configurations are those that `datasets` finds there."""
     import datasets
     check(not any((path / name).exists() for name in ("state.json", "dataset_dict.json")),
           "a dataset that was saved using `save_to_disk`; use its to_parquet or to_json instead")
@@ -321,7 +312,8 @@ def open_folder(path, config, split):
     found = datasets.load_dataset_builder(**arguments).config.data_files or {}
     name = split.partition("[")[0]
     check(name in found, f"no split {name}, but {', '.join(map(str, found))}; name it: {path}::SPLIT")
-    return kind, [Path(file) for file in found[name] if kind_of(Path(file)) == kind], arguments
+    files = [Path(file) for file in found[name] if kind_of(Path(file)) == kind != ".parquet"]
+    return files, arguments
 
 def read_table(arguments, split, wanted):
     """Yields the rows of a .parquet file or of the hub. Whole batches of Arrow's table are converted, which
@@ -347,8 +339,7 @@ def is_filled(value):
         value = list(value.values())
     if isinstance(value, list):
         return any(map(is_filled, value))
-    is_nan = value != value
-    return bool(value) and not is_nan and str(value).strip() not in ("", "[]", "{}")
+    return bool(value) and value == value and str(value).strip() not in ("", "[]", "{}")  # NaN != NaN
 
 def is_turn(message):
     """Is this one turn of a conversation? An assistant's turn may call tools and say nothing."""
@@ -427,8 +418,9 @@ def as_text(value):
     return format(Decimal(str(value)), "f") if isinstance(value, float) else str(value).strip()
 
 def gold_text(value):
-    """(text, why there is none) of a gold. The text is what a solution has in its last box or after GSM8K's
-    ####, or else the whole gold. The gold ["2"] and its JSON '["2"]' mean 2; test cases are not a text."""
+    """(text, why it is no value, or "") of a gold. The text is what a solution has in its last box or after
+    GSM8K's ####, or else the whole gold. The gold ["2"] and its JSON '["2"]' mean 2; test cases are not a
+    text. Several sentences, or more than 25 words, are a proof."""
     if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"], but not [0, 1)
         try:
             value = json.loads(value)
@@ -439,15 +431,12 @@ def gold_text(value):
     if not isinstance(value, (str, int, float, type(None))):
         return "", f"{value!r:.40} is no text"
     text = as_text(value)
-    return last_box(text)[1] or text.rpartition("####")[2].strip(), ""
-
-def why_no_value(text):
-    """Why a gold's text is no value, or "". Several sentences, or more than 25 words, are a proof."""
+    text = last_box(text)[1] or text.rpartition("####")[2].strip()
     words = len(PLAIN_WORD.findall(text))
     if NO_VALUE.fullmatch(text):
-        return f"{text[:40]!r} is no value"
+        return text, f"{text[:40]!r} is no value"
     is_proof = words > 25 or words >= 5 and SENTENCE_END.search(text)
-    return f"{text[:40]!r} is a text of {words} words" if is_proof else ""
+    return text, f"{text[:40]!r} is a text of {words} words" if is_proof else ""
 
 def read_answer(row):
     """(field, known answer, "") of a row, or (None, None, why the answer is unknown). A solution in words
@@ -464,7 +453,6 @@ def read_answer(row):
         text, why = gold_text(value)
         is_in_words = field == "solution" and " " in text and text == str(value).strip()
         if (text or why) and not is_in_words:
-            why = why or why_no_value(text)
             return (None, None, f"{field}: {why}") if why else (field, text, "")
     return None, None, "no answer"
 
@@ -481,14 +469,16 @@ def read_options(row):
     """
     for field in OPTION_LISTS:
         if row.get(field):
-            found = load_json(row[field]) if isinstance(row[field], str) else row[field]
-            if isinstance(found, dict) and "text" in found:  # ARC
-                return [field], [str(label) for label in found["label"]], found["text"], False
-            if isinstance(found, dict):  # MedQA
-                labels = [label for label in sorted(found) if found[label] is not None]
-                return [field], labels, [found[label] for label in labels], False
-            check(isinstance(found, list), f"expected a list of options, found {found!r:.60}")
-            return [field], LETTERS, found, False
+            labels, options = LETTERS, row[field]
+            if isinstance(options, str):
+                options = load_json(options)
+            if isinstance(options, dict) and "text" in options:  # ARC: {"label": ["A"], "text": ["red"]}
+                labels, options = [str(label) for label in options["label"]], options["text"]
+            elif isinstance(options, dict):  # MedQA: {"A": "red"}
+                labels = [label for label in sorted(options) if options[label] is not None]
+                options = [options[label] for label in labels]
+            check(isinstance(options, list), f"expected a list of options, found {options!r:.60}")
+            return [field], labels, options, False
     for fields in OPTION_FIELDS:
         fields = [field for field in fields if field in row]
         if len(fields) >= 4 or len(fields) >= 2 and len(fields[0]) > 1:  # two fields a and b may be anything
@@ -505,7 +495,7 @@ def places_of(gold, labels, options):
     """The places of the options that a gold may mean. A number is a label, or a place counted from 0. A text
     is an option, a label, both, or a place: 2, "Paris", "(C)", "C. Paris" and "2"."""
     numbers = labels if labels[0].isdigit() else [str(place) for place in range(len(options))]
-    text = gold_text(gold)[0]
+    text, _ = gold_text(gold)
     if isinstance(gold, (int, float)) and text.removesuffix(".0") in numbers:
         return [numbers.index(text.removesuffix(".0"))]
     bare, *bare_options = [words.strip("()[]. :").lower() for words in (text, *options)]
@@ -522,19 +512,16 @@ def places_of(gold, labels, options):
 def find_gold(row, labels, options):
     """(fields that say which option is right, its place, "") or (fields, None, why it is unknown)."""
     fields = [field for field in row if GOLD_FIELD.fullmatch(field) and row[field] not in (None, "", [])]
-    if not fields:
-        return [], None, "no answer"
     places = range(len(options))
     for field in fields:
-        found = places_of(row[field], labels, options)
-        text, why = gold_text(row[field])
-        if not found and (why or text in ("", "-1") or NO_VALUE.fullmatch(text)):
+        found, (text, why) = places_of(row[field], labels, options), gold_text(row[field])
+        if not found and (why or text in ("", "-1")):
             return fields, None, f"{field}: {why or repr(text) + ' is no value'}"
         check(found, f"expected as {field} the letter, text or place of an option, found {row[field]!r:.60}")
         places = [place for place in places if place in found]
         check(places, "expected fields that mean the same option, found "
               + ", ".join(f"{name} {row[name]!r:.40}" for name in fields))
-    return fields, places[0], ""
+    return (fields, places[0], "") if fields else ([], None, "no answer")
 
 def letter_options(row, problem, question):
     """(problem with its options lettered, letter of the right one or None, why that is unknown, {field: what
@@ -549,6 +536,9 @@ def letter_options(row, problem, question):
         return problem, None, "", {}
     check(1 < len(options) <= len(LETTERS) and all(options),
           f"expected a question and two to ten texts to choose from, found {options!r:.80}")
+    own = [re.match(rf"\(?{letter}[).:]\s*(?=\S)", option) for letter, option in zip(LETTERS, options)]
+    if all(own):  # AQuA: ["A)21", "B)24"]
+        options = [option[letter.end():] for letter, option in zip(own, options)]
     golds, place, why = ([], 0, "") if is_to_shuffle else find_gold(row, labels, options)
     order = list(range(len(options)))
     if is_to_shuffle:
@@ -571,9 +561,7 @@ def read_row(row, where, prefix="", suffix=""):
     if not uses:
         gold, answer, why = read_answer(row)
         uses = {gold: "answer"} if gold else {}
-    uses = {field: "problem"} | uses
-    if tools:
-        uses["tools"] = "tools"
+    uses = {field: "problem"} | uses | ({"tools": "tools"} if tools else {})
     return dict(problem=problem, tools=tools, answer=answer), why, uses
 
 def read_problems(source, prefix="", suffix=""):
@@ -581,11 +569,11 @@ def read_problems(source, prefix="", suffix=""):
     known. A row that says nothing new is skipped before it is parsed: DAPO has each of its 17,000 problems
     100 times."""
     say(f"reading {source} ...")
-    found, reasons = {}, {}  # by problem: what is returned, and why its answer is unknown
+    found, origins = {}, {}  # by problem: what is returned; its first row, and why that has no answer
     fields, uses = {}, {}  # all fields in their order, and {field: what it is read as}
-    seen, missed, formats = set(), [], []  # hashes of rows, refusals, rows that ask for another format
+    seen, missed = set(), []  # hashes of rows, and refusals
     number = others = 0
-    for number, (where, row) in enumerate(read_rows(source, is_wanted), 1):
+    for number, (where, row) in enumerate(read_rows(source, is_read), 1):
         fields.update(row)
         row_hash = hash(pickle.dumps([(field, row[field]) for field in row if is_read(field)]))
         if row_hash in seen:  # 64 bits: of two million rows, two share one once in ten million runs
@@ -600,23 +588,21 @@ def read_problems(source, prefix="", suffix=""):
         key = json.dumps([problem["problem"], problem["tools"]])
         if key not in found:
             ids = {name: row.get(name) for name in ID_FIELDS}
-            found[key] = problem | dict(ids=ids, number=number)
-            reasons[key] = f"{where}, {why}"
-            if (prefix or suffix) and OTHER_FORMAT.search(str(problem["problem"])):
-                formats.append(where)
+            found[key], origins[key] = problem | dict(ids=ids, number=number), (where, why)
         elif found[key]["answer"] is None:
             found[key]["answer"] = problem["answer"]
         else:
             others += problem["answer"] not in (None, found[key]["answer"])
     if missed:
         raise ValueError(f"{missed[0]} ({len(missed)} of {number} rows, repeats aside)")
-    unknown = [reasons[key] for key in found if found[key]["answer"] is None]
+    unknown = [", ".join(origins[key]) for key in found if found[key]["answer"] is None]
     first = f"the first without an answer: {unknown[0]}; " if unknown else ""
     say(f"{source}: {number} rows, {len(found)} problems, {len(unknown)} without a known answer, {others} "
         f"again with another; {number - len(found)} rows were repeats; {first}"
         f"read: {', '.join(f'{name} as {use}' for name, use in uses.items())}; "
         f"not read: {', '.join(name for name in fields if name not in uses)}")
-    if formats:
+    formats = [origins[key][0] for key in found if OTHER_FORMAT.search(str(found[key]["problem"]))]
+    if formats and (prefix or suffix):
         say(f"{len(formats)} prompts ask for a format of their own ({formats[0]} is the first), and get that "
             "of --wrapper math too; --wrapper none takes them as they are")
     return list(found.values())
@@ -629,15 +615,15 @@ THINK_TAGS = [  # (opening, closing); what follows the last closing tag counts
     (r"\[THINK\]", r"\[/THINK\]"),                                                # Mistral
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),                             # Cohere
     (r"<\|channel>", r"<channel\|>")]                                             # Gemma 4
-OPENING = re.compile("|".join(opening for opening, _ in THINK_TAGS))
-CLOSING = re.compile("|".join(closing for _, closing in THINK_TAGS))
+OPENING, CLOSING = (re.compile("|".join(tags)) for tags in zip(*THINK_TAGS))
 SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # as text
 ANSWER_MARKER = re.compile(r"""(?xm)  # what comes before an answer
     (?: ^[ \t>*_#`$-]* (?i: (?:the\ |my\ )?(?:final\ |correct\ )?answer )    # in any case where a line starts
       | \b(?:Answer|ANSWER) ) [ \t*_`]{0,8} [:：]                            # elsewhere only with a capital
       (?: \ ?[Tt]he\ [\w ]*(?:answer|option|choice)\ is\b )?                 # Answer: The correct option is B
   | \b[Ff]inal\ answer\ is\b :? (?= [^\n]{1,400}I\ hope\ it\ is\ correct )  # Minerva's prompt""")
-SPANS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$\n": "$"}  # formulas that may take several lines
+ANSWER_VALUE = re.compile(r"""(?xs)  # the rest of the line, after a formula that may take several lines
+    (?: \$\$ .*? \$\$ | \$\n .*? \$ | \\\[ .*? \\\] | \\\( .*? \\\) | [^\n]* \\begin\{ .*? \\end\{ )? [^\n]*""")
 BETWEEN_BOXES = re.compile(r"""(?x)  # what may stand between boxes that are one list
     (?: [\s,;$&~*] | \\[\[\]()\\,;:!\ ] | \\q?quad                   # spaces, commas, the ends of formulas
       | \b(and|or)\b                                                 # a word, bare
@@ -657,11 +643,7 @@ def last_answer_line(text):
     """(start of the last `Answer:` that has a value, the value), or (-1, None)."""
     for marker in reversed(list(ANSWER_MARKER.finditer(text))):
         rest = text[marker.end():marker.end() + 4 * LONGEST].lstrip(" \t\n*_`}")  # or on the next line
-        closing = SPANS.get(rest[:2])
-        if "\\begin{" in rest.partition("\n")[0]:
-            closing = closing or "\\end{"
-        end = max(0, rest.find(closing, 2)) if closing else 0
-        value = clean(rest[:end] + rest[end:].partition("\n")[0])  # the line on which the formula ends
+        value = clean(ANSWER_VALUE.match(rest)[0])
         if value:
             return marker.start(), value
     return -1, None
@@ -704,8 +686,7 @@ def last_box(text):
 
 def find_answers(text):
     """The answers by three rules: the later of the two formats, the `Answer:` line alone, the box alone."""
-    line_start, line = last_answer_line(text)
-    box_end, box = last_box(text)
+    (line_start, line), (box_end, box) = last_answer_line(text), last_box(text)
     is_box_later = box is not None and box_end > line_start  # a box in the line is later than its start
     return box if is_box_later else line, line, box
 
@@ -1054,9 +1035,9 @@ def grade_all(responses, golds, finished=None, workers=2):
         is_truncated = not is_finished or OPENING.search(tail) is not None
         gold = last_box(str(gold))[1] or clean(str(gold))  # a whole reference solution has it in its last box
         answers = (None, None, None) if is_truncated else find_answers(tail)
-        _, full_line, full_box = find_answers(response)
-        right.update({(answer, gold): answer == gold for answer in (*answers, full_line, full_box)})
-        found.append((gold, is_truncated, *answers, full_line, full_box))
+        answers += find_answers(response)[1:]
+        right.update({(answer, gold): answer == gold for answer in answers})
+        found.append((gold, is_truncated, *answers))
     pairs = sorted(pair for pair in right if pair[0] and not right[pair] and max(map(len, pair)) <= LONGEST)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         right.update(zip(pairs, pool.map(ask_worker, pairs)))
@@ -1082,29 +1063,27 @@ BENCHMARKS = {  # name: hub id, configuration, split
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # the paper's
 
 def load_benchmark(source, wrapper="math"):
-    """The problems of a benchmark, of a copy of one (math500=DIR), or of anything that opsdc.py takes as
-    --data."""
-    name, _, copy = source.partition("=")
-    if name not in BENCHMARKS:
-        return read_answered(source, wrapper)
-    hub_id, _, rest = BENCHMARKS[name].partition(":")
-    with blaming(f"benchmark {name} (if it is gated, accept its terms on its hub page; offline, give a copy: "
-                 f"{name}=DIR)"):
-        return read_answered(f"{copy or hub_id}:{rest}", wrapper)
-
-def read_answered(source, wrapper):
-    """[dict(problem, tools, answer, level or None, id)] of all problems with a known answer; the others are
-    left out. An id that occurs several times gets the number of its row."""
+    """[dict(problem, tools, answer, level or None, id)] of a benchmark, of a copy of one (math500=DIR), or of
+    anything that opsdc.py takes as --data. Problems without a known answer are left out. An id that occurs
+    several times gets the number of its row."""
     import opsdc
-    check(re.search("[./]", source) or Path(source.partition(":")[0]).exists(),
-          f"{source}: expected {', '.join(BENCHMARKS)}, a file, a folder or a hub ID")
-    problems = [p for p in read_problems(source, *opsdc.WRAPPERS[wrapper]) if p["answer"] is not None]
-    check(problems, f"{source}: expected a field answer, final_answer or solution, found none")
-    for p in problems:
-        ids = p.pop("ids")
-        with blaming(f"{source}, row {p['number']}, unique_id, id or level"):
-            p["level"] = ids["level"] if isinstance(ids["level"], int) else as_text(ids["level"]) or None
-            p["id"] = as_text(ids["unique_id"]) or as_text(ids["id"]) or str(p["number"] - 1)
+    name, _, copy = source.partition("=")
+    hint = contextlib.nullcontext()
+    if name in BENCHMARKS:
+        hub_id, _, rest = BENCHMARKS[name].partition(":")
+        source = f"{copy or hub_id}:{rest}"
+        hint = blaming(f"benchmark {name} (if it is gated, accept its terms on its hub page; offline, give a "
+                       f"copy: {name}=DIR)")
+    with hint:
+        check(re.search("[./]", source) or Path(source.partition(":")[0]).exists(),
+              f"{source}: expected {', '.join(BENCHMARKS)}, a file, a folder or a hub ID")
+        problems = [p for p in read_problems(source, *opsdc.WRAPPERS[wrapper]) if p["answer"] is not None]
+        check(problems, f"{source}: expected a field answer, final_answer or solution, found none")
+        for p in problems:
+            ids = p.pop("ids")
+            with blaming(f"{source}, row {p['number']}, unique_id, id or level"):
+                p["level"] = ids["level"] if isinstance(ids["level"], int) else as_text(ids["level"]) or None
+                p["id"] = as_text(ids["unique_id"]) or as_text(ids["id"]) or str(p["number"] - 1)
     times = collections.Counter(p["id"] for p in problems)
     for p in problems:
         number = p.pop("number")
@@ -1196,7 +1175,7 @@ def summarise(records):
     sizes = sorted({len(group) for group in groups})
     check(len(sizes) == 1, "expected equally many samples of each problem, found "
           f"{len(records)} records with {' or '.join(map(str, sizes)) or 'no'} samples")
-    right = [record["tokens"] for record in records if record["correct"]]
+    right = [record for record in records if record["correct"]]
     means = {column: mean(records, column) for column in (
         "answer_only", "boxed_only", "either_full_text", "truncated", "no_answer", "think_tokens",
         "answer_tokens", "tokens")}
@@ -1206,7 +1185,7 @@ def summarise(records):
             "accuracy_se": clustered_error(groups, "correct"), **means,
             "tokens_se": clustered_error(groups, "tokens"),
             "tokens_median": statistics.median(record["tokens"] for record in records),
-            "tokens_correct": statistics.fmean(right) if right else None, "levels": levels}
+            "tokens_correct": mean(right, "tokens") if right else None, "levels": levels}
 
 def paired(base, ours, draws=4000):
     """The reduction of tokens (1 - ratio of means) and the change of accuracy, each as (value, low, high)
@@ -1253,16 +1232,13 @@ def read_run(directory):
 
 def refuse_unless_comparable(base, ours, names):
     """Refuses two runs whose settings differ in more than MAY_DIFFER, or which have different problems."""
-    (base_settings, base_records), (our_settings, our_records) = base, ours
-    theirs = base_settings | {"benchmarks": sorted(base_records)}
-    own = our_settings | {"benchmarks": sorted(our_records)}
+    (theirs, base_records), (own, our_records) = base, ours
+    theirs, own = theirs | {"benchmarks": sorted(base_records)}, own | {"benchmarks": sorted(our_records)}
     differ = [f"{name} is {value!r} and {own.get(name)!r}" for name, value in theirs.items()
               if name not in MAY_DIFFER and value != own.get(name)]
-
-    def problems_of(records):
-        return {(record["id"], record["problem_hash"]) for record in records}
     for name in base_records.keys() & our_records.keys():
-        a, b = problems_of(base_records[name]), problems_of(our_records[name])
+        a, b = ({(record["id"], record["problem_hash"]) for record in records[name]}
+                for records in (base_records, our_records))
         if a != b:
             differ.append(f"{name} has {len(a - b)} and {len(b - a)} problems of its own: {min(a ^ b)[0]}")
     check(not differ, f"{names[0]} and {names[1]} cannot be compared: " + "; ".join(differ))
@@ -1297,12 +1273,11 @@ def compare(args):
         rows = []
         for label, (_, ours) in zip(directories, runs):
             contrasts[name, label] = contrast(base, ours[name])
-            for level, a, b, differences in contrasts[name, label]:
-                accuracy = f"{in_percent(a['accuracy'])} -> {in_percent(b['accuracy'])}"
-                tokens = f"{a['tokens']:.0f} -> {b['tokens']:.0f}"
-                rows.append([label, level, a["problems"], accuracy,
-                             in_percent(*differences["change"], sign="+"), tokens,
-                             in_percent(*differences["reduction"])])
+            rows += [[label, level, a["problems"],
+                      f"{in_percent(a['accuracy'])} -> {in_percent(b['accuracy'])}",
+                      in_percent(*differences["change"], sign="+"),
+                      f"{a['tokens']:.0f} -> {b['tokens']:.0f}", in_percent(*differences["reduction"])]
+                     for level, a, b, differences in contrasts[name, label]]
         header = [name, "level", "problems", "accuracy, %", "change, points", "mean tokens", "reduction, %"]
         print(markdown_table(header, rows), end="\n\n")
     print(f"Base: {base_dir}. In brackets: 95 % paired bootstrap intervals over problems.")
@@ -1332,9 +1307,8 @@ def plot_compare(path, directories, contrasts):
             is_whole = level == "all"
             ax.errorbar(x, y, dy, dx, color=f"C{i}", marker="o", capsize=3, elinewidth=0.8,
                         linewidth=3 if is_whole else 0.8, label=benchmark if is_whole else None)
-            notes = zip(x, y, labels) if is_whole else [(x[-1], y[-1], level)]
-            for note_x, note_y, text in notes:
-                ax.annotate(f"  {text}", (note_x, note_y), rotation=30, rotation_mode="anchor")
+            for note in zip(x, y, labels) if is_whole else [(x[-1], y[-1], level)]:
+                ax.annotate(f"  {note[2]}", note[:2], rotation=30, rotation_mode="anchor")
     ax.set(xlabel="mean response tokens", ylabel="accuracy, %",
            title="from the base on, in the order given; thin: by level; bars: 95 %")
     figure.legend(loc="outside lower center")
@@ -1366,10 +1340,8 @@ PAGE_START = """\
 <!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <meta name=color-scheme content="light dark"><title>What the loss sees</title><style>
 body { max-width: 60rem; margin: auto; padding: 1rem 1rem 4rem; font: 15px/1.5 system-ui, sans-serif }
-h2 { font-size: 1rem; margin: 1.5rem 0 .3rem }
 h2, pre, td, #bar { white-space: pre-wrap; overflow-wrap: anywhere }
 pre, td, #bar { font: 13px/1.6 ui-monospace, monospace }
-pre { border: 1px solid #8886; border-radius: 6px; padding: .5rem .7rem }
 td, th { text-align: left; padding-right: 2rem; border-bottom: 1px solid #8886 }
 span { background: rgb(240 100 0 / calc(80% * var(--shade))) }
 span:hover, #bar { outline: 2px solid }
@@ -1416,19 +1388,19 @@ def score_tokens(student, teacher, batch, tokenizer, cfg):
     """[(token, divergence, p, q, [(one of the teacher's three most likely tokens, its q)])] of every token of
     a batch, --loss_chunk tokens at a time."""
     import opsdc
-    hidden, heads, found = [], [], []
-    for model, inputs in ((student, batch.student), (teacher, batch.teacher)):
-        hidden.append(model(*inputs).split(cfg.loss_chunk))  # [n, d] each
-        model.reshard()
-        heads.append(model.lm.get_output_embeddings().weight.to(opsdc.DTYPE).full_tensor().float().T)
+
+    def log_probabilities(model, inputs):
+        hidden = model(*inputs)  # [N, d]
+        head = model.lm.get_output_embeddings().weight.to(opsdc.DTYPE).full_tensor().float().T
+        for chunk in hidden.split(cfg.loss_chunk):
+            yield opsdc.finish_logits(chunk.float() @ head, **student.logit_options)[0].log_softmax(-1)
 
     def quoted(token):
         return json.dumps(tokenizer.decode([token]), ensure_ascii=False)
-
-    def log_probabilities(hidden, head):
-        return opsdc.finish_logits(hidden.float() @ head, **student.logit_options)[0].log_softmax(-1)
-    for tokens, of_student, of_teacher in zip(batch.tokens.split(cfg.loss_chunk), *hidden):
-        log_p, log_q = log_probabilities(of_student, heads[0]), log_probabilities(of_teacher, heads[1])
+    found = []
+    for tokens, log_p, log_q in zip(batch.tokens.split(cfg.loss_chunk),
+                                    log_probabilities(student, batch.student),
+                                    log_probabilities(teacher, batch.teacher)):
         p, q = log_p.exp(), log_q.exp()
         nats, _ = opsdc.divergence_and_gradient(p, log_p, q, log_q, cfg.divergence)
         likeliest = q.topk(3)
@@ -1443,46 +1415,41 @@ def token_texts(tokenizer, ids):
     found, before, since = [], 0, 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[before:end])[len(tokenizer.decode(ids[before:since])):]
-        if end == len(ids) or not text.endswith("\ufffd"):
-            found.append(text)
+        is_whole = end == len(ids) or not text.endswith("\ufffd")
+        found.append(text if is_whole else "")
+        if is_whole:
             before, since = since, end
-        else:
-            found.append("")
     return found
 
 def as_html(text):
     return html.escape(str(text), quote=False).replace("'", "&#39;").replace("\r", "&#13;")
 
-def response_html(texts, tokens):
-    """A shaded span for each token; pointing at it shows its numbers."""
-    spans = []
-    for text, (_, nats, p, q, best) in zip(texts, tokens):
-        best = as_html(", ".join(f"{token} {chance:.3g}" for token, chance in best))
-        spans.append(f"<span style=--shade:{min(1, math.sqrt(nats / 2)):.2f} data-d={nats:.6g} "
-                     f"data-p={p:.3g} data-q={q:.3g} data-best='{best}'>{as_html(text)}</span>")
-    return f"<pre>{''.join(spans)}</pre>\n"
-
 def render_page(tokenizer, problems, rollouts, scores, about):
-    """The page: the responses, and a table of the tokens that carry most of the loss."""
+    """The page: the responses, with a shaded span for each token, and a table of the tokens that carry most
+    of the loss."""
     import opsdc
-    found, nats_of = [PAGE_START, f"<p>{as_html(about)}\n"], collections.defaultdict(list)
+    page, nats_of = [PAGE_START, f"<p>{as_html(about)}\n"], collections.defaultdict(list)
     losses = collections.defaultdict(collections.Counter)  # {token: {the teacher's choice: its loss}}
     for rollout, weights, tokens in zip(rollouts, opsdc.token_weights(rollouts), scores):
         verdict = {None: "not graded", True: "right", False: "wrong"}[rollout.correct]
-        for weight, (token, nats, *_, best) in zip(weights, tokens):
+        page.append(f"<h2>{as_html(problems[rollout.index].text)}</h2>{len(tokens)} tokens, "
+                    f"{statistics.fmean(nats for _, nats, *_ in tokens):.4g} nats/token, {verdict}\n<pre>")
+        texts = token_texts(tokenizer, rollout.ids)
+        for text, weight, (token, nats, p, q, best) in zip(texts, weights, tokens):
             nats_of[token].append(nats)
             losses[token][best[0][0]] += weight * nats
-        found.append(f"<h2>{as_html(problems[rollout.index].text)}</h2>{len(tokens)} tokens, "
-                     f"{statistics.fmean(nats for _, nats, *_ in tokens):.4g} nats/token, {verdict}\n"
-                     + response_html(token_texts(tokenizer, rollout.ids), tokens))
+            names = as_html(", ".join(f"{choice} {chance:.3g}" for choice, chance in best))
+            page.append(f"<span style=--shade:{min(1, math.sqrt(nats / 2)):.2f} data-d={nats:.6g} "
+                        f"data-p={p:.3g} data-q={q:.3g} data-best='{names}'>{as_html(text)}</span>")
+        page.append("</pre>\n")
     loss = sum(parts.total() for parts in losses.values())
-    found.append(f"<h2>What carries most of the loss, {loss:.6g} nats/token</h2><table><tr><th>token<th>times"
-                 "<th>mean nats<th>% of the loss<th>the teacher's most likely there\n")
+    page.append(f"<h2>What carries most of the loss, {loss:.6g} nats/token</h2><table><tr><th>token<th>times"
+                "<th>mean nats<th>% of the loss<th>the teacher's most likely there\n")
     for token, parts in sorted(losses.items(), key=lambda item: -item[1].total())[:20]:
         row = (token, len(nats_of[token]), f"{statistics.fmean(nats_of[token]):.3g}",
                in_percent(parts.total() / (loss or 1)), " ".join(best for best, _ in parts.most_common(3)))
-        found.append(f"<tr><td>{'<td>'.join(map(as_html, row))}\n")
-    return "".join(found) + "</table>\n"
+        page.append(f"<tr><td>{'<td>'.join(map(as_html, row))}\n")
+    return "".join(page) + "</table>\n"
 
 def show_tokens(cfg):
     """Samples responses as the trainer's first step does, or reads them, and computes their loss as it
@@ -1533,24 +1500,21 @@ def write_summary(out, settings, benchmarks, finished):
     opsdc.replace_file(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 
-def read_parts(out, name, jobs, merge=False):
-    """(records, jobs that lack one) of a benchmark, in the order of `jobs`. They are read from its file and
-    from the parts that a killed run left, on however many ranks. With `merge` they are written into one
-    file."""
+def merge_parts(out, name, jobs):
+    """On rank 0: puts the records of a benchmark into one file, in the order of `jobs`, also those in the
+    parts that a killed run left, on however many ranks. Returns the jobs that lack a record."""
     import opsdc
 
     def key_of(record):
         return record.get("id"), record.get("sample"), record.get("problem_hash")
     file = out / f"{name}.jsonl"
     paths = [p for p in out.glob("*.jsonl") if re.fullmatch(re.escape(name) + r"(\.rank-\d+)?", p.stem)]
-    found = {key_of(record): record for path in paths for record in read_lines(path)}
+    found = {key_of(record): json.dumps(record) + "\n" for path in paths for record in read_lines(path)}
     check(found.keys() <= {*map(key_of, jobs)}, f"--out {out}: {file.name} has other problems; give another")
-    records = [found[key_of(job)] for job in jobs if key_of(job) in found]
-    if merge:
-        opsdc.replace_file(file, "".join(json.dumps(record) + "\n" for record in records))
-        for part in {*paths} - {file}:
-            part.unlink()
-    return records, [job for job in jobs if key_of(job) not in found]
+    opsdc.replace_file(file, "".join(found[key_of(job)] for job in jobs if key_of(job) in found))
+    for part in {*paths} - {file}:
+        part.unlink()
+    return [job for job in jobs if key_of(job) not in found]
 
 def prepare_evaluation(args):
     """Makes all checks and reserves the folder. (base, {benchmark: jobs}, settings, folder, {benchmark: jobs
@@ -1560,8 +1524,7 @@ def prepare_evaluation(args):
     if args.instruction is not None:
         args.instruction = opsdc.read_instruction(args.instruction)
     base, jobs = opsdc.open_base(args.model, to_train=False), {}
-    sources = [args.data] if args.data else args.benchmarks.replace(" ", "").split(",")
-    for source in sources:
+    for source in [args.data] if args.data else args.benchmarks.replace(" ", "").split(","):
         name = Path(source.partition("=")[0]).stem
         if name in jobs:  # another source of the same name
             name += f"-{len(jobs) + 1}"
@@ -1590,7 +1553,7 @@ def prepare_evaluation(args):
     differ = [f"{name}: there {found.get(name)!r}, here {value!r}" for name, value in settings.items()
               if name != "model" and found.get(name) != value]  # a copy elsewhere has the same model_hash
     check(not differ, f"--out {out} holds another run ({'; '.join(differ)}); give another directory")
-    todo = {name: read_parts(out, name, jobs[name])[1] for name in jobs}
+    todo = {name: opsdc.from_rank_0(merge_parts, out, name, jobs[name]) for name in jobs}
     return base, jobs, settings, out, todo, cfg
 
 def start_engine(base, cfg):
@@ -1635,25 +1598,21 @@ def evaluate(args):
     import opsdc
     opsdc.start_processes()
     base, jobs, settings, out, todo, cfg = prepare_evaluation(args)
-    rank, barrier = opsdc.dist.get_rank(), opsdc.dist.barrier
-    engine, done = None, {}
-    barrier()  # all ranks have read before one writes
+    rank, engine, done = opsdc.dist.get_rank(), None, {}
     if rank == 0:
         write_summary(out, settings, {}, finished=False)
     for name, left in todo.items():
-        if rank == 0:  # merged, because a part of a killed run may end in half a line
-            read_parts(out, name, jobs[name], merge=True)
-        barrier()
         say(f"{name}: {len(left)} of {len(jobs[name])} samples are left to make")
         if left:
             engine = engine or start_engine(base, cfg)
             path = out / f"{name}.rank-{rank}.jsonl" if rank % cfg.vllm_tp == 0 else None
             sample_and_write(engine, base.tokenizer, engine.share(left), path, settings, args.block)
-        barrier()  # all ranks have written before one reads
+        opsdc.dist.barrier()  # all ranks have written before one reads
         if rank == 0:
-            done[name], missing = read_parts(out, name, jobs[name], merge=True)
+            missing = merge_parts(out, name, jobs[name])
             check(not missing, f"--out {out}: {len(missing)} of {len(jobs[name])} samples of {name} have no "
                   "record; repeat the command, which makes them")
+            done[name] = read_lines(out / f"{name}.jsonl")
     if rank == 0:
         print_table(write_summary(out, settings, done, finished=True))
         print(f"wrote {out}/summary.json")
