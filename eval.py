@@ -712,9 +712,7 @@ def as_point(match):
 
 def join_inequalities(match):
     """Between inequalities it matters whether the word is "and" or "or"."""
-    def as_operator(word):
-        return r"\lor " if "or" in word[0] else r"\land "
-    return re.sub(AND_OR, as_operator, match[0])
+    return re.sub(AND_OR, lambda word: r"\lor " if "or" in word[0] else r"\land ", match[0])
 
 # Twice in the rules, because sqrt(1+sqrt(9)) has one inside another
 SQUARE_ROOT = (r"(?:√|(?<![\\a-zA-Z])sqrt|\\sqrt(?= ?\()) ?(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}",
@@ -851,9 +849,7 @@ def normalise(text):
 
 def canonical(text):
     """Equal canonical forms of normalised values are equal answers. "3 5" keeps its space: it is not 35."""
-    def lower(word):
-        return word[0].lower()
-    text = ORDINARY_WORD.sub(lower, TEXT.sub(r"\1", text))
+    text = ORDINARY_WORD.sub(lambda word: word[0].lower(), TEXT.sub(r"\1", text))
     text = re.sub(r"(?<!\d) | (?!\d)", "", text)
     return re.sub(r"\{(\w)\}", r"\1", text).rstrip(".")  # \frac{1}{2} and \frac12, 5_{4} and 5_4
 
@@ -1502,9 +1498,10 @@ def prepare_evaluation(args):
           f"{args.model} holds {context}: lower --max-tokens {args.max_tokens}, or leave that problem out")
     cfg = opsdc.Config(model=args.model, max_prompt_tokens=longest, max_response_tokens=args.max_tokens,
                        seed=args.seed, vllm_tp=args.vllm_tp, vllm_memory=args.vllm_memory)
-    names = *SAMPLING, "max_tokens", "samples", "seed", "thinking", "wrapper", "instruction"
     settings = {"version": VERSION, "model": args.model, "model_hash": opsdc.model_hash(base),
-                "template": short_hash(base.tokenizer.chat_template)} | {n: vars(args)[n] for n in names}
+                "template": short_hash(base.tokenizer.chat_template)}
+    for name in (*SAMPLING, "max_tokens", "samples", "seed", "thinking", "wrapper", "instruction"):
+        settings[name] = getattr(args, name)
     model_name = os.path.basename(os.path.abspath(args.model))  # abspath: the model may be `..`
     out = Path(args.out or f"eval-{model_name}" + ("-concise" if args.instruction else ""))
     names = "|".join(map(re.escape, jobs))
@@ -1620,10 +1617,8 @@ def parse_args(argv):
     add("--instruction", help="as for opsdc.py: gives the baseline with a concise prompt")
     add("--wrapper", choices=("math", "none"), default="math", help="as for opsdc.py")
     add("--thinking", action=argparse.BooleanOptionalAction, default=True)
-
-    def with_dashes(option):
-        return option[0].replace("_", "-")
-    return parser.parse_args([re.sub(r"^--\w+", with_dashes, word) for word in argv]), evaluate
+    words = [re.sub(r"^--\w+", lambda option: option[0].replace("_", "-"), word) for word in argv]
+    return parser.parse_args(words), evaluate
 
 def refuse(error):
     """Raises an error that every rank found, in a group of processes that prints it once."""
