@@ -7,22 +7,20 @@
     python eval.py tokens --model ID_OR_PATH --data FILE [--out FILE.html]      (what the loss sees)
 
 What counts as right decides the figures: one model scores 54.5 on MATH-500 if only boxes are read, and 93.0
-if either format is. These are the rules here. They apply to the text after the last </think> (or after the
-closing tag of another model family).
+if either format is. These rules apply to the text after the last </think> (or another family's closing tag).
     formats    The last `Answer:` line that is not empty or the last \\boxed{}, whichever comes later. An
                empty box hides the boxes before it; \\boxed{2} and \\boxed{3} is a list. A response that has
                neither format or was truncated is wrong.
     text       must agree: 7 million is not 7, nor is 42 because ... equal to 42; 10% loss is not 10% gain.
     units      may be left out (but 2m is not 2). Where both sides have one, it must agree: 7 cm is not 7 m.
     numbers    are equal up to 1e-6 where one side is a decimal: 0.333 is not 1/3.
-    percent    10% is 0.1. A percent sign on one side only may also be left out, as a unit may: 10% is 10, but
-               10% is never 1.
+    percent    10% is 0.1. A percent sign on one side only may also be left out: 10% is 10, but never 1.
     letters    are compared by case (c is not C), but not within words. A choice must name one letter only.
     lists      may be in any order, with each item the same number of times. (1, 2), 1, 2 and [1, 2) are three
                different answers; 1, 2 and {1, 2} are the same.
-Each record also holds the verdicts of three other rules, so that published figures can be compared like for
-like: `answer_only`, `boxed_only`, and `either_full_text` (the paper's rule: either format, think block
-included). Left out: models as graders, grading of code and proofs, conversion of units and number bases.
+Records also hold the verdicts of three other rules, to compare with published figures: `answer_only`,
+`boxed_only`, and `either_full_text` (the paper's rule: either format, think block included). Left out:
+models as graders, grading of code and proofs, conversion of units and number bases.
 """
 import argparse
 import collections
@@ -31,7 +29,6 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
-import fractions
 import functools
 import glob
 import gzip
@@ -71,8 +68,7 @@ def check(condition, message):
 
 @contextlib.contextmanager
 def blaming(where):
-    """Turns an error inside, whatever library raises it, into a ValueError of one line that begins with
-    `where`."""
+    """Turns any error inside, also a library's, into a ValueError of one line that begins with `where`."""
     try:
         yield
     except Exception as error:
@@ -83,8 +79,7 @@ def blaming(where):
 
 def explain(error):
     """Prints why a command failed: one line for what the user can mend before the engine starts, otherwise a
-    traceback. A NameError in this code or in a fork keeps its traceback, although `blaming` turned it into a
-    ValueError that names an input."""
+    traceback, also for a NameError in this code or in a fork that `blaming` turned into a ValueError."""
     cause = error
     while isinstance(cause, (ValueError, OSError)) and cause.__cause__:
         cause = cause.__cause__
@@ -101,8 +96,7 @@ def explain(error):
         sys.excepthook(type(error), error, error.__traceback__)
 
 def say_once(error):
-    """The first rank to fail says why; the others end after that. As the store's host may be gone, no rank
-    waits long for it."""
+    """The first rank to fail says why; the others end after that. The store's host may be gone by then."""
     from torch import distributed as dist
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
     if store is None or within_seconds(10, store.add, "failed", 1) in (None, 1):
@@ -124,10 +118,8 @@ def refuse_words(message):
     raise ValueError(f"{message}; see --help")
 
 def claim_folder(out, mark, files, results=""):
-    """Reserves the folder `out` for this group of processes until it ends, by a lock on the file `mark`,
-    which also tells that the folder is a run's. In a folder without a mark nothing may match `files`, the
-    names that a run writes; in one with a mark nothing may match `results`. Files of other names do not
-    matter."""
+    """Locks the file `mark` in the folder `out` until this group of processes ends. Without a mark there,
+    nothing may match `files`, the names that a run writes; with one, nothing may match `results`."""
     from torch import distributed as dist
     token = [os.urandom(8).hex()]  # rank 0 writes its token into the mark, where all ranks must see it
     if dist.get_rank() == 0:
@@ -158,30 +150,32 @@ MAY_BE_0 = "lr", "weight_decay", "clip", "temperature", "refresh_every", "export
 AT_MOST = {"vllm_memory": 1, "top_p": 1, "seed": 2**32 - 1}
 
 def check_settings(settings):
-    """Checks the options {name: value} of both scripts. A ~ at the start of a path becomes the home folder: a
-    shell leaves the ~ of --out=~/runs as it is."""
+    """Checks the options {name: value} of both scripts, and expands ~, as no shell does in --out=~/runs."""
     import torch
     from torch import distributed as dist
     for name in ("model", "teacher", "data", "out"):
         if settings.get(name):
             settings[name] = os.path.expanduser(settings[name])
+    for name in ("model", "teacher"):  # a path is not looked for on the hub
+        value = settings.get(name) or ""
+        is_path = value.startswith((".", "/")) or (Path(value).parent / "opsdc.lock").exists()
+        check(os.path.isdir(value) or not is_path,
+              f"--{name} {value}: expected a folder with a chat model or its hub id, found no such folder")
     for name, value in settings.items():
         if type(value) in (int, float):
-            expected = "0 or more" if name in MAY_BE_0 else "more than 0"
-            enough = value > 0 or value == 0 and name in MAY_BE_0
-            check(enough and math.isfinite(value), f"--{name} {value}: expected {expected}")
-            most = AT_MOST.get(name, value)
+            expected, most = "0 or more" if name in MAY_BE_0 else "more than 0", AT_MOST.get(name, value)
+            is_enough = value > 0 or value == 0 and name in MAY_BE_0
+            check(is_enough and math.isfinite(value), f"--{name} {value}: expected {expected}")
             check(value <= most, f"--{name} {value}: expected at most {most}")
     check(torch.cuda.is_available() or not torch.version.cuda,  # else the CPU would be used
                     "no GPU is seen: expected a driver R580 or newer; without a GPU, see the README")
     check(importlib.util.find_spec("vllm") or settings.get("given"),  # --given needs no engine
                     "vllm is not installed: expected the packages of requirements.txt, see the README")
-    # With OMP_NUM_THREADS=0, every rank would use all cores.
-    check(os.environ.get("OMP_NUM_THREADS") != "0", "OMP_NUM_THREADS=0: expected 1 or more")
+    check(os.environ.get("OMP_NUM_THREADS") != "0",  # with which every rank would use all cores
+                    "OMP_NUM_THREADS=0: expected 1 or more")
     for name in ("vllm_tp", "replicas"):  # eval.py has no replicas
         value, world = settings.get(name, 1), dist.get_world_size()
-        check(world % value == 0,
-                        f"--{name} {value}: expected a divisor of the number of ranks, which is {world}")
+        check(world % value == 0, f"--{name} {value}: expected a divisor of the number of ranks, {world}")
 
 def context_of(base, to_train=True):
     """The largest number of tokens of a sequence. Beyond its original context, LongRoPE has other factors:
@@ -194,10 +188,9 @@ def context_of(base, to_train=True):
 
 # --------------------------------------------------------------------------------------------------- PROBLEMS
 # Reading problems and their answers from data, for both scripts. Something that is not text in the place of a
-# problem is refused with the number of its row; otherwise the str() of a list, or a single turn of a
-# conversation, would be trained on and nobody would notice. The answer that a row gives is called its gold.
-# One that cannot be used counts as unknown, because training needs no answers. Names of fields are compared
-# in lower case, with _ in place of spaces.
+# problem is refused with the number of its row: nobody would notice that the str() of a list is trained on.
+# The answer that a row gives is called its gold. One that cannot be used counts as unknown, because training
+# needs no answers. Names of fields are compared in lower case, with _ in place of spaces.
 PROBLEM_FIELDS = "problem", "prompt", "question", "messages"  # the first that is filled holds the problem
 ANSWER_FIELDS = ("answer", "final_answer", "expected_answer", "correct_answer", "ground_truth", "solution",
                  "reward_model")  # the first that is filled holds the answer; if it has none, it is unknown
@@ -235,15 +228,11 @@ def field_name(field):
 
 @functools.cache
 def is_read(field):
-    """Does this field decide what is trained on? Rows that agree in all such fields are repeats."""
+    """Is this field looked at? Rows that differ in others only are repeats."""
     name = field_name(field)
-    names = {"tools", *PROBLEM_FIELDS, *ANSWER_FIELDS, *OPTION_LISTS, *itertools.chain(*OPTION_FIELDS)}
+    names = {"tools", *PROBLEM_FIELDS, *ANSWER_FIELDS, *ID_FIELDS, *OPTION_LISTS, *sum(OPTION_FIELDS, [])}
     patterns = GOLD_FIELD, WRONG_OPTION_FIELD, MISSED_FIELD
     return name in names or any(pattern.fullmatch(name) for pattern in patterns)
-
-def is_wanted(field):
-    """Is this field taken from a table, where reading the others would cost time?"""
-    return is_read(field) or field_name(field) in ID_FIELDS
 
 # ---------- files, folders and the hub
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # as `datasets` calls them
@@ -262,28 +251,25 @@ def read_rows(source, wanted=None):
         parts = [source] if exists else source.rsplit(":", 2)
         name, config, split = (parts + ["", ""])[:3]
         path, split = Path(name).expanduser(), split or "train"
-        kind, files = kind_of(path), [path]
+        kind, files, arguments = kind_of(path), [], dict(path=name, name=config or None)
         if path.is_dir() and name:
-            kind, files, arguments = open_folder(path, config, split)
+            files, arguments = open_folder(path, config, split)
         elif path.is_file():
             check(kind in KINDS, f"a file {path.suffix}")
+            files = [path] if kind != ".parquet" else []
             arguments = dict(path="parquet", data_files=glob.escape(str(path.parent.resolve() / path.name)))
         else:
             check(kind not in KINDS and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name),
                   f"No such file or folder: {path}")
-            kind, arguments = ".parquet", dict(path=name, name=config or None)
-        if kind == ".parquet":
-            for number, row in enumerate(read_table(arguments, split, wanted), 1):
-                yield f"{source}, row {number}", row
-        else:
-            for file in files:
-                for number, row in enumerate(read_text_file(file), 1):
-                    yield f"{file}, row {number}", row
+        tables = [(file, read_text_file(file)) for file in files]
+        for name, rows in tables or [(source, read_table(arguments, split, wanted))]:
+            for number, row in enumerate(rows, 1):
+                yield f"{name}, row {number}", row
 
 def read_text_file(path):
-    """Yields the rows of a .jsonl, .json or .csv file or of a .gz of one. The values of a .csv stay the texts
-    that they are: `datasets` would make 55 of 055, and would let the cells of a row that has too many of them
-    move to other columns."""
+    """Yields the rows of a .jsonl, .json or .csv file or of a .gz of one. The values of a .csv stay texts, of
+    which `datasets` would make 55 of 055, and let the cells of a row that has too many move to other columns.
+    """
     csv.field_size_limit(1 << 30)
     open_as = gzip.open if path.name.lower().endswith(".gz") else open
     with open_as(path, "rt", encoding="utf-8-sig", newline="\n") as file:  # U+2028 does not end a line
@@ -298,13 +284,12 @@ def read_text_file(path):
                     for number, line in enumerate(file, 1) if line.strip())
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict) or None in row:  # a DictReader puts surplus cells under None
-                raise ValueError(f"in row {number} no JSON object, or more cells than columns: "
-                                 f"{str(row):.60}")
+                raise ValueError(f"in row {number} no JSON object, or more cells than columns: {row!s:.60}")
             yield {field_name(field): value for field, value in row.items()}
 
 def open_folder(path, config, split):
-    """(kind, the files of the split, the arguments with which `datasets` loads it) of a folder. Its splits
-    and configurations are those that `datasets` finds there."""
+    """(the text files of the split, the arguments with which `datasets` loads it) of a folder. Its splits and
+    configurations are those that `datasets` finds there."""
     import datasets
     check(not any((path / name).exists() for name in ("state.json", "dataset_dict.json")),
           "a dataset that was saved using `save_to_disk`; use its to_parquet or to_json instead")
@@ -321,11 +306,11 @@ def open_folder(path, config, split):
     found = datasets.load_dataset_builder(**arguments).config.data_files or {}
     name = split.partition("[")[0]
     check(name in found, f"no split {name}, but {', '.join(map(str, found))}; name it: {path}::SPLIT")
-    return kind, [Path(file) for file in found[name] if kind_of(Path(file)) == kind], arguments
+    files = [Path(file) for file in found[name] if kind_of(Path(file)) == kind != ".parquet"]
+    return files, arguments
 
 def read_table(arguments, split, wanted):
-    """Yields the rows of a .parquet file or of the hub. Whole batches of Arrow's table are converted, which
-    takes a tenth of the time that single rows take."""
+    """Yields the rows of a .parquet file or of the hub, by whole batches, which takes a tenth of the time."""
     import datasets
     table = datasets.load_dataset(**arguments, split=split)
     table = table.rename_columns({field: field_name(field) for field in table.column_names})
@@ -347,14 +332,13 @@ def is_filled(value):
         value = list(value.values())
     if isinstance(value, list):
         return any(map(is_filled, value))
-    is_nan = value != value
-    return bool(value) and not is_nan and str(value).strip() not in ("", "[]", "{}")
+    return bool(value) and value == value and str(value).strip() not in ("", "[]", "{}")  # NaN != NaN
 
 def is_turn(message):
     """Is this one turn of a conversation? An assistant's turn may call tools and say nothing."""
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and (
-        isinstance(message.get("content"), str)
-        or message["role"] == "assistant" and bool(message.get("tool_calls")))
+    message = message if isinstance(message, dict) else {}
+    is_call = message.get("role") == "assistant" and message.get("tool_calls")
+    return isinstance(message.get("role"), str) and (is_call or isinstance(message.get("content"), str))
 
 def as_problem(value, prefix="", suffix=""):
     """The problem as a text, or as messages if there are several. The prefix and suffix that the prompts will
@@ -362,8 +346,7 @@ def as_problem(value, prefix="", suffix=""):
     if isinstance(value, str):
         is_chat = re.fullmatch(r"(?s)\[?\s*\{.*[\"'](role|from)[\"']\s*:.*\}\s*\]?", value.strip())
         value = load_json(value) if is_chat else [{"role": "user", "content": value}]
-    is_missing = value is None or value != value  # NaN is a table's missing value
-    messages = [] if is_missing else without_nulls(value)
+    messages = [] if value is None or value != value else without_nulls(value)  # NaN: missing in a table
     check(isinstance(messages, list) and all(map(is_turn, messages)),
           f"expected a text, or messages with the texts role and content, found {messages!r:.60}")
     json.dumps(messages, ensure_ascii=False).encode()  # fails on half a surrogate pair
@@ -372,10 +355,10 @@ def as_problem(value, prefix="", suffix=""):
     asked = [message["content"] for message in messages if message["role"] == "user"]
     if not asked or not asked[-1].strip():
         return None
-    if prefix or suffix:
-        def unwrap(text):
-            return text.strip().removeprefix(prefix).removesuffix(suffix).strip()
-        messages = edit_last_user(messages, unwrap)
+
+    def unwrap(text):
+        return text.strip().removeprefix(prefix).removesuffix(suffix).strip() if prefix or suffix else text
+    messages = edit_last_user(messages, unwrap)
     return messages[0]["content"] if len(messages) == 1 else messages
 
 def edit_last_user(messages, edit):
@@ -397,17 +380,15 @@ def read_problem(row, where, prefix="", suffix=""):
     missed = [name for name in row if MISSED_FIELD.fullmatch(name) and is_filled(row[name])]
     missed += [found[0] for found in MISSED_IN_TEXT.finditer(str(problem))]
     if missed:
-        raise NotInWords(f"{where}: expected a problem in words, found {', '.join(missed)}; take such rows "
-                         "out")
+        found = ", ".join(missed)
+        raise NotInWords(f"{where}: expected a problem in words, found {found}; take such rows out")
     check(problem, f"{where}: expected a field problem, prompt or question, found {', '.join(row)}")
     with blaming(f"{where}, field tools"):
         tools = without_nulls(row.get("tools")) or None
         return field, problem, load_json(tools) if isinstance(tools, str) else tools
 
 # ---------- a row's answer
-# Some golds only say that there is no answer. Then it is unknown, and fields that come later in ANSWER_FIELDS
-# are not looked at.
-NO_VALUE = re.compile(r"""(?xis)
+NO_VALUE = re.compile(r"""(?xis)  # golds that say that there is no answer; no later field is looked at
     (the\ )? proof\b .* | see\ .{0,20} (proof|solution|above|below) \.?      # "See the proof above."
     | n/?a | nan | none\.? | null | unknown\.? | tbd | todo | [-?]+            # left open
     | (answer\ )? not\ ?(found|available|provided|given) \.? | no\ answer \.? # the same in words
@@ -427,44 +408,38 @@ def as_text(value):
     return format(Decimal(str(value)), "f") if isinstance(value, float) else str(value).strip()
 
 def gold_text(value):
-    """(text, why there is none) of a gold. The text is what a solution has in its last box or after GSM8K's
-    ####, or else the whole gold. The gold ["2"] and its JSON '["2"]' mean 2; test cases are not a text."""
+    """(text, why it is no value, or "") of a gold. The text is what a solution has in its last box or after
+    GSM8K's ####, or else the whole gold. The golds ["2"] and {"ground_truth": 2} and the same in JSON mean 2;
+    test cases are not a text. Several sentences, or more than 25 words, are a proof."""
     if isinstance(value, str) and re.match(r"\s*[\[{]\s*[\[{]?\s*[\"']", value):  # ["2"], but not [0, 1)
         try:
             value = json.loads(value)
         except ValueError:
             value = []
+    if isinstance(value, dict) and "ground_truth" in value:
+        return gold_text(value["ground_truth"])
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if not isinstance(value, (str, int, float, type(None))):
         return "", f"{value!r:.40} is no text"
     text = as_text(value)
-    return last_box(text)[1] or text.rpartition("####")[2].strip(), ""
-
-def why_no_value(text):
-    """Why a gold's text is no value, or "". Several sentences, or more than 25 words, are a proof."""
+    text = last_box(text)[1] or text.rpartition("####")[2].strip()
     words = len(PLAIN_WORD.findall(text))
     if NO_VALUE.fullmatch(text):
-        return f"{text[:40]!r} is no value"
+        return text, f"{text[:40]!r} is no value"
     is_proof = words > 25 or words >= 5 and SENTENCE_END.search(text)
-    return f"{text[:40]!r} is a text of {words} words" if is_proof else ""
+    return text, f"{text[:40]!r} is a text of {words} words" if is_proof else ""
 
 def read_answer(row):
     """(field, known answer, "") of a row, or (None, None, why the answer is unknown). A solution in words
-    that has neither a box nor #### is skipped. {"reward_model": {"ground_truth": 2}} gives ("reward_model",
-    "2", "")."""
+    that has neither a box nor #### is skipped."""
     for field in ANSWER_FIELDS:
         value = row.get(field)
-        if field == "reward_model" and value:
-            with contextlib.suppress(ValueError):
-                value = json.loads(value) if isinstance(value, str) else value
-            if not isinstance(value, dict):
-                return None, None, f"{field}: {value!r:.40} has no ground_truth"
-            value = value.get("ground_truth")
         text, why = gold_text(value)
+        if field == "reward_model" and value and "ground_truth" not in str(value):
+            text, why = "", f"{value!r:.40} has no ground_truth"
         is_in_words = field == "solution" and " " in text and text == str(value).strip()
         if (text or why) and not is_in_words:
-            why = why or why_no_value(text)
             return (None, None, f"{field}: {why}") if why else (field, text, "")
     return None, None, "no answer"
 
@@ -477,18 +452,19 @@ NAMED_OPTION = re.compile(r"""(?xs)  # of a gold in lower case
     (\w) (?: [).:]+ \s* (.+) )?                                 # "b", or "b) paris" """)
 
 def read_options(row):
-    """(fields, labels, options, whether to shuffle them) of a question. Without options the lists are empty.
-    """
+    """(fields, labels, options, whether to shuffle them) of a question; empty lists without options."""
     for field in OPTION_LISTS:
         if row.get(field):
-            found = load_json(row[field]) if isinstance(row[field], str) else row[field]
-            if isinstance(found, dict) and "text" in found:  # ARC
-                return [field], [str(label) for label in found["label"]], found["text"], False
-            if isinstance(found, dict):  # MedQA
-                labels = [label for label in sorted(found) if found[label] is not None]
-                return [field], labels, [found[label] for label in labels], False
-            check(isinstance(found, list), f"expected a list of options, found {found!r:.60}")
-            return [field], LETTERS, found, False
+            labels, options = LETTERS, row[field]
+            if isinstance(options, str):
+                options = load_json(options)
+            if isinstance(options, dict) and "text" in options:  # ARC: {"label": ["A"], "text": ["red"]}
+                options = dict(zip(map(str, options["label"]), options["text"]))
+            if isinstance(options, dict):  # MedQA: {"A": "red"}
+                labels = sorted(label for label in options if options[label] is not None)
+                options = [options[label] for label in labels]
+            check(isinstance(options, list), f"expected a list of options, found {options!r:.60}")
+            return [field], labels, options, False
     for fields in OPTION_FIELDS:
         fields = [field for field in fields if field in row]
         if len(fields) >= 4 or len(fields) >= 2 and len(fields[0]) > 1:  # two fields a and b may be anything
@@ -505,7 +481,7 @@ def places_of(gold, labels, options):
     """The places of the options that a gold may mean. A number is a label, or a place counted from 0. A text
     is an option, a label, both, or a place: 2, "Paris", "(C)", "C. Paris" and "2"."""
     numbers = labels if labels[0].isdigit() else [str(place) for place in range(len(options))]
-    text = gold_text(gold)[0]
+    text, _ = gold_text(gold)
     if isinstance(gold, (int, float)) and text.removesuffix(".0") in numbers:
         return [numbers.index(text.removesuffix(".0"))]
     bare, *bare_options = [words.strip("()[]. :").lower() for words in (text, *options)]
@@ -522,24 +498,21 @@ def places_of(gold, labels, options):
 def find_gold(row, labels, options):
     """(fields that say which option is right, its place, "") or (fields, None, why it is unknown)."""
     fields = [field for field in row if GOLD_FIELD.fullmatch(field) and row[field] not in (None, "", [])]
-    if not fields:
-        return [], None, "no answer"
     places = range(len(options))
     for field in fields:
-        found = places_of(row[field], labels, options)
-        text, why = gold_text(row[field])
-        if not found and (why or text in ("", "-1") or NO_VALUE.fullmatch(text)):
+        found, (text, why) = places_of(row[field], labels, options), gold_text(row[field])
+        if not found and (why or text in ("", "-1")):
             return fields, None, f"{field}: {why or repr(text) + ' is no value'}"
         check(found, f"expected as {field} the letter, text or place of an option, found {row[field]!r:.60}")
         places = [place for place in places if place in found]
         check(places, "expected fields that mean the same option, found "
               + ", ".join(f"{name} {row[name]!r:.40}" for name in fields))
-    return fields, places[0], ""
+    return (fields, places[0], "") if fields else ([], None, "no answer")
 
 def letter_options(row, problem, question):
     """(problem with its options lettered, letter of the right one or None, why that is unknown, {field: what
-    it is read as}), without such fields if there are no options. The question's text decides how the options
-    are shuffled."""
+    it is read as}), without such fields if there are no options. The question decides how they are shuffled.
+    """
     fields, labels, options, is_to_shuffle = read_options(row)
     options = [as_text(option) for option in options]
     padding = ("", "N/A") if options.count("N/A") > 1 else ("",)
@@ -549,6 +522,9 @@ def letter_options(row, problem, question):
         return problem, None, "", {}
     check(1 < len(options) <= len(LETTERS) and all(options),
           f"expected a question and two to ten texts to choose from, found {options!r:.80}")
+    own = [re.match(rf"\(?{letter}[).:]\s*(?=\S)", option) for letter, option in zip(LETTERS, options)]
+    if all(own):  # AQuA: ["A)21", "B)24"]
+        options = [option[letter.end():] for letter, option in zip(own, options)]
     golds, place, why = ([], 0, "") if is_to_shuffle else find_gold(row, labels, options)
     order = list(range(len(options)))
     if is_to_shuffle:
@@ -571,21 +547,19 @@ def read_row(row, where, prefix="", suffix=""):
     if not uses:
         gold, answer, why = read_answer(row)
         uses = {gold: "answer"} if gold else {}
-    uses = {field: "problem"} | uses
-    if tools:
-        uses["tools"] = "tools"
+    uses = {field: "problem"} | uses | ({"tools": "tools"} if tools else {})
     return dict(problem=problem, tools=tools, answer=answer), why, uses
 
 def read_problems(source, prefix="", suffix=""):
     """[dict(problem, tools, answer, ids, number)], each problem once, with the first answer of it that is
-    known. A row that says nothing new is skipped before it is parsed: DAPO has each of its 17,000 problems
-    100 times."""
+    known. Repeated rows are skipped before they are parsed: DAPO has each of its 17,000 problems 100 times.
+    """
     say(f"reading {source} ...")
-    found, reasons = {}, {}  # by problem: what is returned, and why its answer is unknown
+    found, origins = {}, {}  # by problem: what is returned; its first row, and why that has no answer
     fields, uses = {}, {}  # all fields in their order, and {field: what it is read as}
-    seen, missed, formats = set(), [], []  # hashes of rows, refusals, rows that ask for another format
+    seen, missed = set(), []  # hashes of rows, and refusals
     number = others = 0
-    for number, (where, row) in enumerate(read_rows(source, is_wanted), 1):
+    for number, (where, row) in enumerate(read_rows(source, is_read), 1):
         fields.update(row)
         row_hash = hash(pickle.dumps([(field, row[field]) for field in row if is_read(field)]))
         if row_hash in seen:  # 64 bits: of two million rows, two share one once in ten million runs
@@ -600,23 +574,21 @@ def read_problems(source, prefix="", suffix=""):
         key = json.dumps([problem["problem"], problem["tools"]])
         if key not in found:
             ids = {name: row.get(name) for name in ID_FIELDS}
-            found[key] = problem | dict(ids=ids, number=number)
-            reasons[key] = f"{where}, {why}"
-            if (prefix or suffix) and OTHER_FORMAT.search(str(problem["problem"])):
-                formats.append(where)
+            found[key], origins[key] = problem | dict(ids=ids, number=number), (where, why)
         elif found[key]["answer"] is None:
             found[key]["answer"] = problem["answer"]
         else:
             others += problem["answer"] not in (None, found[key]["answer"])
     if missed:
         raise ValueError(f"{missed[0]} ({len(missed)} of {number} rows, repeats aside)")
-    unknown = [reasons[key] for key in found if found[key]["answer"] is None]
+    unknown = [", ".join(origins[key]) for key in found if found[key]["answer"] is None]
     first = f"the first without an answer: {unknown[0]}; " if unknown else ""
     say(f"{source}: {number} rows, {len(found)} problems, {len(unknown)} without a known answer, {others} "
         f"again with another; {number - len(found)} rows were repeats; {first}"
         f"read: {', '.join(f'{name} as {use}' for name, use in uses.items())}; "
         f"not read: {', '.join(name for name in fields if name not in uses)}")
-    if formats:
+    formats = [origins[key][0] for key in found if OTHER_FORMAT.search(str(found[key]["problem"]))]
+    if formats and (prefix or suffix):
         say(f"{len(formats)} prompts ask for a format of their own ({formats[0]} is the first), and get that "
             "of --wrapper math too; --wrapper none takes them as they are")
     return list(found.values())
@@ -629,15 +601,15 @@ THINK_TAGS = [  # (opening, closing); what follows the last closing tag counts
     (r"\[THINK\]", r"\[/THINK\]"),                                                # Mistral
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),                             # Cohere
     (r"<\|channel>", r"<channel\|>")]                                             # Gemma 4
-OPENING = re.compile("|".join(opening for opening, _ in THINK_TAGS))
-CLOSING = re.compile("|".join(closing for _, closing in THINK_TAGS))
+OPENING, CLOSING = (re.compile("|".join(tags)) for tags in zip(*THINK_TAGS))
 SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # as text
 ANSWER_MARKER = re.compile(r"""(?xm)  # what comes before an answer
     (?: ^[ \t>*_#`$-]* (?i: (?:the\ |my\ )?(?:final\ |correct\ )?answer )    # in any case where a line starts
       | \b(?:Answer|ANSWER) ) [ \t*_`]{0,8} [:：]                            # elsewhere only with a capital
       (?: \ ?[Tt]he\ [\w ]*(?:answer|option|choice)\ is\b )?                 # Answer: The correct option is B
   | \b[Ff]inal\ answer\ is\b :? (?= [^\n]{1,400}I\ hope\ it\ is\ correct )  # Minerva's prompt""")
-SPANS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$\n": "$"}  # formulas that may take several lines
+ANSWER_VALUE = re.compile(r"""(?xs)  # the rest of the line, after a formula that may take several lines
+    (?: \$\$.*?\$\$ | \$\n.*?\$ | \\\[.*?\\\] | \\\(.*?\\\) | [^\n]*\\begin\{.*?\\end\{ )? [^\n]*""")
 BETWEEN_BOXES = re.compile(r"""(?x)  # what may stand between boxes that are one list
     (?: [\s,;$&~*] | \\[\[\]()\\,;:!\ ] | \\q?quad                   # spaces, commas, the ends of formulas
       | \b(and|or)\b                                                 # a word, bare
@@ -657,11 +629,7 @@ def last_answer_line(text):
     """(start of the last `Answer:` that has a value, the value), or (-1, None)."""
     for marker in reversed(list(ANSWER_MARKER.finditer(text))):
         rest = text[marker.end():marker.end() + 4 * LONGEST].lstrip(" \t\n*_`}")  # or on the next line
-        closing = SPANS.get(rest[:2])
-        if "\\begin{" in rest.partition("\n")[0]:
-            closing = closing or "\\end{"
-        end = max(0, rest.find(closing, 2)) if closing else 0
-        value = clean(rest[:end] + rest[end:].partition("\n")[0])  # the line on which the formula ends
+        value = clean(ANSWER_VALUE.match(rest)[0])
         if value:
             return marker.start(), value
     return -1, None
@@ -704,8 +672,7 @@ def last_box(text):
 
 def find_answers(text):
     """The answers by three rules: the later of the two formats, the `Answer:` line alone, the box alone."""
-    line_start, line = last_answer_line(text)
-    box_end, box = last_box(text)
+    (line_start, line), (box_end, box) = last_answer_line(text), last_box(text)
     is_box_later = box is not None and box_end > line_start  # a box in the line is later than its start
     return box if is_box_later else line, line, box
 
@@ -718,10 +685,9 @@ def clean(text):
     text = re.sub(r"(?i)^the (?:correct )?(?:answer|option) is:? |[. ]*I hope it is correct$", "", text)
     return text.rstrip("\\ .").strip()
 
-# The second half, which runs in a worker, decides whether two values are equal. The rules are applied in this
-# order and give each thing one spelling that math-verify can read. A rule is (pattern, replacement, example,
-# near miss): "answer -> gold" of the example is accepted with the rule and refused without it; that of the
-# near miss must stay refused.
+# The second half, which runs in a worker, decides whether two values are equal. The rules, in this order,
+# give each thing one spelling that math-verify can read. A rule is (pattern, replacement, example, near
+# miss): the example "answer -> gold" is accepted because of the rule, the near miss must stay refused.
 SYMBOLS = str.maketrans({
     "−": "- ", "–": "- ", "—": "- ", "×": r"\cdot ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/ ", "⁄": "/ ",
     "≡": r"\equiv ", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "≤": r"\le ", "≥": r"\ge ", "±": r"\pm ",
@@ -746,9 +712,7 @@ def as_point(match):
 
 def join_inequalities(match):
     """Between inequalities it matters whether the word is "and" or "or"."""
-    def as_operator(word):
-        return r"\lor " if "or" in word[0] else r"\land "
-    return re.sub(AND_OR, as_operator, match[0])
+    return re.sub(AND_OR, lambda word: r"\lor " if "or" in word[0] else r"\land ", match[0])
 
 # Twice in the rules, because sqrt(1+sqrt(9)) has one inside another
 SQUARE_ROOT = (r"(?:√|(?<![\\a-zA-Z])sqrt|\\sqrt(?= ?\()) ?(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}",
@@ -759,14 +723,12 @@ RULES = {
         ("[²³¹⁰-ⁿ]+", r"^{\g<0>}", "10³ -> 1000", "10³ -> 103"),  # before NFKC, which would make 103 of it
         ("[₀-ₜ]+", r"_{\g<0>}", "121₃ -> 121_3", "121₃ -> 121"),
         ("[¼-¾⅐-⅞]", r" \g<0>", "2½ -> 5/2", "2½ -> 21/2"),
-        ("[^ -~º]+", lambda m: unicodedata.normalize("NFKC", m[0]).translate(SYMBOLS),
-         "７×８ -> 56", "７×８ -> 78")],
+        ("[^ -~º]+", lambda m: unicodedata.normalize("NFKC", m[0]).translate(SYMBOLS), "２×３ -> 6", "６ -> 9")],
     "markup": [
         (r"(?:\\q?quad(?![a-zA-Z])|~|(?<!\\)\\[,;: ]|\s)+", " ", r"\,\text{up} -> up", r"5\,6 -> 56"),
         (r"(?<=[{(\[]) | (?=[{})\]^])", "", r"7\text{ units } -> 7", r"7\text{ million } -> 7"),
-        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])", "", r"\big\{1\big\} -> 1", r"\left[0,1\right) -> 1"),
-        (r"\\(?:displaystyle|boxed|bf|[lL]arge|(?:text)?color ?\{\w+\})(?![a-zA-Z])", "", r"\bf 9 -> 9",
-         r"\bf 9 -> 8"),
+        (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|boxed|bf|[lL]arge|(?:text)?color ?\{\w+\})"
+         "(?![a-zA-Z])", "", r"\big\{1\big\} -> 1", r"\left[0,1\right) -> 1"),
         # Signs of currencies go. \$7.50 becomes 7.50 dollars, so that it is not 7.50 cents.
         (r"\\?\$ ?(\d(?:[\d.,]|\\!|\{,\})*(?<!,)|\.\d+)(?!,?\d| ?[\w\\.{])|\\?[$€£¥₹¢]",
          lambda m: rf"{m[1]}\text{{dollars}}" if m[1] else " ", "€7.50 -> 7.5", r"\$7.50 -> 7.5 cents"),
@@ -775,8 +737,7 @@ RULES = {
          r"\mathbf a -> \mathbf{a}", r"\mathbf a -> \mathbf{b}"),
         (r"\\(?:text\w+|mbox|operatorname|math(?!bb)\w+|bm|boldsymbol|underline) ?(?=\{)", r"\\text",
          r"\mathrm{west} -> \text{west}", r"\mathrm{west} -> \text{east}"),
-        (r"\\text(?=\{[^{}]*\\)", "", r"\mathbf{\frac{3}{4}} -> 3/4", r"\mathbf{\frac{3}{4}} -> 4/3"),
-        (r"\\text\{([-+]?[\d(][^{}]*)\}", r"\1 ", r"\text{14/2} -> 7", r"\text{14 or 7} -> 7"),
+        (r"\\text(?=\{[^{}]*(?:\\|\d/\d))", "", r"\mathbf{\frac34} -> 3/4", r"\mathbf{14/2} -> 2/14"),
         # Of a set {x : condition} only the condition stays.
         (r"^(?:\w ?= ?)?\\\{ ?\w(?: ?\\in ?\\mathbb ?\{?R\}?)? ?(?:[:|]|\\mid) ?(.+)\\\}$", r"\1",
          r"\{x : x \le 3\} -> x \le 3", r"\{x \mid x < 3\} -> x \le 3")],
@@ -788,8 +749,7 @@ RULES = {
         (r"\\(sqrt|log_)" + ARGUMENT, r"\\\1{\2\3}", r"2\sqrt3 -> \sqrt{12}", r"\sqrt32 -> \sqrt{32}"),
         (r"\*\*(?=[\w({\\-])", "^", "2**3 -> 8", "2**3 -> 6"),
         (r"\^ ?(?:\(([^()]*)\)|(\\frac\{[^{}]*\}\{[^{}]*\}|-\d+))", r"^{\1\2}", "2^(3) -> 8", "2^(3) -> 6"),
-        (r"\(?\\?(?<![a-z])[pb]?mod ?\{?(\w+)\}?\)?", r"\\pmod{\1}", r"4 mod 9 -> 4 \pmod9",
-         "4 mod 9 -> 4 mod 8"),
+        (r"\(?\\?(?<![a-z])[pb]?mod ?\{?(\w+)\}?\)?", r"\\pmod{\1}", r"4 mod 9 -> 4 \pmod9", "4 mod 9 -> 4"),
         (r"(?<![\\a-zA-Z_])(?<!_\{)i(?![a-zA-Z])", r"\\sqrt{-1}", "(1+i)^2 -> 2i", "(1+i)^2 -> -2i"),
         (r"(?<=\\\\) ?\[[-\d. ]+[a-z]{2}\]", "", r"1\\[2pt] 2 -> 1 \\ 2", r"1\\[2pt] 3 -> 1 \\ 2"),
         (r"\\varnothing", r"\\emptyset", r"\varnothing -> \emptyset", r"\{\varnothing\} -> \emptyset"),
@@ -814,8 +774,6 @@ RULES = {
         (r"\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: f".{m[1]}{m[2] * 30}", r"0.\bar{6} -> 2/3",
          r"0.\bar{6} -> 0.6")],
     "units": [  # more in UNITS
-        (r"\\frac\{\\text\{(\w+)\}\}\{\\text\{(\w+)\}\}", r"\\text{\1/\2}",
-         r"60 \frac{\text{miles}}{\text{hour}} -> 60", r"60 \frac{\text{miles}}{\text{hour}} -> 60 km/h"),
         (r"\^\{?\\circ\}?|\\degree|º", "°", r"30\degree -> 30", r"30\degree -> 3"),
         (r"(\\(?:sin|cos|tan|cot|sec|csc)[ ({]*)([\d.]+)°", r"\1\\frac{\2\\pi}{180}", r"\sin 30° -> 1/2",
          r"\sin 30 -> 1/2"),
@@ -836,17 +794,15 @@ RULES = {
         (r"^([^,]*)\\pm([^,]*)$", r"\1+\2,\1-\2", r"\frac{3 \pm i}{2} -> \frac{3}{2} \pm \frac{i}{2}",
          r"3 \pm i -> 3 + i")]}
 
-# What may stand behind a number as its unit. This is not math-verify's list, which has single letters (2m
-# would be 2), am and east. The patterns are written for re.VERBOSE, with an example and a near miss as above.
+# What may stand behind a number as its unit, as patterns for re.VERBOSE with an example and a near miss as
+# above. math-verify's own list has single letters (2m would be 2), am and east.
 UNITS = [
     ("|".join(name for name in MEASURES if len(name) > 1 and name != "hr"), "35 cm -> 35", "35 cm -> 35 m"),
-    ("squared? | cubed | cubic | sq | cu", "5 square units -> 5", "5 square cm -> 5 cm"),
-    ("people|person|children|[wo]*men|way", "7 men -> 7", "7 men -> 8"),
-    (r"per\ [a-z]+", "60 miles per hour -> 60", "60 per cent -> 6"),
-    (r"[Jm](?=\ ?/)|(?<=/)[smhK]", "7 m/s -> 7", "7m -> 7"),  # one letter, beside a slash
+    (r"squared?|cubed|cubic|sq|cu | people|person|children|[wo]*men|way | per\ [a-z]+ | nm|[kM]J|k?cal|k?mol"
+     r"|[kMG]?(?:eV|Hz|Pa) | deg|degree|rad | unit|cup|USD", "7 men -> 7", "60 per cent -> 6"),
+    # one letter, beside a slash or in \text
+    (r"[Jm](?=\ ?/) | (?<=/)[smhK] | (?<=\{)[A-Zmgshl](?=[}/\ ^])", "7 m/s -> 7", "7m -> 7"),
     (r"hr(?!\^)", "4 hrs -> 4", "4 hr^n -> 4"),
-    (r"(?<=\{)[A-Zmgshl](?=[}/\ ^])", r"4\text{ h} -> 4", "4 h -> 4"),  # one letter, in \text
-    ("nm|[kM]J|k?cal|k?mol|[kMG]?(?:eV|Hz|Pa)|deg|degree|rad|unit|cup|USD", "6.5 kJ -> 6.5", "6.5 k -> 6.5"),
     # Any plural, but not of a word that changes the value
     (r"(?!(?:ten|\w+red|thousand|\w+illion|dozen|third|\w+th|halve|quarter|\w+crease|\w+verge|plu|minu|"
      r"\w+s)s)[a-z]{3,}s", "14 stamps -> 14", "14 minus -> 14")]
@@ -879,9 +835,7 @@ CHOSEN_OPTION = re.compile(r"""(?x)
         (?: (?! (?<![\w'\\]) (?: [B-HJ]              # and no other letter in what follows,
                 | [AI](?!\ [a-z]) ) (?![\w']) ) . )* )  # where A or I may be a word""")
 BRACKETED = re.compile(r"[(\[][^()\[\]]*[)\]]")  # a point or an interval
-PLAIN_NUMBER = re.compile(r"""(?x) [+-]?
-    (?: \d{1,3}(,\d{3})+ (\.\d*)?        # 11,111.5
-      | (?=\.?\d) \d* (\.\d*)? )         # 055, 5. or .5""")
+PLAIN_NUMBER = re.compile(r"[+-]?(?=\.?\d)(\d{1,3}(,\d{3})+|\d*)(\.\d*)?")  # 11,111.5, 055, 5. or .5
 ORDINARY_WORD = re.compile(r"""(?x)  # whose case does not count: Marcus and DNE, but not AB, CO and Mgh
     (?<![\\a-zA-Z]) (?: (?=\w*[aeiouyAEIOU]) (?: [A-Z][a-z]{2,} | [A-Z]{3,} )  # three letters and a vowel
                       | N[oO] | [AP]M ) (?![a-zA-Z_])                          # No, NO, AM and PM""")
@@ -894,11 +848,8 @@ def normalise(text):
     return " ".join(text.split())
 
 def canonical(text):
-    """The canonical form of a normalised value: equal forms are equal answers. "3 5" keeps its space, because
-    it is not 35."""
-    def lower(word):
-        return word[0].lower()
-    text = ORDINARY_WORD.sub(lower, TEXT.sub(r"\1", text))
+    """Equal canonical forms of normalised values are equal answers. "3 5" keeps its space: it is not 35."""
+    text = ORDINARY_WORD.sub(lambda word: word[0].lower(), TEXT.sub(r"\1", text))
     text = re.sub(r"(?<!\d) | (?!\d)", "", text)
     return re.sub(r"\{(\w)\}", r"\1", text).rstrip(".")  # \frac{1}{2} and \frac12, 5_{4} and 5_4
 
@@ -934,7 +885,7 @@ def equal_bare(answer, gold):
     if a == g:
         return True
     if PLAIN_NUMBER.fullmatch(a) and PLAIN_NUMBER.fullmatch(g):  # 055, 11,111, .5
-        return fractions.Fraction(a.replace(",", "")) == fractions.Fraction(g.replace(",", ""))
+        return Decimal(a.replace(",", "")) == Decimal(g.replace(",", ""))
     if any(IS_MISREAD.search(value.rpartition("=")[2]) for value in (answer, gold)):
         return False
     if BRACKETED.fullmatch(a) and BRACKETED.fullmatch(g) and a[0] != g[0]:
@@ -994,9 +945,9 @@ def sympy_equal(a, g):
 
 # math-verify runs in worker processes that can be killed, because its own alarm works in the main thread only
 # and cannot stop C code (9^9^9^9). Workers start by exec: a fork would copy a trainer's CUDA and NCCL state.
-# They are kept, because their start is slow. A comparison takes 0.01 to 0.6 s and may take 15 times the CPU
-# time of the worker's own start, which is 0.4 s: with a limit in seconds, verdicts would depend on the
-# processor.
+# They are kept, because their start is slow.
+# An answer's limit is CPU time, 15 times that of the worker's start (0.4 s), so that no verdict depends on the
+# processor or its load. A comparison takes 0.01 to 0.6 s.
 CPU_TIME_FACTOR = 15
 WALL_SECONDS = 1000  # enough to start on a busy machine; the limit of CPU time ends an answer much earlier
 WORKER_MEMORY = 4 << 30  # bytes of address space: a huge power must not take the trainer's memory
@@ -1037,9 +988,7 @@ def worker_main():
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
     for line in sys.stdin:
-        # The limit is CPU time, so that a verdict does not depend on the load. The kernel enforces it, even
-        # in C code and in a worker whose parent is gone.
-        signal.setitimer(signal.ITIMER_PROF, limit)
+        signal.setitimer(signal.ITIMER_PROF, limit)  # the kernel enforces it, even in C code
         is_equal = False
         with contextlib.suppress(Exception):  # a text that sympy cannot read is not the answer
             is_equal = bool(equal(*map(normalise, json.loads(line))))
@@ -1054,9 +1003,9 @@ def grade_all(responses, golds, finished=None, workers=2):
         is_truncated = not is_finished or OPENING.search(tail) is not None
         gold = last_box(str(gold))[1] or clean(str(gold))  # a whole reference solution has it in its last box
         answers = (None, None, None) if is_truncated else find_answers(tail)
-        _, full_line, full_box = find_answers(response)
-        right.update({(answer, gold): answer == gold for answer in (*answers, full_line, full_box)})
-        found.append((gold, is_truncated, *answers, full_line, full_box))
+        answers += find_answers(response)[1:]
+        right.update({(answer, gold): answer == gold for answer in answers})
+        found.append((gold, is_truncated, *answers))
     pairs = sorted(pair for pair in right if pair[0] and not right[pair] and max(map(len, pair)) <= LONGEST)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         right.update(zip(pairs, pool.map(ask_worker, pairs)))
@@ -1067,8 +1016,7 @@ def grade_all(responses, golds, finished=None, workers=2):
             for gold, is_truncated, answer, line, box, full_line, full_box in found]
 
 def grade(response, gold, finished=True):
-    """The verdict of one response. `gold` is the answer, or a reference solution whose last \\boxed{} holds
-    it. """
+    """The verdict of one response. `gold` is the answer, or a reference solution with it in the last box."""
     return grade_all([response], [gold], [finished])[0]
 
 # ------------------------------------------------------------------------------------------------- BENCHMARKS
@@ -1082,40 +1030,36 @@ BENCHMARKS = {  # name: hub id, configuration, split
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # the paper's
 
 def load_benchmark(source, wrapper="math"):
-    """The problems of a benchmark, of a copy of one (math500=DIR), or of anything that opsdc.py takes as
-    --data."""
-    name, _, copy = source.partition("=")
-    if name not in BENCHMARKS:
-        return read_answered(source, wrapper)
-    hub_id, _, rest = BENCHMARKS[name].partition(":")
-    with blaming(f"benchmark {name} (if it is gated, accept its terms on its hub page; offline, give a copy: "
-                 f"{name}=DIR)"):
-        return read_answered(f"{copy or hub_id}:{rest}", wrapper)
-
-def read_answered(source, wrapper):
-    """[dict(problem, tools, answer, level or None, id)] of all problems with a known answer; the others are
-    left out. An id that occurs several times gets the number of its row."""
+    """[dict(problem, tools, answer, level or None, id)] of a benchmark, of a copy of one (math500=DIR), or of
+    anything that opsdc.py takes as --data. Problems without a known answer are left out."""
     import opsdc
-    check(re.search("[./]", source) or Path(source.partition(":")[0]).exists(),
-          f"{source}: expected {', '.join(BENCHMARKS)}, a file, a folder or a hub ID")
-    problems = [p for p in read_problems(source, *opsdc.WRAPPERS[wrapper]) if p["answer"] is not None]
-    check(problems, f"{source}: expected a field answer, final_answer or solution, found none")
-    for p in problems:
-        ids = p.pop("ids")
-        with blaming(f"{source}, row {p['number']}, unique_id, id or level"):
-            p["level"] = ids["level"] if isinstance(ids["level"], int) else as_text(ids["level"]) or None
-            p["id"] = as_text(ids["unique_id"]) or as_text(ids["id"]) or str(p["number"] - 1)
+    name, _, copy = source.partition("=")
+    hint = contextlib.nullcontext()
+    if name in BENCHMARKS:
+        hub_id, _, rest = BENCHMARKS[name].partition(":")
+        source = f"{copy or hub_id}:{rest}"
+        hint = blaming(f"benchmark {name} (if it is gated, accept its terms on its hub page; offline, give a "
+                       f"copy: {name}=DIR)")
+    with hint:
+        check(re.search("[./]", source) or Path(source.partition(":")[0]).exists(),
+              f"{source}: expected {', '.join(BENCHMARKS)}, a file, a folder or a hub ID")
+        problems = [p for p in read_problems(source, *opsdc.WRAPPERS[wrapper]) if p["answer"] is not None]
+        check(problems, f"{source}: expected a field answer, final_answer or solution, found none")
+        for p in problems:
+            ids = p.pop("ids")
+            with blaming(f"{source}, row {p['number']}, unique_id, id or level"):
+                p["level"] = ids["level"] if isinstance(ids["level"], int) else as_text(ids["level"]) or None
+                p["id"] = as_text(ids["unique_id"]) or as_text(ids["id"]) or str(p["number"] - 1)
     times = collections.Counter(p["id"] for p in problems)
     for p in problems:
         number = p.pop("number")
-        if times[p["id"]] > 1:
+        if times[p["id"]] > 1:  # MMLU counts in each subject
             p["id"] += f", row {number}"
     return problems
 
 # ------------------------------------------------------------------------------------------------- GENERATION
 def make_jobs(tokenizer, problems, samples, seed, instruction=None, thinking=True, wrapper="math"):
-    """`samples` jobs for each problem: records that lack the response but have the ids of the prompt. With an
-    `instruction` the prompt is the teacher's."""
+    """`samples` jobs for each problem: records that lack the response but have the ids of the prompt."""
     import opsdc
     jobs = []
     for p in problems:
@@ -1128,8 +1072,7 @@ def make_jobs(tokenizer, problems, samples, seed, instruction=None, thinking=Tru
 
 def make_records(tokenizer, jobs, outputs):
     """A graded record for each job from its output (ids, logprobs, finished)."""
-    # The last id of a finished response ended it. It is not text, even if the tokenizer does not call it
-    # special.
+    # The last id of a finished response ended it. It is no text, even if the tokenizer calls it none special.
     texts = [readable(tokenizer, job["prompt"], ids[:-1] if finished else ids)
              for job, (ids, _, finished) in zip(jobs, outputs, strict=True)]
     verdicts = grade_all(texts, [job["gold"] for job in jobs], [finished for _, _, finished in outputs])
@@ -1152,8 +1095,7 @@ def grade_rollouts(rollouts, problems, tokenizer):
 
 def readable(tokenizer, prompt, ids):
     """The text that is graded. It keeps think tags, which some tokenizers call special, and no other special
-    tokens. A think block that the template opens in the prompt, as R1-Distill's does, gets its opening
-    tag."""
+    tokens. A think block that the template opens in the prompt, as R1-Distill's, gets its opening tag."""
     text = tokenizer.decode(ids, skip_special_tokens=False)
     for token in tokenizer.all_special_tokens:
         if not OPENING.fullmatch(token) and not CLOSING.fullmatch(token):
@@ -1185,8 +1127,7 @@ def mean(records, column):
     return statistics.fmean(record[column] for record in records)
 
 def clustered_error(groups, column):
-    """The standard error of the mean over problems, whose samples depend on each other; None for one
-    problem."""
+    """The standard error of the mean over problems, whose samples depend on each other; None for one."""
     means = [mean(group, column) for group in groups]
     return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
@@ -1196,7 +1137,7 @@ def summarise(records):
     sizes = sorted({len(group) for group in groups})
     check(len(sizes) == 1, "expected equally many samples of each problem, found "
           f"{len(records)} records with {' or '.join(map(str, sizes)) or 'no'} samples")
-    right = [record["tokens"] for record in records if record["correct"]]
+    right = [record for record in records if record["correct"]]
     means = {column: mean(records, column) for column in (
         "answer_only", "boxed_only", "either_full_text", "truncated", "no_answer", "think_tokens",
         "answer_tokens", "tokens")}
@@ -1206,7 +1147,7 @@ def summarise(records):
             "accuracy_se": clustered_error(groups, "correct"), **means,
             "tokens_se": clustered_error(groups, "tokens"),
             "tokens_median": statistics.median(record["tokens"] for record in records),
-            "tokens_correct": statistics.fmean(right) if right else None, "levels": levels}
+            "tokens_correct": mean(right, "tokens") if right else None, "levels": levels}
 
 def paired(base, ours, draws=4000):
     """The reduction of tokens (1 - ratio of means) and the change of accuracy, each as (value, low, high)
@@ -1253,16 +1194,13 @@ def read_run(directory):
 
 def refuse_unless_comparable(base, ours, names):
     """Refuses two runs whose settings differ in more than MAY_DIFFER, or which have different problems."""
-    (base_settings, base_records), (our_settings, our_records) = base, ours
-    theirs = base_settings | {"benchmarks": sorted(base_records)}
-    own = our_settings | {"benchmarks": sorted(our_records)}
+    (theirs, base_records), (own, our_records) = base, ours
+    theirs, own = theirs | {"benchmarks": sorted(base_records)}, own | {"benchmarks": sorted(our_records)}
     differ = [f"{name} is {value!r} and {own.get(name)!r}" for name, value in theirs.items()
               if name not in MAY_DIFFER and value != own.get(name)]
-
-    def problems_of(records):
-        return {(record["id"], record["problem_hash"]) for record in records}
     for name in base_records.keys() & our_records.keys():
-        a, b = problems_of(base_records[name]), problems_of(our_records[name])
+        a, b = ({(record["id"], record["problem_hash"]) for record in records[name]}
+                for records in (base_records, our_records))
         if a != b:
             differ.append(f"{name} has {len(a - b)} and {len(b - a)} problems of its own: {min(a ^ b)[0]}")
     check(not differ, f"{names[0]} and {names[1]} cannot be compared: " + "; ".join(differ))
@@ -1279,8 +1217,7 @@ def in_percent(value, *interval, sign=""):
     return text + (f" [{100 * interval[0]:{sign}.1f}, {100 * interval[1]:{sign}.1f}]" if interval else "")
 
 def contrast(base, ours):
-    """[(level, statistics of base, statistics of ours, their paired differences)], with "all" levels
-    first."""
+    """[(level, statistics of base, statistics of ours, their paired differences)], "all" levels first."""
     by_level = grouped(ours, "level")
     parts = [("all", base, ours)]
     parts += [(level, records, by_level.get(level, [])) for level, records in grouped(base, "level").items()]
@@ -1297,12 +1234,11 @@ def compare(args):
         rows = []
         for label, (_, ours) in zip(directories, runs):
             contrasts[name, label] = contrast(base, ours[name])
-            for level, a, b, differences in contrasts[name, label]:
-                accuracy = f"{in_percent(a['accuracy'])} -> {in_percent(b['accuracy'])}"
-                tokens = f"{a['tokens']:.0f} -> {b['tokens']:.0f}"
-                rows.append([label, level, a["problems"], accuracy,
-                             in_percent(*differences["change"], sign="+"), tokens,
-                             in_percent(*differences["reduction"])])
+            rows += [[label, level, a["problems"],
+                      f"{in_percent(a['accuracy'])} -> {in_percent(b['accuracy'])}",
+                      in_percent(*differences["change"], sign="+"),
+                      f"{a['tokens']:.0f} -> {b['tokens']:.0f}", in_percent(*differences["reduction"])]
+                     for level, a, b, differences in contrasts[name, label]]
         header = [name, "level", "problems", "accuracy, %", "change, points", "mean tokens", "reduction, %"]
         print(markdown_table(header, rows), end="\n\n")
     print(f"Base: {base_dir}. In brackets: 95 % paired bootstrap intervals over problems.")
@@ -1332,9 +1268,8 @@ def plot_compare(path, directories, contrasts):
             is_whole = level == "all"
             ax.errorbar(x, y, dy, dx, color=f"C{i}", marker="o", capsize=3, elinewidth=0.8,
                         linewidth=3 if is_whole else 0.8, label=benchmark if is_whole else None)
-            notes = zip(x, y, labels) if is_whole else [(x[-1], y[-1], level)]
-            for note_x, note_y, text in notes:
-                ax.annotate(f"  {text}", (note_x, note_y), rotation=30, rotation_mode="anchor")
+            for note in zip(x, y, labels) if is_whole else [(x[-1], y[-1], level)]:
+                ax.annotate(f"  {note[2]}", note[:2], rotation=30, rotation_mode="anchor")
     ax.set(xlabel="mean response tokens", ylabel="accuracy, %",
            title="from the base on, in the order given; thin: by level; bars: 95 %")
     figure.legend(loc="outside lower center")
@@ -1360,16 +1295,13 @@ def curves(args):
     print(f"wrote {args.plot}; dotted lines: thetabar <- theta")
 
 # ----------------------------------------------------------------------------------------------------- TOKENS
-# A page that shows what the loss sees: the divergence at every token of some responses, computed by the
-# trainer's own functions.
+# A page that shows the divergence at every token of some responses, by the trainer's own functions
 PAGE_START = """\
 <!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <meta name=color-scheme content="light dark"><title>What the loss sees</title><style>
 body { max-width: 60rem; margin: auto; padding: 1rem 1rem 4rem; font: 15px/1.5 system-ui, sans-serif }
-h2 { font-size: 1rem; margin: 1.5rem 0 .3rem }
 h2, pre, td, #bar { white-space: pre-wrap; overflow-wrap: anywhere }
 pre, td, #bar { font: 13px/1.6 ui-monospace, monospace }
-pre { border: 1px solid #8886; border-radius: 6px; padding: .5rem .7rem }
 td, th { text-align: left; padding-right: 2rem; border-bottom: 1px solid #8886 }
 span { background: rgb(240 100 0 / calc(80% * var(--shade))) }
 span:hover, #bar { outline: 2px solid }
@@ -1416,19 +1348,19 @@ def score_tokens(student, teacher, batch, tokenizer, cfg):
     """[(token, divergence, p, q, [(one of the teacher's three most likely tokens, its q)])] of every token of
     a batch, --loss_chunk tokens at a time."""
     import opsdc
-    hidden, heads, found = [], [], []
-    for model, inputs in ((student, batch.student), (teacher, batch.teacher)):
-        hidden.append(model(*inputs).split(cfg.loss_chunk))  # [n, d] each
-        model.reshard()
-        heads.append(model.lm.get_output_embeddings().weight.to(opsdc.DTYPE).full_tensor().float().T)
+
+    def log_probabilities(model, inputs):
+        hidden = model(*inputs)  # [N, d]
+        head = model.lm.get_output_embeddings().weight.to(opsdc.DTYPE).full_tensor().float().T
+        for chunk in hidden.split(cfg.loss_chunk):
+            yield opsdc.finish_logits(chunk.float() @ head, **student.logit_options)[0].log_softmax(-1)
 
     def quoted(token):
         return json.dumps(tokenizer.decode([token]), ensure_ascii=False)
-
-    def log_probabilities(hidden, head):
-        return opsdc.finish_logits(hidden.float() @ head, **student.logit_options)[0].log_softmax(-1)
-    for tokens, of_student, of_teacher in zip(batch.tokens.split(cfg.loss_chunk), *hidden):
-        log_p, log_q = log_probabilities(of_student, heads[0]), log_probabilities(of_teacher, heads[1])
+    found = []
+    for tokens, log_p, log_q in zip(batch.tokens.split(cfg.loss_chunk),
+                                    log_probabilities(student, batch.student),
+                                    log_probabilities(teacher, batch.teacher)):
         p, q = log_p.exp(), log_q.exp()
         nats, _ = opsdc.divergence_and_gradient(p, log_p, q, log_q, cfg.divergence)
         likeliest = q.topk(3)
@@ -1443,50 +1375,43 @@ def token_texts(tokenizer, ids):
     found, before, since = [], 0, 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[before:end])[len(tokenizer.decode(ids[before:since])):]
-        if end == len(ids) or not text.endswith("\ufffd"):
-            found.append(text)
+        is_whole = end == len(ids) or not text.endswith("\ufffd")
+        found.append(text if is_whole else "")
+        if is_whole:
             before, since = since, end
-        else:
-            found.append("")
     return found
 
 def as_html(text):
     return html.escape(str(text), quote=False).replace("'", "&#39;").replace("\r", "&#13;")
 
-def response_html(texts, tokens):
-    """A shaded span for each token; pointing at it shows its numbers."""
-    spans = []
-    for text, (_, nats, p, q, best) in zip(texts, tokens):
-        best = as_html(", ".join(f"{token} {chance:.3g}" for token, chance in best))
-        spans.append(f"<span style=--shade:{min(1, math.sqrt(nats / 2)):.2f} data-d={nats:.6g} "
-                     f"data-p={p:.3g} data-q={q:.3g} data-best='{best}'>{as_html(text)}</span>")
-    return f"<pre>{''.join(spans)}</pre>\n"
-
 def render_page(tokenizer, problems, rollouts, scores, about):
-    """The page: the responses, and a table of the tokens that carry most of the loss."""
+    """The responses, with a shaded span for each token; a table of the tokens that carry most of the loss."""
     import opsdc
-    found, nats_of = [PAGE_START, f"<p>{as_html(about)}\n"], collections.defaultdict(list)
+    page, nats_of = [PAGE_START, f"<p>{as_html(about)}\n"], collections.defaultdict(list)
     losses = collections.defaultdict(collections.Counter)  # {token: {the teacher's choice: its loss}}
     for rollout, weights, tokens in zip(rollouts, opsdc.token_weights(rollouts), scores):
         verdict = {None: "not graded", True: "right", False: "wrong"}[rollout.correct]
-        for weight, (token, nats, *_, best) in zip(weights, tokens):
+        page.append(f"<h2>{as_html(problems[rollout.index].text)}</h2>{len(tokens)} tokens, "
+                    f"{statistics.fmean(nats for _, nats, *_ in tokens):.4g} nats/token, {verdict}\n<pre>")
+        texts = token_texts(tokenizer, rollout.ids)
+        for text, weight, (token, nats, p, q, best) in zip(texts, weights, tokens):
             nats_of[token].append(nats)
             losses[token][best[0][0]] += weight * nats
-        found.append(f"<h2>{as_html(problems[rollout.index].text)}</h2>{len(tokens)} tokens, "
-                     f"{statistics.fmean(nats for _, nats, *_ in tokens):.4g} nats/token, {verdict}\n"
-                     + response_html(token_texts(tokenizer, rollout.ids), tokens))
+            names = as_html(", ".join(f"{choice} {chance:.3g}" for choice, chance in best))
+            page.append(f"<span style=--shade:{min(1, math.sqrt(nats / 2)):.2f} data-d={nats:.6g} "
+                        f"data-p={p:.3g} data-q={q:.3g} data-best='{names}'>{as_html(text)}</span>")
+        page.append("</pre>\n")
     loss = sum(parts.total() for parts in losses.values())
-    found.append(f"<h2>What carries most of the loss, {loss:.6g} nats/token</h2><table><tr><th>token<th>times"
-                 "<th>mean nats<th>% of the loss<th>the teacher's most likely there\n")
+    page.append(f"<h2>What carries most of the loss, {loss:.6g} nats/token</h2><table><tr><th>token<th>times"
+                "<th>mean nats<th>% of the loss<th>the teacher's most likely there\n")
     for token, parts in sorted(losses.items(), key=lambda item: -item[1].total())[:20]:
         row = (token, len(nats_of[token]), f"{statistics.fmean(nats_of[token]):.3g}",
                in_percent(parts.total() / (loss or 1)), " ".join(best for best, _ in parts.most_common(3)))
-        found.append(f"<tr><td>{'<td>'.join(map(as_html, row))}\n")
-    return "".join(found) + "</table>\n"
+        page.append(f"<tr><td>{'<td>'.join(map(as_html, row))}\n")
+    return "".join(page) + "</table>\n"
 
 def show_tokens(cfg):
-    """Samples responses as the trainer's first step does, or reads them, and computes their loss as it
-    does."""
+    """Samples responses as the trainer's first step does, or reads them; computes their loss as it does."""
     import opsdc
     device = opsdc.start_processes()
     check_settings(vars(cfg))
@@ -1533,24 +1458,21 @@ def write_summary(out, settings, benchmarks, finished):
     opsdc.replace_file(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 
-def read_parts(out, name, jobs, merge=False):
-    """(records, jobs that lack one) of a benchmark, in the order of `jobs`. They are read from its file and
-    from the parts that a killed run left, on however many ranks. With `merge` they are written into one
-    file."""
+def merge_parts(out, name, jobs):
+    """On rank 0: puts the records of a benchmark into one file, in the order of `jobs`, also those in the
+    parts that a killed run left, on however many ranks. Returns the jobs that lack a record."""
     import opsdc
 
     def key_of(record):
         return record.get("id"), record.get("sample"), record.get("problem_hash")
     file = out / f"{name}.jsonl"
     paths = [p for p in out.glob("*.jsonl") if re.fullmatch(re.escape(name) + r"(\.rank-\d+)?", p.stem)]
-    found = {key_of(record): record for path in paths for record in read_lines(path)}
+    found = {key_of(record): json.dumps(record) + "\n" for path in paths for record in read_lines(path)}
     check(found.keys() <= {*map(key_of, jobs)}, f"--out {out}: {file.name} has other problems; give another")
-    records = [found[key_of(job)] for job in jobs if key_of(job) in found]
-    if merge:
-        opsdc.replace_file(file, "".join(json.dumps(record) + "\n" for record in records))
-        for part in {*paths} - {file}:
-            part.unlink()
-    return records, [job for job in jobs if key_of(job) not in found]
+    opsdc.replace_file(file, "".join(found[key_of(job)] for job in jobs if key_of(job) in found))
+    for part in {*paths} - {file}:
+        part.unlink()
+    return [job for job in jobs if key_of(job) not in found]
 
 def prepare_evaluation(args):
     """Makes all checks and reserves the folder. (base, {benchmark: jobs}, settings, folder, {benchmark: jobs
@@ -1560,8 +1482,7 @@ def prepare_evaluation(args):
     if args.instruction is not None:
         args.instruction = opsdc.read_instruction(args.instruction)
     base, jobs = opsdc.open_base(args.model, to_train=False), {}
-    sources = [args.data] if args.data else args.benchmarks.replace(" ", "").split(",")
-    for source in sources:
+    for source in [args.data] if args.data else args.benchmarks.replace(" ", "").split(","):
         name = Path(source.partition("=")[0]).stem
         if name in jobs:  # another source of the same name
             name += f"-{len(jobs) + 1}"
@@ -1590,13 +1511,12 @@ def prepare_evaluation(args):
     differ = [f"{name}: there {found.get(name)!r}, here {value!r}" for name, value in settings.items()
               if name != "model" and found.get(name) != value]  # a copy elsewhere has the same model_hash
     check(not differ, f"--out {out} holds another run ({'; '.join(differ)}); give another directory")
-    todo = {name: read_parts(out, name, jobs[name])[1] for name in jobs}
+    todo = {name: opsdc.from_rank_0(merge_parts, out, name, jobs[name]) for name in jobs}
     return base, jobs, settings, out, todo, cfg
 
 def start_engine(base, cfg):
-    """A RolloutEngine with the weights that `base` names. vLLM looks for weights by patterns: it finds none
-    in a folder with brackets in its name, and the wrong ones where there are several formats. Then it gets a
-    folder of links to the right files."""
+    """A RolloutEngine with the weights that `base` names. vLLM looks for weights by patterns. Where it would
+    find none (brackets in the folder's name) or others, it gets a folder of links to the right files."""
     import opsdc
     found = list(base.folder.glob("*.safetensors")) or list(base.folder.glob("*.bin"))
     if set(found) == set(base.weight_files) and glob.escape(str(base.folder)) == str(base.folder):
@@ -1610,8 +1530,7 @@ def start_engine(base, cfg):
 
 def sample_and_write(engine, tokenizer, jobs, path, settings, block):
     """Appends the records of `jobs` to `path` as their responses end: whenever there are `block` of them or
-    two minutes have passed, so that a killed run loses little. A rank that helps another's engine has no
-    path."""
+    two minutes have passed. A rank that helps another's engine has no path."""
     import opsdc
     from vllm import SamplingParams
     sampling = {name: settings[name] for name in (*SAMPLING, "max_tokens")}
@@ -1635,25 +1554,21 @@ def evaluate(args):
     import opsdc
     opsdc.start_processes()
     base, jobs, settings, out, todo, cfg = prepare_evaluation(args)
-    rank, barrier = opsdc.dist.get_rank(), opsdc.dist.barrier
-    engine, done = None, {}
-    barrier()  # all ranks have read before one writes
+    rank, engine, done = opsdc.dist.get_rank(), None, {}
     if rank == 0:
         write_summary(out, settings, {}, finished=False)
     for name, left in todo.items():
-        if rank == 0:  # merged, because a part of a killed run may end in half a line
-            read_parts(out, name, jobs[name], merge=True)
-        barrier()
         say(f"{name}: {len(left)} of {len(jobs[name])} samples are left to make")
         if left:
             engine = engine or start_engine(base, cfg)
             path = out / f"{name}.rank-{rank}.jsonl" if rank % cfg.vllm_tp == 0 else None
             sample_and_write(engine, base.tokenizer, engine.share(left), path, settings, args.block)
-        barrier()  # all ranks have written before one reads
+        opsdc.dist.barrier()  # all ranks have written before one reads
         if rank == 0:
-            done[name], missing = read_parts(out, name, jobs[name], merge=True)
+            missing = merge_parts(out, name, jobs[name])
             check(not missing, f"--out {out}: {len(missing)} of {len(jobs[name])} samples of {name} have no "
                   "record; repeat the command, which makes them")
+            done[name] = read_lines(out / f"{name}.jsonl")
     if rank == 0:
         print_table(write_summary(out, settings, done, finished=True))
         print(f"wrote {out}/summary.json")
@@ -1702,10 +1617,8 @@ def parse_args(argv):
     add("--instruction", help="as for opsdc.py: gives the baseline with a concise prompt")
     add("--wrapper", choices=("math", "none"), default="math", help="as for opsdc.py")
     add("--thinking", action=argparse.BooleanOptionalAction, default=True)
-
-    def with_dashes(option):
-        return option[0].replace("_", "-")
-    return parser.parse_args([re.sub(r"^--\w+", with_dashes, word) for word in argv]), evaluate
+    words = [re.sub(r"^--\w+", lambda option: option[0].replace("_", "-"), word) for word in argv]
+    return parser.parse_args(words), evaluate
 
 def refuse(error):
     """Raises an error that every rank found, in a group of processes that prints it once."""
