@@ -117,12 +117,20 @@ def refuse_words(message):
     """Takes the place of argparse's own error, which would print the usage on every rank."""
     raise ValueError(f"{message}; see --help")
 
+def from_rank_0(function, *arguments):
+    """Returns on every rank what function(*arguments) returns on rank 0. The other ranks wait for it."""
+    from torch import distributed as dist
+    found = [function(*arguments) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
 def claim_folder(out, mark, files, results=""):
     """Locks the file `mark` in the folder `out` until this group of processes ends. Without a mark there,
     nothing may match `files`, the names that a run writes; with one, nothing may match `results`."""
     from torch import distributed as dist
-    token = [os.urandom(8).hex()]  # rank 0 writes its token into the mark, where all ranks must see it
-    if dist.get_rank() == 0:
+
+    def lock_and_mark():
+        token = os.urandom(8).hex()
         with blaming(f"--out {out}: expected a new or empty folder or, with --resume, a run's, where no "
                      "other process is at work, found"):
             out.mkdir(parents=True, exist_ok=True)
@@ -137,11 +145,12 @@ def claim_folder(out, mark, files, results=""):
                 check(not isinstance(error, BlockingIOError), error.strerror)
                 say(f"warning: {out} cannot be locked ({error.strerror}); start no other command there")
             os.ftruncate(file, 0)
-            os.write(file, token[0].encode())
+            os.write(file, token.encode())
             os.fsync(file)
-    dist.broadcast_object_list(token)
+        return token
+    token = from_rank_0(lock_and_mark)  # written into the mark by rank 0, where all ranks must see it
     sees = [None] * dist.get_world_size()
-    dist.all_gather_object(sees, (out / mark).exists() and (out / mark).read_text() == token[0])
+    dist.all_gather_object(sees, (out / mark).exists() and (out / mark).read_text() == token)
     if not all(sees):
         raise ValueError(f"--out {out}: expected one folder that all nodes share, but rank "
                          f"{sees.index(False)} does not see what rank 0 wrote to {mark} there")
@@ -945,9 +954,8 @@ def sympy_equal(a, g):
 
 # math-verify runs in worker processes that can be killed, because its own alarm works in the main thread only
 # and cannot stop C code (9^9^9^9). Workers start by exec: a fork would copy a trainer's CUDA and NCCL state.
-# They are kept, because their start is slow.
-# An answer's limit is CPU time, 15 times that of the worker's start (0.4 s), so that no verdict depends on the
-# processor or its load. A comparison takes 0.01 to 0.6 s.
+# They are kept, because their start is slow. An answer's limit is CPU time, 15 times that of the worker's
+# start (0.4 s), so that no verdict depends on the processor or its load. A comparison takes 0.01 to 0.6 s.
 CPU_TIME_FACTOR = 15
 WALL_SECONDS = 1000  # enough to start on a busy machine; the limit of CPU time ends an answer much earlier
 WORKER_MEMORY = 4 << 30  # bytes of address space: a huge power must not take the trainer's memory
@@ -1422,7 +1430,7 @@ def show_tokens(cfg):
     tokenizer, instruction = bases[0].tokenizer, opsdc.read_instruction(cfg.instruction)
     check(bases[-1].tokenizer.get_vocab() == tokenizer.get_vocab(), f"--teacher {cfg.teacher}: expected the "
           f"tokens of {cfg.model}, found others")
-    problems = opsdc.from_rank_0(opsdc.make_problems, cfg, bases[0], instruction)
+    problems = from_rank_0(opsdc.make_problems, cfg, bases[0], instruction)
     rollouts, longest = None, cfg.max_prompt_tokens + cfg.max_response_tokens
     if cfg.given:
         rollouts = read_responses(cfg, problems, tokenizer)
@@ -1486,7 +1494,7 @@ def prepare_evaluation(args):
         name = Path(source.partition("=")[0]).stem
         if name in jobs:  # another source of the same name
             name += f"-{len(jobs) + 1}"
-        problems = opsdc.from_rank_0(load_benchmark, source, args.wrapper)
+        problems = from_rank_0(load_benchmark, source, args.wrapper)
         jobs[name] = make_jobs(base.tokenizer, problems, args.samples, args.seed, args.instruction,
                                args.thinking, args.wrapper)
     prompts = [(job["prompt"], job["id"]) for group in jobs.values() for job in group]
@@ -1511,7 +1519,7 @@ def prepare_evaluation(args):
     differ = [f"{name}: there {found.get(name)!r}, here {value!r}" for name, value in settings.items()
               if name != "model" and found.get(name) != value]  # a copy elsewhere has the same model_hash
     check(not differ, f"--out {out} holds another run ({'; '.join(differ)}); give another directory")
-    todo = {name: opsdc.from_rank_0(merge_parts, out, name, jobs[name]) for name in jobs}
+    todo = {name: from_rank_0(merge_parts, out, name, jobs[name]) for name in jobs}
     return base, jobs, settings, out, todo, cfg
 
 def start_engine(base, cfg):

@@ -75,7 +75,8 @@ from transformers.utils import cached_file
 # eval.py, beside this file, reads the problems and grades the responses; a fork may bring its own. Three of
 # its helpers are used throughout. say(text) prints on rank 0. check(condition, message) raises
 # ValueError(message) unless the condition holds. `with blaming(where):` turns an error inside into a
-# ValueError that begins with `where`. The next line is for `python -P`, which does not search this folder.
+# ValueError that begins with `where`; a message of check inside it ends that sentence. The next line is for
+# `python -P`, which does not search this folder.
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
     import eval as evaluator
@@ -170,9 +171,9 @@ def prompt_ids(tokenizer, problem, instruction=None, thinking=True, wrapper="mat
 # error of 20 % in the loss and of 63 % in the head's gradient (README, The objective).
 
 def kl_divergence(p, q, a):
-    """KL(p || q) [n] in nats, given a = log p - log q [n, V]. Both forms below equal p (exp(-a) - 1 + a). The
-    first is accurate near a = 0, but exp(-a) overflows below a = -88. The second has no exponential. Any
-    threshold from -80 to -1 would do."""
+    """KL(p || q) [n] in nats, given a = log p - log q [n, V]. Both forms below equal p (exp(-a) - 1 + a). In
+    the first, expm1 keeps the digits that exp(-a) - 1 would lose near a = 0, but it overflows below a = -88.
+    The second has no exponential. Any threshold from -80 to -1 would do."""
     near = p * (torch.expm1(-a) + a)
     far = torch.addcmul(q - p, p, a)  # q - p + p a
     return torch.where(a > -1, near, far).sum(-1)
@@ -190,12 +191,31 @@ def divergence_and_gradient(p, log_p, q, log_q, kind):
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
         value = (kl_divergence(p, m, log_p - log_m) + kl_divergence(q, m, log_q - log_m)) / 2
         a = (log_p - log_m) / 2
-    return value, p * (a - (p * a).sum(-1, keepdim=True))  # dD/dp_v is a_v up to a constant, which cancels
+    # For both kinds a_v is dD/dp_v up to a constant, which cancels here.
+    return value, p * (a - (p * a).sum(-1, keepdim=True))
 
 def reverse_kl(student_logits, teacher_logits):
     """KL(student || teacher) of each row, in nats, float32: [N, V], [N, V] -> [N]. For tests and forks."""
     log_p, log_q = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     return divergence_and_gradient(log_p.exp(), log_p, log_q.exp(), log_q, "reverse_kl")[0]
+
+def finish_logits(raw, scale, softcap):
+    """From raw = h W^T [n, V], returns the logits softcap * tanh(scale * raw / softcap), or scale * raw
+    without a softcap, and dlogits/draw: [n, V], or a number without a softcap. Overwrites raw with scale *
+    raw."""
+    logits = raw if scale == 1 else raw.mul_(scale)
+    if softcap is None:
+        return logits, scale
+    # 1 - tanh^2 in place of 1 / cosh^2 would lose digits by cancellation.
+    return softcap * torch.tanh(logits / softcap), scale / torch.cosh(logits / softcap) ** 2
+
+def float32_product(a, b, out, add=False):
+    """Writes a [n, k] @ b [k, m] to `out` [n, m], or adds it; summed in float32. On a GPU, a is rounded to
+    bfloat16 where b is bfloat16. For logits a is bfloat16 already, so nothing is lost. If a is the gradient
+    with respect to them, this gives the products an error of 0.17 %, as rounding these to bfloat16 does."""
+    if b.is_cuda and b.dtype == torch.bfloat16:
+        return torch.addmm(out, a.bfloat16(), b, beta=int(add), out_dtype=torch.float32, out=out)
+    return torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)  # with beta 0, `out` is not read
 
 # How many logits a softmax takes at a time: few enough for a CPU's cache, or enough to keep a GPU busy.
 BLOCK = dict(cpu=620_000, cuda=10_000_000)
@@ -203,18 +223,18 @@ BLOCK = dict(cpu=620_000, cuda=10_000_000)
 def split_together(size, *tensors):  # like zip, but in slices of `size` rows; the slices are views
     return zip(*[x.split(size) for x in tensors])
 
-def divergence_in_place(logits, teacher_logits, weights, ids, kind, scale, softcap):
-    """Returns [5, n]: for each of n tokens the five numbers listed in chunked_divergence. Overwrites `logits`
-    [n, V] with the gradient of the loss with respect to them."""
-    finished, derivative = finish_logits(logits, scale, softcap)
-    teacher_finished, _ = finish_logits(teacher_logits, scale, softcap)
-    log_p, log_q = finished.log_softmax(-1), teacher_finished.log_softmax(-1)
+def divergence_in_place(raw, teacher_raw, weights, ids, kind, scale, softcap):
+    """Returns [5, n]: for each of n tokens the five numbers listed in chunked_divergence. Overwrites `raw`
+    [n, V], the product of hidden states and head, with the gradient of the loss with respect to it."""
+    logits, derivative = finish_logits(raw, scale, softcap)
+    teacher_logits, _ = finish_logits(teacher_raw, scale, softcap)
+    log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     divergence, gradient = divergence_and_gradient(p, log_p, q, log_q, kind)
     student_entropy, teacher_entropy = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
     logprob = log_p.gather(-1, ids[:, None])[:, 0]
     # a fork changes `weights` here, by the tokens' entropies or divergence
-    torch.mul(gradient, weights[:, None] * derivative, out=logits)
+    torch.mul(gradient, weights[:, None] * derivative, out=raw)  # chain rule: dloss/draw
     return torch.stack([divergence, student_entropy, teacher_entropy, logprob, weights])
 
 @torch.no_grad()
@@ -234,14 +254,14 @@ def chunked_divergence(student_hidden, student_head, teacher_hidden, teacher_hea
     # one size of 256 rows for both, a CPU would need 45 % more time.
     for h, teacher_h, grad_h, chunk_weights, chunk_ids in split_together(
             chunk, student_hidden, teacher_hidden, grad_hidden, weights, ids):
-        logits, teacher_logits = student_buffer[:len(h)], teacher_buffer[:len(h)]  # [n, V]
-        float32_product(h, student_head.T, logits)
-        float32_product(teacher_h, teacher_head.T, teacher_logits)
-        for block in split_together(rows, logits, teacher_logits, chunk_weights, chunk_ids):
+        raw, teacher_raw = student_buffer[:len(h)], teacher_buffer[:len(h)]  # [n, V]
+        float32_product(h, student_head.T, raw)
+        float32_product(teacher_h, teacher_head.T, teacher_raw)
+        for block in split_together(rows, raw, teacher_raw, chunk_weights, chunk_ids):
             per_token.append(divergence_in_place(*block, kind, scale, softcap))
-        grad_logits = logits  # this is what the buffer holds now
-        float32_product(grad_logits, student_head, grad_h)
-        float32_product(grad_logits.T, h, grad_head, add=True)
+        grad_raw = raw  # this is what the buffer holds now
+        float32_product(grad_raw, student_head, grad_h)
+        float32_product(grad_raw.T, h, grad_head, add=True)
     return grad_hidden, grad_head, torch.cat(per_token, dim=1)
 
 class WithGradients(torch.autograd.Function):
@@ -258,23 +278,6 @@ class WithGradients(torch.autograd.Function):
         ctx.gradients = None  # scaled in place to save a second [V, d]; backward can therefore run only once
         return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None
 
-def finish_logits(raw, scale, softcap):
-    """From raw = h W^T [n, V], the logits softcap * tanh(scale * raw / softcap), or scale * raw without a
-    softcap, and their derivative with respect to raw, which is scaled in place."""
-    logits = raw if scale == 1 else raw.mul_(scale)
-    if softcap is None:
-        return logits, scale
-    # 1 - tanh^2 in place of 1 / cosh^2 would lose digits by cancellation.
-    return softcap * torch.tanh(logits / softcap), scale / torch.cosh(logits / softcap) ** 2
-
-def float32_product(a, b, out, add=False):
-    """Writes a [n, k] @ b [k, m] to `out` [n, m], or adds it; summed in float32. A GPU's tensor cores take
-    bfloat16 as it is. That is exact for logits. Rounding dL/dlogits to bfloat16 gives the gradients an error
-    of 0.17 %, about as large as that of rounding the finished gradients."""
-    if b.is_cuda and b.dtype == torch.bfloat16:
-        return torch.addmm(out, a.bfloat16(), b, beta=int(add), out_dtype=torch.float32, out=out)
-    return torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)  # with beta 0, `out` is not read
-
 def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, weights, divergence="reverse_kl",
                  chunk=256, tokens=None, scale=1.0, softcap=None):
     """sum_n weights[n] D(student_n, teacher_n), exact over the vocabulary, without logits [N, V] in memory.
@@ -287,7 +290,8 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
     grad_hidden, grad_head, per_token = chunked_divergence(student_hidden, student_head, teacher_hidden,
                                                            teacher_head, weights, y, divergence, chunk, scale,
                                                            softcap)
-    # The logits are freed by now. The gradients in the model's dtype take their place in memory.
+    # The logits are freed by now. The gradients in the model's dtype take their place in memory. per_token[4]
+    # are the weights, which a fork may have changed on the way, and per_token[0] the divergences.
     loss = WithGradients.apply(student_hidden, student_head, per_token[4] * per_token[0],
                                grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype))
     stats = dict(zip(("kl", "student_entropy", "teacher_entropy"), per_token[:3].mean(-1)))
@@ -318,8 +322,8 @@ class Base:
                 is_remote_code=False, download_kwargs=dict(revision=self.folder.name))[0]]
 
 class SelfDistillation(nn.Module):
-    """A causal LM whose forward returns hidden states or, given the teacher's, the loss. Both happen inside
-    the forward of the root module, whose FSDP2 hooks gather the embedding, the last norm and the head."""
+    """A causal LM whose forward returns hidden states or, given the teacher's, the loss. The loss is computed
+    inside forward because it reads the head's weight, which only FSDP2's hooks on this module gather."""
 
     def __init__(self, lm):
         super().__init__()
@@ -358,13 +362,14 @@ def load_model(base, device, cfg):
     source = base.loaded or lm  # on ranks > 0 only the names in it matter: rank 0 broadcasts all values
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    # A multimodal model has its decoder in another place, so the names are made anew, as `lm` has them.
+    # `source` may be multimodal and have its decoder under another name than its text model `lm`. So each
+    # weight of the decoder gets the name that it has in `lm`.
     weights = {f"{lm.base_model_prefix}.{name}": w for name, w in source.get_decoder().state_dict().items()}
     weights["lm_head.weight"] = source.get_output_embeddings().weight
     model = shard(SelfDistillation(lm), device, cfg.replicas).to_empty(device=device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp_state.set_model_state_dict(lm, weights, options=options)
-    # RoPE's buffers are in no state dict. On ranks > 0 copy_ does nothing, and the broadcast sets the values.
+    # RoPE's buffers are in no state dict. On ranks > 0 each is copied to itself before the broadcast sets it.
     for buffer, original in zip(lm.get_decoder().buffers(), source.get_decoder().buffers()):
         buffer.copy_(original)
         dist.broadcast(buffer, src=0)
@@ -383,12 +388,13 @@ def shard(model, device, replicas):
     policy = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=torch.float32, cast_forward_inputs=False)
     decoder, head = model.lm.get_decoder(), model.lm.get_output_embeddings().weight
     others = [module for module in decoder.children()  # the last norm, and the embedding unless it is tied
-              if not isinstance(module, nn.ModuleList) and head not in set(module.parameters())]
+              if not isinstance(module, nn.ModuleList) and all(p is not head for p in module.parameters())]
     # Backward needs neither of these: an embedding's gradient does not depend on its weights, and the head's
     # gradient was already computed in forward. A group with no other weights is not gathered again.
     not_needed_in_backward = {model.lm.get_input_embeddings().weight, head}
     for module in [*decoder.layers, *others, model]:
-        group = {p for p in module.parameters() if not isinstance(p, DTensor)}  # not yet in another group
+        # fully_shard turned the weights of earlier groups into DTensors; the others form this group.
+        group = {p for p in module.parameters() if not isinstance(p, DTensor)}
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_unshard_in_backward(bool(group - not_needed_in_backward))
     return model
@@ -404,6 +410,7 @@ def checkpoint_weights(lm, dtype, both_names=False):
         gathered = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
         for name, w in revert_weight_conversion(lm, gathered).items():
             yield name, w
+            # once more under the name of each weight that is tied to this one
             yield from [(other, w) for other, source in tied.items() if both_names and source == name]
 
 def snapshot(model, dtype=None):  # a copy of theta's shards by name, in DTYPE unless told otherwise
@@ -483,8 +490,9 @@ class RolloutEngine:
 
     def sync(self, model):
         """Copies theta into the engine's own tensors, one layer at a time, so that CUDA graphs stay valid.
-        Collective. An engine that has an LM head of its own gets one, even if the trainer's is tied."""
-        def module_names(engine_model):  # with duplicates, as a tied head would else be left out
+        Collective. If the engine's model has a module called lm_head, the head is also sent under that name,
+        even if it is tied to the embedding."""
+        def module_names(engine_model):  # without duplicates, one that is also the embedding would be missing
             return [name for name, _ in engine_model.named_modules(remove_duplicate=False)]
         both_names = any(name.endswith("lm_head") for name in self.llm.apply_model(module_names)[0])
         weights = checkpoint_weights(model.lm, self.llm.llm_engine.model_config.dtype, both_names)
@@ -552,20 +560,21 @@ def token_weights(rollouts):  # 1 / (B |y|) of each token; B counts the rollouts
     return [[1 / (len(rollouts) * len(r.ids))] * len(r.ids) for r in rollouts]
 
 def plan_micro_batches(lengths, budget, rank, world):
-    """The indices of `lengths` that `rank` computes, in groups. Padded to its longest sequence, a group has
-    at most `budget` tokens, at most a twentieth of `budget` of them padding; a single long sequence may
-    exceed that. The sequences are dealt to the ranks in rounds, the longest first, so that all ranks have
-    equally many groups. Lengths [9, 3, 9, 8, 8, 3] and world 2 make the rounds [0, 2], [3, 4], [1, 5]. With
-    budget 20 the first two rounds share a micro-batch, and rank 0 gets [[0, 3], [1]]."""
+    """The indices of `lengths` that `rank` computes, one list for each micro-batch. Padded to its longest
+    sequence, a micro-batch has at most `budget` tokens, unless it is a single longer sequence. On rank 0,
+    which has the longest ones, at most a twentieth of `budget` is padding. The sequences are dealt to the
+    ranks in rounds, the longest first, so that all ranks have equally many micro-batches. Lengths [9, 3, 9,
+    8, 8, 3] and world 2 make the rounds [0, 2], [3, 4], [1, 5]. With budget 20 the first two rounds share a
+    micro-batch, and rank 0 gets [[0, 3], [1]]."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     rounds = [order[k:k + world] for k in range(0, len(order), world)]  # in each, a rank gets one sequence
 
-    def fits(group):  # of rounds; the longest sequence of a round is rank 0's, dealt[0]
+    def fits(group):  # a list of rounds; the longest sequence of a round is rank 0's, dealt[0]
         widths = [lengths[dealt[0]] for dealt in group]
         padded = widths[0] * len(group)
         return padded <= budget and padded - sum(widths) <= budget / 20
 
-    groups = []  # of rounds: each makes one micro-batch on every rank
+    groups = []  # lists of rounds; each list becomes one micro-batch on every rank
     for dealt in rounds:
         if groups and fits([*groups[-1], dealt]):
             groups[-1].append(dealt)
@@ -633,14 +642,15 @@ def student_pass(model, batches, hidden, head, cfg):
             n = len(batch.tokens)
             gap = (stats["logprob"] - batch.logprobs).abs()
             sums += torch.stack([loss.detach(), n * stats["student_entropy"], n * stats["teacher_entropy"],
-                                 gap.sum(), torch.ones_like(gap).sum()])
+                                 gap.sum(), gap.new_tensor(n)])
             gap_max = gap_max.maximum(gap.max())
     dist.all_reduce(sums)
     dist.all_reduce(gap_max, op=dist.ReduceOp.MAX)
     sums[1:4] /= sums[4].clamp(min=1)
     metrics = dict(zip(("loss", "student_entropy", "teacher_entropy", "logprob_gap"), sums.tolist()))
     gap, limit = metrics["logprob_gap"], MAX_GAP[engine_dtype(model.lm.config)]
-    if math.isfinite(metrics["loss"]) and not gap <= limit:  # a NaN gap too; `update` drops a NaN loss
+    # A NaN gap is not <= limit either. If the loss is not finite, `update` will skip the step instead.
+    if math.isfinite(metrics["loss"]) and not gap <= limit:
         raise RuntimeError(f"engine and trainer differ by {gap:.4f} nats/token, expected at most {limit}. No "
                            "update was made. See README, Families; checkpoint_weights; vLLM's version")
     return metrics | dict(logprob_gap_max=gap_max.item())
@@ -654,7 +664,8 @@ def update(model, optimizer, cfg):  # skipped if the gradient is not finite; ret
 
 def train_step(model, thetabar, optimizer, rollouts, problems, device, cfg):  # one update -> its metrics
     batches = make_micro_batches(rollouts, problems, device, cfg)
-    metrics = student_pass(model, batches, *teacher_pass(model, thetabar, batches), cfg)
+    hidden, head = teacher_pass(model, thetabar, batches)
+    metrics = student_pass(model, batches, hidden, head, cfg)
     return metrics | dict(grad_norm=update(model, optimizer, cfg))
 
 # ------------------------------------------------------------------------------------------------------ MAIN
@@ -732,7 +743,7 @@ def load_newest(out, model, optimizer, thetabar, cfg):
     number of steps done. Damaged checkpoints that are newer are renamed, so that no later save deletes
     them."""
     damaged = []
-    for step, path in from_rank_0(checkpoints, out):  # another node may still see an older list
+    for step, path in evaluator.from_rank_0(checkpoints, out):  # another node may still see an older list
         state = training_state(model, optimizer, thetabar)
         try:
             dcp.load(state, checkpoint_id=path)
@@ -743,7 +754,7 @@ def load_newest(out, model, optimizer, thetabar, cfg):
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         optimizer.param_groups[0].update(lr=cfg.lr, weight_decay=cfg.weight_decay)  # not the checkpoint's
         for newer in damaged:
-            from_rank_0(newer.rename, out / f"damaged-{newer.name}-{time.time():.0f}")
+            evaluator.from_rank_0(newer.rename, out / f"damaged-{newer.name}-{time.time():.0f}")
         evaluator.say(f"--resume: {step} steps are done")
         return step
     evaluator.check(not damaged, f"--resume: no checkpoint in {out} is whole; use another --out to restart")
@@ -845,8 +856,11 @@ def open_base(name, to_train):
 
 def model_hash(base):
     """A hash of all that determines the model's output, on every rank. A copy elsewhere has the same hash."""
-    weights = from_rank_0(sorted, map(file_hash, base.weight_files))  # map is lazy: only rank 0 reads them
-    return hash_of([sorted(base.files.items()), weights])
+    paths = base.weight_files
+
+    def hash_weights():
+        return sorted(map(file_hash, paths))
+    return hash_of([sorted(base.files.items()), evaluator.from_rank_0(hash_weights)])
 
 def file_hash(path):
     with evaluator.blaming(f"{path}: expected weights, found a pointer or half a file"):
@@ -899,11 +913,13 @@ def check_weights(base, lm, missing):
     """Checks that the weights are whole, and that the loss computes the logits of this model. The model's own
     forward gets eight tokens, ours the same eight and four more. If the log-probabilities of the likeliest
     next tokens differ, the logits depend on more than logit_scale_and_softcap knows, or on later tokens."""
-    eight, twelve = torch.arange(8), torch.arange(12)[None]
-    own, likeliest = lm.eval()(eight[None], use_cache=False).logits[0].log_softmax(-1).max(-1)
+    ids, positions = torch.arange(12)[None], torch.arange(8)
+    own, likeliest = lm.eval()(ids[:, :8], use_cache=False).logits[0].log_softmax(-1).max(-1)
     ours, head = SelfDistillation(lm), lm.get_output_embeddings().weight
-    _, stats = ours(twelve, eight, ours(twelve, eight), head, torch.ones(8), tokens=likeliest)
+    hidden = ours(ids, positions)  # also in place of the teacher's, as only the student's logprob is used
+    _, stats = ours(ids, positions, hidden, head, torch.ones(8), tokens=likeliest)
     error = (stats["logprob"] - own).abs().max().item()
+    # These messages go on where that of read_weights ends: "expected the weights of its config.json, found".
     as_configured = bool(lm.all_tied_weights_keys) == bool(base.empty.all_tied_weights_keys)
     evaluator.check(not missing, f"none of {missing[:3]}")
     evaluator.check(as_configured, "two tensors for embedding and head; set tie_word_embeddings to false")
@@ -927,12 +943,6 @@ def read_instruction(name):
     evaluator.check(re.search(r"\s|[^!-~]", text), f"--instruction {name}: expected "
                     f"{', '.join(INSTRUCTIONS)}, @FILE or a text, found {text!r}")
     return text
-
-def from_rank_0(function, *arguments):
-    """Returns on every rank what function(*arguments) returns on rank 0. The other ranks wait for it."""
-    found = [function(*arguments) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    return found[0]
 
 def make_problems(cfg, base, instruction):
     """The problems in the order of the data, each once, without those whose prompts are too long."""
@@ -968,12 +978,12 @@ def prepare(cfg):
     context = evaluator.context_of(base)
     evaluator.check(cfg.max_prompt_tokens + cfg.max_response_tokens <= context, "--max_prompt_tokens + "
                     f"--max_response_tokens: expected at most the model's context, {context}")
-    problems = from_rank_0(make_problems, cfg, base, instruction)
+    problems = evaluator.from_rank_0(make_problems, cfg, base, instruction)
     settings = asdict(cfg) | dict(instruction=instruction, template=hash_of(base.tokenizer.chat_template),
                                   model_hash=model_hash(base),
                                   problems=hash_of([(p.text, p.answer) for p in problems]))
     evaluator.claim_folder(out, "opsdc.lock", RUN_FILES, "" if cfg.resume else RESULTS)
-    from_rank_0(start_run, base, out, settings)
+    evaluator.from_rank_0(start_run, base, out, settings)
     evaluator.say(f"the first teacher's prompt:\n{base.tokenizer.decode(problems[0].teacher)}")
     return base, problems, out
 

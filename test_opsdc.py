@@ -1254,9 +1254,9 @@ def read_on_each_rank(model, data, file):
     rank = torch.distributed.get_rank()
     if rank:
         ev.read_rows = None
-    problems = opsdc.from_rank_0(opsdc.make_problems, opsdc.Config(data=data), opsdc.open_base(model, False),
+    problems = ev.from_rank_0(opsdc.make_problems, opsdc.Config(data=data), opsdc.open_base(model, False),
                                  "Be brief.")
-    Path(f"{file}.{rank}").write_text(json.dumps([problems, opsdc.from_rank_0(ev.load_benchmark, data)]))
+    Path(f"{file}.{rank}").write_text(json.dumps([problems, ev.from_rank_0(ev.load_benchmark, data)]))
 
 @beside()
 def test_rank_0_reads_and_the_others_get_the_problems(folder):
