@@ -315,8 +315,10 @@ def open_folder(path, config, split):
     found = datasets.load_dataset_builder(**arguments).config.data_files or {}
     name = split.partition("[")[0]
     check(name in found, f"no split {name}, but {', '.join(map(str, found))}; name it: {path}::SPLIT")
-    files = [Path(file) for file in found[name] if kind_of(Path(file)) == kind != ".parquet"]
-    return files, arguments
+    files = [Path(file) for file in found[name] if kind_of(Path(file)) == kind]
+    # By their paths: of a folder with a card, `datasets` would take what it cached under that folder's name.
+    data_files = {name: [glob.escape(str(file)) for file in files]}
+    return files if kind != ".parquet" else [], dict(path="parquet", data_files=data_files)
 
 def read_table(arguments, split, wanted):
     """Yields the rows of a .parquet file or of the hub, by whole batches, which takes a tenth of the time."""
