@@ -17,10 +17,13 @@ prompts, and there are no answers, no rewards and no length budget.
         theta <- AdamW(theta, grad loss)       # lr 1e-6 constant, weight decay 0.01, gradient clipped at 1.0
         every M = 50 steps: thetabar <- theta  # the refresh
 
-Every rank holds shards of theta and of Adam's state (FSDP2, float32) and shards of thetabar. In the same
-process it runs a vLLM engine, or with --vllm_tp a part of one. A step copies theta into the engine in place
-and samples the rollouts. It then swaps thetabar's shards into the training module for one pass, which keeps
-the teacher's last hidden states. Finally it swaps theta back and trains it.
+One process, called a rank, runs on each GPU. Every weight is cut into shards, one for each rank, which stores
+and updates its own: of theta and of Adam's state in float32, and of thetabar. To compute a layer for its own
+sequences, a rank briefly gathers the whole weights of that layer. In backward the ranks' gradients are
+averaged, and each keeps those of its shards. FSDP2 does this in operations that all ranks have to join
+(collectives). The process also runs a vLLM engine, or with --vllm_tp a part of one. A step copies theta into
+the engine in place and samples the rollouts. It then swaps thetabar's shards into the training module for
+one pass, which keeps the teacher's last hidden states. Finally it swaps theta back and trains it.
 
 The axes of tensors are B sequences of a batch, b of a micro-batch, T positions, N response tokens of a
 micro-batch (concatenated without padding), V and d.
@@ -72,11 +75,11 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files as find_w
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.utils import cached_file
 
-# eval.py, beside this file, reads the problems and grades the responses; a fork may bring its own. Three of
-# its helpers are used throughout. say(text) prints on rank 0. check(condition, message) raises
-# ValueError(message) unless the condition holds. `with blaming(where):` turns an error inside into a
-# ValueError that begins with `where`; a message of check inside it ends that sentence. The next line is for
-# `python -P`, which does not search this folder.
+# eval.py, beside this file, reads the problems and grades the responses; a fork may bring its own. These of
+# its helpers are used throughout: say(text) prints on rank 0; from_rank_0(f, *arguments) calls f on rank 0
+# only and returns its result on every rank; check(condition, message) raises ValueError(message) unless the
+# condition holds; `with blaming("X: found"):` makes ValueError("X: found: NaN") of a check(False, "NaN") or
+# another error inside. The next line is for `python -P`, which does not search this folder.
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
     import eval as evaluator
@@ -120,8 +123,7 @@ class Config:
 
 # --------------------------------------------------------------------------------------------------- PROMPTS
 # Student and teacher see the same problem. Where the student's prompt says "Solve the following math problem
-# step by step", the teacher's has the instruction. These strings are the experiment: do not edit them in
-# passing.
+# step by step", the teacher's has the instruction. These strings are the experiment itself.
 FORMAT = ("The last line of your response should be of the form Answer: $Answer (without quotes) "
           "where $Answer is the answer to the problem.")
 # What stands around the problem in every row of DAPO-Math-17k, and in the student's prompt
@@ -191,18 +193,18 @@ def divergence_and_gradient(p, log_p, q, log_q, kind):
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
         value = (kl_divergence(p, m, log_p - log_m) + kl_divergence(q, m, log_q - log_m)) / 2
         a = (log_p - log_m) / 2
-    # For both kinds a_v is dD/dp_v up to a constant, which cancels here.
+    # For reverse_kl and jsd, a_v is dD/dp_v up to a constant, which cancels here.
     return value, p * (a - (p * a).sum(-1, keepdim=True))
 
 def reverse_kl(student_logits, teacher_logits):
-    """KL(student || teacher) of each row, in nats, float32: [N, V], [N, V] -> [N]. For tests and forks."""
+    """KL(student || teacher) of each row, in nats, float32: [N, V], [N, V] -> [N]. For tests and forks, but
+    not for autograd: where a < -88, the branch that kl_divergence does not take has a gradient of NaN."""
     log_p, log_q = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     return divergence_and_gradient(log_p.exp(), log_p, log_q.exp(), log_q, "reverse_kl")[0]
 
 def finish_logits(raw, scale, softcap):
-    """From raw = h W^T [n, V], returns the logits softcap * tanh(scale * raw / softcap), or scale * raw
-    without a softcap, and dlogits/draw: [n, V], or a number without a softcap. Overwrites raw with scale *
-    raw."""
+    """From raw = h W^T [n, V], returns the logits softcap * tanh(scale * raw / softcap) and dlogits/draw, or
+    without a softcap scale * raw and a number. Overwrites raw with scale * raw."""
     logits = raw if scale == 1 else raw.mul_(scale)
     if softcap is None:
         return logits, scale
@@ -210,9 +212,9 @@ def finish_logits(raw, scale, softcap):
     return softcap * torch.tanh(logits / softcap), scale / torch.cosh(logits / softcap) ** 2
 
 def float32_product(a, b, out, add=False):
-    """Writes a [n, k] @ b [k, m] to `out` [n, m], or adds it; summed in float32. On a GPU, a is rounded to
-    bfloat16 where b is bfloat16. For logits a is bfloat16 already, so nothing is lost. If a is the gradient
-    with respect to them, this gives the products an error of 0.17 %, as rounding these to bfloat16 does."""
+    """Writes a [n, k] @ b [k, m] to `out` [n, m], or adds it; summed in float32. On a GPU, if b is bfloat16,
+    a is rounded to it. Logits lose nothing by this: their a, the hidden states, is bfloat16 already. Where a
+    is the gradient of the logits, the product gets an error of 0.17 %, as by its own rounding to bfloat16."""
     if b.is_cuda and b.dtype == torch.bfloat16:
         return torch.addmm(out, a.bfloat16(), b, beta=int(add), out_dtype=torch.float32, out=out)
     return torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)  # with beta 0, `out` is not read
@@ -286,12 +288,12 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
     Each of the `chunk` tokens takes 8 V bytes (two float32 rows), on a GPU 10 V (and a bfloat16 copy).
     Returns the loss (a float32 scalar) and, without gradient, a dict: kl (the divergence), student_entropy
     and teacher_entropy (means over N, nats/token) and, given tokens, logprob [N] = log p(token)."""
-    y = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
-    grad_hidden, grad_head, per_token = chunked_divergence(student_hidden, student_head, teacher_hidden,
-                                                           teacher_head, weights, y, divergence, chunk, scale,
-                                                           softcap)
-    # The logits are freed by now. The gradients in the model's dtype take their place in memory. per_token[4]
-    # are the weights, which a fork may have changed on the way, and per_token[0] the divergences.
+    ids = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
+    grad_hidden, grad_head, per_token = chunked_divergence(
+        student_hidden, student_head, teacher_hidden, teacher_head, weights, ids, divergence, chunk, scale,
+        softcap)
+    # The logits are freed by now; the gradients in the model's dtype take their place in memory. per_token[4]
+    # are the weights, as a fork may have changed them, per_token[0] the divergences.
     loss = WithGradients.apply(student_hidden, student_head, per_token[4] * per_token[0],
                                grad_hidden.to(student_hidden.dtype), grad_head.to(student_head.dtype))
     stats = dict(zip(("kl", "student_entropy", "teacher_entropy"), per_token[:3].mean(-1)))
@@ -305,7 +307,7 @@ DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # of act
 class Base:
     """The model that a run starts from. open_base (section FAMILIES) opens and checks it."""
     name: str  # hub id or folder
-    folder: Path  # where its files are; for a hub id, its commit in the hub's cache
+    folder: Path  # where its files are; for a hub id, a folder of the hub's cache, named after the commit
     files: dict  # {name: content} of the files besides the weights, as they were at the start
     config: object
     tokenizer: object
@@ -322,8 +324,8 @@ class Base:
                 is_remote_code=False, download_kwargs=dict(revision=self.folder.name))[0]]
 
 class SelfDistillation(nn.Module):
-    """A causal LM whose forward returns hidden states or, given the teacher's, the loss. The loss is computed
-    inside forward because it reads the head's weight, which only FSDP2's hooks on this module gather."""
+    """A causal LM whose forward returns hidden states or, given the teacher's, the loss. FSDP2 gathers the
+    head's whole weight when forward is called and frees it at the end, so the loss is computed in between."""
 
     def __init__(self, lm):
         super().__init__()
@@ -369,7 +371,7 @@ def load_model(base, device, cfg):
     model = shard(SelfDistillation(lm), device, cfg.replicas).to_empty(device=device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp_state.set_model_state_dict(lm, weights, options=options)
-    # RoPE's buffers are in no state dict. On ranks > 0 each is copied to itself before the broadcast sets it.
+    # RoPE's buffers are in no state dict. Rank 0 copies its values; the broadcast brings them to the others.
     for buffer, original in zip(lm.get_decoder().buffers(), source.get_decoder().buffers()):
         buffer.copy_(original)
         dist.broadcast(buffer, src=0)
@@ -378,22 +380,23 @@ def load_model(base, device, cfg):
 
 def shard(model, device, replicas):
     """FSDP2: each decoder layer, the embedding and the last norm form one group of weights each. The head is
-    in the root module's group; a tied embedding is the same tensor, and so it is there too. A group is
-    gathered for its forward, again for its backward if that needs it, and freed after each. With replicas > 1
-    (HSDP), the ranks form `replicas` blocks of consecutive ranks, and each block holds a whole copy."""
+    in the group of `model` itself, and so is a tied embedding, the same tensor. A group is gathered for its
+    forward, again for its backward if that needs it, and freed after each. With 8 ranks and replicas = 2
+    (HSDP), ranks 0 to 3 share one copy of the model, ranks 4 to 7 another."""
     shape = replicas, dist.get_world_size() // replicas
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     mesh = mesh if replicas > 1 else mesh["shard"]
     # Casting the inputs of forward would round the tokens' weights to bfloat16.
     policy = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=torch.float32, cast_forward_inputs=False)
     decoder, head = model.lm.get_decoder(), model.lm.get_output_embeddings().weight
-    others = [module for module in decoder.children()  # the last norm, and the embedding unless it is tied
+    others = [module for module in decoder.children()  # last norm, embedding unless tied, RoPE (no weights)
               if not isinstance(module, nn.ModuleList) and all(p is not head for p in module.parameters())]
     # Backward needs neither of these: an embedding's gradient does not depend on its weights, and the head's
     # gradient was already computed in forward. A group with no other weights is not gathered again.
     not_needed_in_backward = {model.lm.get_input_embeddings().weight, head}
     for module in [*decoder.layers, *others, model]:
-        # fully_shard turned the weights of earlier groups into DTensors; the others form this group.
+        # fully_shard turns weights into DTensors, of which each rank stores a shard and full_tensor() gathers
+        # the whole. Those that are plain tensors still form this group.
         group = {p for p in module.parameters() if not isinstance(p, DTensor)}
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_unshard_in_backward(bool(group - not_needed_in_backward))
@@ -401,7 +404,7 @@ def shard(model, device, replicas):
 
 def checkpoint_weights(lm, dtype, both_names=False):
     """Yields (name, gathered tensor) as in a checkpoint, one layer at a time; a collective. Experts, which
-    transformers fuses, are split again. A tied weight comes once, or under both names."""
+    transformers fuses, are split again. A tied weight comes once or, with both_names, under each name."""
     def layer_of(item):  # ("model.layers.7.mlp.up_proj.weight", w) -> "model.layers.7."
         return re.sub(r"(\.\d+\.).*", r"\1", item[0])
     tied = lm.all_tied_weights_keys  # {name: the name of the weight that it shares}
@@ -417,7 +420,7 @@ def snapshot(model, dtype=None):  # a copy of theta's shards by name, in DTYPE u
     return {name: p.detach().to(dtype or DTYPE, copy=True) for name, p in model.lm.named_parameters()}
 
 @torch.no_grad()
-def copy_into(model, weights):  # copies values: FSDP keeps pointers to the shards, so these must stay
+def copy_into(model, weights):  # overwrites the shards' values; new tensors would be unknown to FSDP
     for name, p in model.lm.named_parameters():
         p.copy_(weights[name])
 
@@ -450,9 +453,9 @@ class Rollout:
     correct: bool | None = None  # None where no answer is known
 
 class RolloutEngine:
-    """vLLM in this rank's process. `vllm_tp` consecutive ranks form one engine, which samples a share of the
-    batch. On a GPU it sleeps while the trainer works. load_format is "dummy" where `sync` will bring the
-    weights, and "auto" where the engine reads the base's own (eval.py)."""
+    """vLLM in this rank's process. `vllm_tp` consecutive ranks form one engine: they split its weights and
+    sample a share of the batch together. With load_format "dummy" (training), `sync` brings the weights, and
+    on a GPU the engine sleeps while the trainer works. With "auto" (eval.py) it reads the base's own."""
 
     def __init__(self, base, cfg, load_format="dummy"):
         evaluator.say(f"starting vLLM with {base.name}, which may take some minutes ...")
@@ -483,16 +486,15 @@ class RolloutEngine:
         # the process.
         self.llm.llm_engine.engine_core._finalizer.detach()
         dist.barrier()
-        # All ranks have opened these files of engines on CPUs; left behind, they would block the next start.
+        # Memory that engines on CPUs share. All ranks have opened it; a name left here blocks the next start.
         for shared in Path("/dev/shm").glob("-*cpushm*"):
             shared.unlink(missing_ok=True)
         self.sleep()
 
     def sync(self, model):
-        """Copies theta into the engine's own tensors, one layer at a time, so that CUDA graphs stay valid.
-        Collective. If the engine's model has a module called lm_head, the head is also sent under that name,
-        even if it is tied to the embedding."""
-        def module_names(engine_model):  # without duplicates, one that is also the embedding would be missing
+        """Copies theta, layer by layer, into the engine's own tensors; so its CUDA graphs stay valid. If its
+        model has a module called lm_head, it gets the head under that name too, even a tied one."""
+        def module_names(engine_model):  # a head that is the embedding's module is a "duplicate"
             return [name for name, _ in engine_model.named_modules(remove_duplicate=False)]
         both_names = any(name.endswith("lm_head") for name in self.llm.apply_model(module_names)[0])
         weights = checkpoint_weights(model.lm, self.llm.llm_engine.model_config.dtype, both_names)
@@ -562,25 +564,25 @@ def token_weights(rollouts):  # 1 / (B |y|) of each token; B counts the rollouts
 def plan_micro_batches(lengths, budget, rank, world):
     """The indices of `lengths` that `rank` computes, one list for each micro-batch. Padded to its longest
     sequence, a micro-batch has at most `budget` tokens, unless it is a single longer sequence. On rank 0,
-    which has the longest ones, at most a twentieth of `budget` is padding. The sequences are dealt to the
-    ranks in rounds, the longest first, so that all ranks have equally many micro-batches. Lengths [9, 3, 9,
-    8, 8, 3] and world 2 make the rounds [0, 2], [3, 4], [1, 5]. With budget 20 the first two rounds share a
-    micro-batch, and rank 0 gets [[0, 3], [1]]."""
+    which gets the longest sequence of each round, at most a twentieth of `budget` is padding. The sequences
+    are dealt to the ranks in rounds, the longest first, so that all ranks have equally many micro-batches.
+    Lengths [9, 3, 9, 8, 8, 3] and world 2 make the rounds [0, 2], [3, 4], [1, 5]. With budget 20 the first
+    two rounds share a micro-batch, and rank 0 gets [[0, 3], [1]]."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     rounds = [order[k:k + world] for k in range(0, len(order), world)]  # in each, a rank gets one sequence
 
-    def fits(group):  # a list of rounds; the longest sequence of a round is rank 0's, dealt[0]
-        widths = [lengths[dealt[0]] for dealt in group]
-        padded = widths[0] * len(group)
+    def fit(some_rounds):  # into one micro-batch
+        widths = [lengths[of_round[0]] for of_round in some_rounds]  # rank 0's, the longest of their rounds
+        padded = widths[0] * len(widths)
         return padded <= budget and padded - sum(widths) <= budget / 20
 
-    groups = []  # lists of rounds; each list becomes one micro-batch on every rank
-    for dealt in rounds:
-        if groups and fits([*groups[-1], dealt]):
-            groups[-1].append(dealt)
+    plan = []  # lists of rounds; each list becomes one micro-batch on every rank
+    for of_round in rounds:
+        if plan and fit([*plan[-1], of_round]):
+            plan[-1].append(of_round)
         else:
-            groups.append([dealt])
-    return [[dealt[rank] for dealt in group if rank < len(dealt)] for group in groups]
+            plan.append([of_round])
+    return [[of_round[rank] for of_round in together if rank < len(of_round)] for together in plan]
 
 def right_pad(prompts, responses, device):
     """From lists of ids, inputs [b, T] and response positions [N]: the positions in the flattened inputs
@@ -593,23 +595,23 @@ def right_pad(prompts, responses, device):
     return inputs.to(device), torch.cat(response_positions).to(device)
 
 def make_micro_batches(rollouts, problems, device, cfg):
-    """This rank's MicroBatches, the same number on all ranks, as FSDP's collectives require: a rank without a
-    sequence for one of them computes the shortest rollout with weight 0."""
+    """This rank's MicroBatches. All ranks have equally many, as each has to join FSDP's collectives: a rank
+    without a sequence for one of them computes the shortest rollout, with weight 0."""
     weights = token_weights(rollouts)
     shortest = min(rollouts, key=lambda r: len(r.ids))
     lengths = [max(len(problems[r.index].student), len(problems[r.index].teacher)) + len(r.ids)
                for r in rollouts]
     batches = []
-    for group in plan_micro_batches(lengths, cfg.micro_batch_tokens, dist.get_rank(), dist.get_world_size()):
-        mine = [rollouts[i] for i in group] or [shortest]
-        w = [weights[i] for i in group] or [[0.0] * len(shortest.ids)]
+    for picks in plan_micro_batches(lengths, cfg.micro_batch_tokens, dist.get_rank(), dist.get_world_size()):
+        mine = [rollouts[i] for i in picks] or [shortest]
+        w = [weights[i] for i in picks] or [[0.0] * len(shortest.ids)]
         responses = [r.ids for r in mine]
         batches.append(MicroBatch(  # sum(lists, []) concatenates lists
             student=right_pad([problems[r.index].student for r in mine], responses, device),
             teacher=right_pad([problems[r.index].teacher for r in mine], responses, device),
             tokens=torch.tensor(sum(responses, []), device=device),
             weights=torch.tensor(sum(w, []), device=device),
-            logprobs=torch.tensor(sum([r.logprobs for r in mine], []), device=device), real=bool(group)))
+            logprobs=torch.tensor(sum([r.logprobs for r in mine], []), device=device), real=bool(picks)))
     return batches
 
 def teacher_pass(model, thetabar, batches):
@@ -621,7 +623,7 @@ def teacher_pass(model, thetabar, batches):
         hidden = [model(*batch.teacher) for batch in batches]
     head = model.lm.get_output_embeddings().weight.detach().to(DTYPE, copy=True)  # still thetabar's
     copy_into(model, theta)
-    return hidden, head.full_tensor()
+    return hidden, head.full_tensor()  # gathered by hand, as this is outside of forward
 
 # The trainer-engine mismatch, in nats: engine and trainer are two implementations of one model, and differ in
 # the log-probabilities of the sampled tokens, on average by 1e-2 in bfloat16 and by 3e-7 in float32. With
@@ -634,10 +636,10 @@ def student_pass(model, batches, hidden, head, cfg):
     sums = torch.zeros(5, device=head.device)  # loss, both entropies, trainer-engine mismatch, tokens
     gap_max = torch.zeros((), device=head.device)
     for batch, teacher_hidden in zip(batches, hidden):
-        model.set_requires_all_reduce(batch is batches[-1])  # replicas add up their gradients only once
+        model.set_requires_all_reduce(batch is batches[-1])  # saves traffic: replicas average only at the end
         loss, stats = model(*batch.student, teacher_hidden, head, batch.weights, divergence=cfg.divergence,
                             chunk=cfg.loss_chunk, tokens=batch.tokens)
-        (loss * dist.get_world_size()).backward()  # FSDP averages over ranks, the loss is a sum over them
+        (loss * dist.get_world_size()).backward()  # FSDP averages the ranks' gradients; we need their sum
         if batch.real:
             n = len(batch.tokens)
             gap = (stats["logprob"] - batch.logprobs).abs()
@@ -655,7 +657,8 @@ def student_pass(model, batches, hidden, head, cfg):
                            "update was made. See README, Families; checkpoint_weights; vLLM's version")
     return metrics | dict(logprob_gap_max=gap_max.item())
 
-def update(model, optimizer, cfg):  # skipped if the gradient is not finite; returns its norm before clipping
+def update(model, optimizer, cfg):
+    """Updates this rank's shards. Skipped if the whole gradient's norm, which is returned, is not finite."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf).full_tensor().item()
     if math.isfinite(norm):
         optimizer.step()
@@ -679,11 +682,11 @@ def main():
     thetabar = snapshot(model)
     done = load_newest(out, model, optimizer, thetabar, cfg) if cfg.resume else 0  # steps done earlier
     trim_logs(out, done)
-    skipped = idle = 0  # steps in a row without a finite gradient, and without a rollout to train on
+    skipped = idle = 0  # steps in a row: with a gradient that was not finite; with no rollout to train on
     for step in range(done + 1, cfg.steps + 1):
         start = time.perf_counter()
         metrics = dict(step=step, lr=optimizer.param_groups[0]["lr"],
-                       teacher_age=(step - 1) % (cfg.refresh_every or cfg.steps))
+                       teacher_age=(step - 1) % cfg.refresh_every if cfg.refresh_every else step - 1)
         engine.sync(model)
         indices = batch_at(len(problems), step - 1, cfg.batch_size, cfg.seed)
         begun = time.perf_counter()
@@ -760,8 +763,8 @@ def load_newest(out, model, optimizer, thetabar, cfg):
     evaluator.check(not damaged, f"--resume: no checkpoint in {out} is whole; use another --out to restart")
     return 0
 
-# What torch says of a file that is truncated, overwritten or missing. Any other error may be the file
-# system's and may pass, so it ends the run.
+# What torch says of a file that is truncated, overwritten or missing (errno 2). Anything else, and a text
+# that names another errno, may be the file system's and may pass, so it ends the run.
 DAMAGE = re.compile(r"EOFError|UnpicklingError|PytorchStreamReader|metadata is None|\[Errno 2\]")
 
 def why_damaged(path, error):
@@ -919,7 +922,6 @@ def check_weights(base, lm, missing):
     hidden = ours(ids, positions)  # also in place of the teacher's, as only the student's logprob is used
     _, stats = ours(ids, positions, hidden, head, torch.ones(8), tokens=likeliest)
     error = (stats["logprob"] - own).abs().max().item()
-    # These messages go on where that of read_weights ends: "expected the weights of its config.json, found".
     as_configured = bool(lm.all_tied_weights_keys) == bool(base.empty.all_tied_weights_keys)
     evaluator.check(not missing, f"none of {missing[:3]}")
     evaluator.check(as_configured, "two tensors for embedding and head; set tie_word_embeddings to false")
@@ -939,8 +941,8 @@ def read_instruction(name):
     if name.startswith("@"):
         with evaluator.blaming(f"--instruction {name}, expected a text file in the encoding UTF-8"):
             text = Path(name[1:]).expanduser().read_text("utf-8-sig").strip()
-    # A single word is a mistyped key, which would be trained on without notice. Chinese has no spaces.
-    evaluator.check(re.search(r"\s|[^!-~]", text), f"--instruction {name}: expected "
+    # A single ASCII word is a mistyped key, which would be trained on unnoticed. (Chinese has no spaces.)
+    evaluator.check(re.search("[^!-~]", text), f"--instruction {name}: expected "
                     f"{', '.join(INSTRUCTIONS)}, @FILE or a text, found {text!r}")
     return text
 
@@ -962,7 +964,8 @@ def make_problems(cfg, base, instruction):
 # hashes of both, which `prepare` adds to the settings, must stay the same. So must all other settings.
 MAY_CHANGE = ("model data out steps lr weight_decay clip save_every export_every micro_batch_tokens "
               "loss_chunk gradient_checkpointing replicas vllm_tp vllm_memory").split()
-RESULTS = r"checkpoint-\d+|model(-\d+)?"  # names in --out
+# Names in --out: a new run must find none of RESULTS there, and a folder that is no run's none of RUN_FILES.
+RESULTS = r"checkpoint-\d+|model(-\d+)?"
 RUN_FILES = rf"{RESULTS}|config\.json|(metrics|samples)\.jsonl|{UNFINISHED}.*|eval\.lock"
 
 def parse_settings():
@@ -1011,8 +1014,8 @@ def training_bytes(lm, settings):
     layers, T = lm.get_decoder().layers, settings["micro_batch_tokens"]
     layer = sum(p.numel() for p in layers[0].parameters())
     shards = 18 * sum(p.numel() for p in lm.parameters()) * settings["replicas"] / dist.get_world_size()
-    # The factors add up what that command shows to be alive at the two highest moments: 8 V bytes a token of
-    # the chunk, for example, are its two float32 rows of logits.
+    # The factors add up what the command shows to be alive at the two highest moments. In the loss, 8 V d are
+    # both heads and the head's float32 gradient, 8 V a token of the chunk its two float32 rows of logits.
     loss = 8 * V * (d + settings["loss_chunk"]) + 45 * BLOCK["cuda"] + 24 * d * T
     backward = 4 * V * d + 8 * layer + (4 * layer / d + 22 * d) * T
     return shards + 2 * d * len(layers) * T + max(loss, backward)
