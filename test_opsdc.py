@@ -139,7 +139,8 @@ def call(function, arguments, log, environment, directory):
     function(*arguments)
 
 def status_of(process):
-    process.join()
+    process.join(HANG)
+    assert process.exitcode is not None, "a fork hangs"
     return process.exitcode
 
 def run_script(file, *arguments):
@@ -1991,7 +1992,7 @@ def test_sources_that_cannot_be_read_are_named_with_the_cause(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     for source, message in SOURCES_REFUSED.items():
         assert re.search(message, refusal(lambda: [*ev.read_rows(source)])), source
-    for content, problem in ((ROW_Y, "y"), (ROW_X, "x")):  # of a folder, `datasets` has the first in its cache
+    for content, problem in ((ROW_Y, "y"), (ROW_X, "x")):  # `datasets` has the first in its cache
         as_file(tmp_path, "two/cn/a.parquet", content)
         assert [row["problem"] for _, row in ev.read_rows("two:cn")] == [problem]
 
@@ -2283,8 +2284,8 @@ def test_hostile_answers_are_wrong_and_others_are_not_touched(workers):
     assert ev.grade_all(texts[5:9], ["7"] * 4, workers=3) == one[5:9]
 
 def growth(work, n, measurable):
-    """CPU time of work(4 n) over that of work(n), each the least of five; n grows until both can be seen. It is
-    4 where the work grows with n, and 16 where it grows with the square of n."""
+    """CPU time of work(4 n) over that of work(n), each the least of five; n grows until both can be seen. It
+    is 4 where the work grows with n, and 16 where it grows with the square of n."""
     # timeit without garbage collection: one of all that torch has made would count for more than the work
     def seconds(n):
         return timeit.timeit(lambda: work(n), timer=time.process_time, number=1)
