@@ -95,20 +95,21 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTex
                           PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for GPUs leaves them to forks
-environment = dict(os.environ)
+environment_before = dict(os.environ)
 import eval as ev  # noqa: E402
 import opsdc  # noqa: E402
-SIDE_EFFECTS = ("vllm" in sys.modules, torch.distributed.is_initialized(), environment != os.environ)
+SIDE_EFFECTS = ("vllm" in sys.modules, torch.distributed.is_initialized(),
+                environment_before != os.environ)
 HERE = Path(__file__).resolve().parent
 MATH500, AIME = (HERE.parent / f"shared/data/{name}.jsonl" for name in ("math500", "aime25"))
 CASES = HERE.parent / "shared/cases/grading.jsonl"
 
-# as it was before a test joined a process group; a forked script elsewhere finds eval.py
+# For all child processes: copied before any test changes os.environ. PYTHONPATH lets a script in another
+# folder import eval.py.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 HANG = 3000  # seconds; only a hang takes as long: ten times what a slow, quiet machine needs
 
-# ------------------------------------------------------------------------------------------------- PROCESSES
-
+# ---------------------------------------------------------------------------------------------- 0. PROCESSES
 # launch() runs a script or a function of this file in forks of a server that has imported vLLM once, with the
 # settings that opsdc.py makes before. The server never uses a GPU, which its forks could not use then, and a
 # fork has nothing of the test's process but its arguments.
@@ -205,6 +206,10 @@ def shared(folder, name, make):
             lock.write("made")
     return folder
 
+def metrics_of(out):
+    """The rows of a training run's metrics.jsonl."""
+    return ev.read_lines(Path(out) / "metrics.jsonl")
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)  # the other cores are busy, and threads of torch spin while they wait
@@ -285,7 +290,8 @@ def toy_prompt(tokenizer, row, kind):
                             wrapper="none" if kind == "bare" else "math")
 
 def toy_response(rng, row, kind, astray, verbose=0):
-    """Lines of an answer, the first `verbose` of its thought in the base's habit; numbers of wrong steps."""
+    """Returns (lines, slips) of an answer. Its first `verbose` lines follow the rates of the base without an
+    instruction. The slips, places in lines of wrong steps, come at the same rates with an instruction."""
     total, lines, slips = 0, ["<think>"], set()
     bare = kind if kind == "bare" else ""
 
@@ -447,9 +453,10 @@ def toy_of(folder):
 def toy(tmp_path):
     return toy_of(tmp_path)
 
-def test_toy_does_what_its_table_says_and_both_kinds_of_checks_matter(toy):
+def test_the_toy_does_what_its_table_says(toy):
     """Rates under each prompt, by level, beside RATES. So short a training leaves checks off by up to 0.09,
-    other rates by a factor of 2.5 (seven toys: seeds 0 to 2 on several kinds of kernels)."""
+    other rates by a factor of 2.5 (seven toys: seeds 0 to 2 on several kinds of kernels): twice that is
+    allowed. And both kinds of checks matter."""
     model = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
     rows, ends = ev.read_lines(toy / "eval.jsonl"), {}
@@ -485,9 +492,6 @@ def test_faults_of_wrong_answers_to_the_toys_problems(lines, expected):
 TOY_RUN = ("--instruction v2 --steps 60 --lr 1e-4 --refresh_every 0 --max_prompt_tokens 256 "
            "--max_response_tokens 192").split()
 TOY_EVAL = "--samples 2 --max-tokens 192 --temperature 1 --top-p 1 --top-k 0".split()
-
-def metrics_of(out):
-    return ev.read_lines(Path(out) / "metrics.jsonl")
 
 def test_toy_learns_to_be_brief_without_being_told(toy, tmp_path):
     """The paper's claim, end to end, by the README's training on two ranks: about half the tokens, and better
@@ -606,8 +610,8 @@ def make_tokenizer(texts, template, size=400):
 
 def make_model(directory, name="qwen3", texts=tuple(opsdc.INSTRUCTIONS.values()), vocabulary=400, seed=0,
                **shape):
-    """A random model of this name above, with its tokenizer, in `directory`. A family's norms, biases
-    and sinks are noise, so that a forgotten one shows."""
+    """A random model with its tokenizer in `directory`: "qwen3", "llama" or a name of FAMILIES. Noise is added
+    to all weights of a family, so that a norm, a bias or a sink that is forgotten shows."""
     torch.manual_seed(seed)
     kind, changes = (USUAL | FAMILIES | REFUSED)[name]
     tokenizer = make_tokenizer(texts, R1_TEMPLATE if name == "llama" else QWEN_TEMPLATE, vocabulary)
@@ -663,6 +667,7 @@ def write_rows(path, n=40):
     return path
 
 def small_run(model, data, out, **options):
+    """The arguments of a small run of opsdc.py."""
     settings = dict(model=model, data=data, out=out, steps=6, batch_size=6, lr=1e-3, refresh_every=2,
                     save_every=2, max_prompt_tokens=512, max_response_tokens=24) | options
     return [word for name, value in settings.items()
@@ -724,9 +729,9 @@ def refused_early(no_group, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on the terminal"))
 
 def evaluation(good, out, **change):
+    """The arguments of a small evaluation with eval.py."""
     settings = dict(model=good["model"], data=good["data"], out=out, samples=2) | {"max-tokens": 60} | change
-    return ["--" + word if at == 0 else str(word)
-            for pair in settings.items() for at, word in enumerate(pair)]
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 ANY_GAP = dict.fromkeys(opsdc.MAX_GAP, math.inf)  # where no engine sampled what is learned
 
@@ -788,6 +793,7 @@ def is_picture(path):
     return min(pixels.shape[:2]) > 400 and pixels.std() > 0.01
 
 # ------------------------------------------------------------------------------------------------ 3. OPSDC.PY
+
 # ---- PROMPTS
 def test_prompts_are_the_papers(tmp_path):
     tokenizer = make_tokenizer(["text"], QWEN_TEMPLATE)
@@ -911,7 +917,7 @@ def test_a_divergence_is_never_negative_and_finite_far_apart(kind):
     loss, (_, head_grad), stats = objective_of(inputs, divergence=kind)
     assert loss == pytest.approx(0, abs=1e-11) and head_grad.norm() < 1e-5 and 0 <= stats["kl"] <= 1.2e-6
 
-def test_products_on_tensor_cores(monkeypatch):
+def test_products_as_on_tensor_cores(monkeypatch):
     """What a GPU computes, with its roundings: products of bfloat16 matrices, summed in float32. At a KL of
     0.0017 the loss is what it is on a CPU, and the gradients of head and hidden states are off by 0.25 %:
     sqrt(2) times 0.17 %, which is what rounding a matrix to bfloat16 costs, once before and once after."""
@@ -958,6 +964,7 @@ def test_slower_kernels_keep_these_bounds(kernels, tmp_path):
     words = [sys.executable, "-m", "pytest", "-q", *(f"{__file__}::{test.__name__}" for test in tests)]
     done = subprocess.run(words, env=ENVIRONMENT | {"ATEN_CPU_CAPABILITY": kernels}, capture_output=True)
     assert done.returncode == 0, done.stdout.decode()[-3000:]
+
 # ---- STUDENT AND TEACHER
 # The proof of the sharded gradient, in four parts. The worker computes loss and gradients as opsdc.py does,
 # in shards, micro-batches and chunks. The reference is the loss as the paper writes it, of the unsharded
@@ -1531,7 +1538,6 @@ def family_row(directory, name):
 
 @pytest.mark.parametrize("name", [
     "SmolLM3", "Gemma 3", "Falcon-H1", "Granite", "Gemma 2", "Gemma 4 text", "Mixtral", "Qwen3-Next"])
-
 def test_families_that_differ_most_in_code(name, tmp_path):
     """A transformers backend, a nested config, a hybrid, scaled logits, both soft caps, a buffer in the state
     dict, fused and renamed experts, a kernel for bfloat16 only."""
@@ -1569,7 +1575,6 @@ BAD_MODELS = {  # as BAD_INPUT, below; m is the model's folder, `config` are ent
     ("qwen3", {}, lambda weights: {name: w for name, w in weights.items() if "q_proj" not in name}, "q_proj"),
     ("qwen3", {}, lambda weights: {name: w * math.nan for name, w in weights.items()}, "NaN or infinity")],
     ids=["other logits", "not tied", "missing", "NaN"])
-
 def test_weights_are_checked_before_the_engine(family, config, edit, message, good, one_rank, tmp_path):
     model = altered(make_model(tmp_path / "m", family), tmp_path / "model",
                     lambda model: spoil_weights(model, edit), **config)
@@ -1747,7 +1752,8 @@ def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, cap
                  "each of 3 checkpoints takes ", "each of 1 exports "):
         assert text in said, text
 
-# ---- LOGS: the tests of MAIN read what their runs wrote
+# ---- LOGS: read by the tests of MAIN
+
 # ---- PROCESSES
 def start(file, *arguments):
     """Worker: `python -P FILE ARGUMENTS`: no engine is imported, and only lines of the file find eval.py."""
@@ -1842,6 +1848,7 @@ def test_imports_start_no_vllm_and_no_group_and_leave_the_environment():
     assert SIDE_EFFECTS == (False, False, False)
 
 # ------------------------------------------------------------------------------------------------- 4. EVAL.PY
+
 # ---- PROBLEMS
 CHAT, HUMAN = turns("user", "assistant", "user"), '[{"from": "human", "value": "x"}]'
 PROBLEMS_READ = [  # row, its problem as --wrapper math reads it
@@ -2298,7 +2305,6 @@ def growth(work, n, measurable):
     ("", "[", ""), ("", "\\boxed{", ""), ("", "{", "}"), ("Answer", " ", ""), ("", "*", ""),
     ("", "Answer:", ""), ("Answer: ", "9", ""), ("", "\\boxed{1} ", ""), ("", "<think>", ""),
     ("\\boxed{1}\\text{", " ", "")])
-
 def test_time_grows_with_the_text_not_its_square(head, middle, tail):
     assert growth(lambda n: ev.grade(head + middle * n + tail * n, "7", False), 1000, 0.02) < 8
 
@@ -2518,6 +2524,7 @@ def test_curves_of_two_training_runs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         ev.main(command)
+
 # ---- TOKENS
 def read_page(path):
     """A page of `eval.py tokens`: of each response its tokens' d, p, q, best and text; the table's rows."""
@@ -2528,7 +2535,6 @@ def read_page(path):
     responses = re.findall("(?s)<pre>(.*?)</pre>", page)
     return ([[*map(unescaped, re.findall(span, response))] for response in responses],
             [unescaped(re.split("<t[hd]>", row)[1:]) for row in re.findall("<tr>(.*)", page)])
-
 def test_page_of_tokens_sums_to_the_loss_that_the_trainer_logged(tmp_path):
     model, data, out = whole_run(tmp_path)
     page = tmp_path / "page.html"
