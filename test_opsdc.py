@@ -2535,6 +2535,7 @@ def read_page(path):
     responses = re.findall("(?s)<pre>(.*?)</pre>", page)
     return ([[*map(unescaped, re.findall(span, response))] for response in responses],
             [unescaped(re.split("<t[hd]>", row)[1:]) for row in re.findall("<tr>(.*)", page)])
+
 def test_page_of_tokens_sums_to_the_loss_that_the_trainer_logged(tmp_path):
     model, data, out = whole_run(tmp_path)
     page = tmp_path / "page.html"
@@ -3408,7 +3409,7 @@ NOT_RUN = {  # how commands of the README begin that are not run here: why
     "python opsdc.py --model Qwen/Qwen3-0.6B": "it differs by numbers for which smaller ones are put here",
     "torchrun --nproc_per_node 8 eval.py --model out/model": "torchrun evaluates the base, python this model",
     "python eval.py compare eval-Qwen3-8B": "it needs the one before",
-    "torchrun --nnodes": "it takes two machines; two nodes have a test of their own"}
+    "torchrun --nnodes": "it takes two machines"}
 SMALLER = {  # what is added to the commands that contain these words
     "opsdc.py": "--steps 2 --batch_size 4 --max_response_tokens 16",
     "eval.py --": "--samples 1 --max-tokens 16",
