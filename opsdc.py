@@ -17,13 +17,13 @@ prompts, and there are no answers, no rewards and no length budget.
         theta <- AdamW(theta, grad loss)       # lr 1e-6 constant, weight decay 0.01, gradient clipped at 1.0
         every M = 50 steps: thetabar <- theta  # the refresh
 
-One process, called a rank, runs on each GPU. Every weight is cut into shards, one for each rank, which stores
-and updates its own: of theta and of Adam's state in float32, and of thetabar. To compute a layer for its own
-sequences, a rank briefly gathers the whole weights of that layer. In backward the ranks' gradients are
+One process, called a rank, runs on each GPU. Every weight is cut into shards, one for each rank. A rank
+stores only its own: theta's and those of Adam's state in float32, and thetabar's. To compute a layer for its
+own sequences, a rank briefly gathers the whole weights of that layer. In backward the ranks' gradients are
 averaged, and each keeps those of its shards. FSDP2 does this in operations that all ranks have to join
 (collectives). The process also runs a vLLM engine, or with --vllm_tp a part of one. A step copies theta into
-the engine in place and samples the rollouts. It then swaps thetabar's shards into the training module for
-one pass, which keeps the teacher's last hidden states. Finally it swaps theta back and trains it.
+the engine in place and samples the rollouts. It then swaps thetabar's shards into the training module for one
+pass, which keeps the teacher's last hidden states. Finally it swaps theta back and trains it.
 
 The axes of tensors are B sequences of a batch, b of a micro-batch, T positions, N response tokens of a
 micro-batch (concatenated without padding), V and d.
@@ -78,8 +78,8 @@ from transformers.utils import cached_file
 # eval.py, beside this file, reads the problems and grades the responses; a fork may bring its own. These of
 # its helpers are used throughout: say(text) prints on rank 0; from_rank_0(f, *arguments) calls f on rank 0
 # only and returns its result on every rank; check(condition, message) raises ValueError(message) unless the
-# condition holds; `with blaming("X: found"):` makes ValueError("X: found: NaN") of a check(False, "NaN") or
-# another error inside. The next line is for `python -P`, which does not search this folder.
+# condition holds; inside `with blaming("X: found"):` an error, such as that of check(False, "NaN"), becomes
+# ValueError("X: found: NaN"). The next line is for `python -P`, which does not search this folder.
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 try:
     import eval as evaluator
@@ -203,8 +203,8 @@ def reverse_kl(student_logits, teacher_logits):
     return divergence_and_gradient(log_p.exp(), log_p, log_q.exp(), log_q, "reverse_kl")[0]
 
 def finish_logits(raw, scale, softcap):
-    """From raw = h W^T [n, V], returns the logits softcap * tanh(scale * raw / softcap) and dlogits/draw, or
-    without a softcap scale * raw and a number. Overwrites raw with scale * raw."""
+    """From raw = h W^T [n, V], the logits, softcap * tanh(scale * raw / softcap), and d(logits)/d(raw);
+    without a softcap, scale * raw and the number scale. Overwrites raw with scale * raw."""
     logits = raw if scale == 1 else raw.mul_(scale)
     if softcap is None:
         return logits, scale
@@ -213,8 +213,8 @@ def finish_logits(raw, scale, softcap):
 
 def float32_product(a, b, out, add=False):
     """Writes a [n, k] @ b [k, m] to `out` [n, m], or adds it; summed in float32. On a GPU, if b is bfloat16,
-    a is rounded to it. Logits lose nothing by this: their a, the hidden states, is bfloat16 already. Where a
-    is the gradient of the logits, the product gets an error of 0.17 %, as by its own rounding to bfloat16."""
+    a is rounded to it too. For logits, a holds hidden states, which are bfloat16 already. For gradients, a is
+    d(loss)/d(logits): an error of 0.17 %, the same as from rounding the result to bfloat16."""
     if b.is_cuda and b.dtype == torch.bfloat16:
         return torch.addmm(out, a.bfloat16(), b, beta=int(add), out_dtype=torch.float32, out=out)
     return torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)  # with beta 0, `out` is not read
@@ -236,7 +236,7 @@ def divergence_in_place(raw, teacher_raw, weights, ids, kind, scale, softcap):
     student_entropy, teacher_entropy = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
     logprob = log_p.gather(-1, ids[:, None])[:, 0]
     # a fork changes `weights` here, by the tokens' entropies or divergence
-    torch.mul(gradient, weights[:, None] * derivative, out=raw)  # chain rule: dloss/draw
+    torch.mul(gradient, weights[:, None] * derivative, out=raw)  # d(loss)/d(raw), by the chain rule
     return torch.stack([divergence, student_entropy, teacher_entropy, logprob, weights])
 
 @torch.no_grad()
@@ -391,12 +391,13 @@ def shard(model, device, replicas):
     decoder, head = model.lm.get_decoder(), model.lm.get_output_embeddings().weight
     others = [module for module in decoder.children()  # last norm, embedding unless tied, RoPE (no weights)
               if not isinstance(module, nn.ModuleList) and all(p is not head for p in module.parameters())]
-    # Backward needs neither of these: an embedding's gradient does not depend on its weights, and the head's
-    # gradient was already computed in forward. A group with no other weights is not gathered again.
+    # Backward needs neither the embedding nor the head: an embedding's gradient does not depend on its
+    # weights, and the head's gradient was already computed in forward. A group with no other weights is not
+    # gathered again.
     not_needed_in_backward = {model.lm.get_input_embeddings().weight, head}
     for module in [*decoder.layers, *others, model]:
-        # fully_shard turns weights into DTensors, of which each rank stores a shard and full_tensor() gathers
-        # the whole. Those that are plain tensors still form this group.
+        # fully_shard made DTensors of the weights inside, of which each rank stores a shard and full_tensor()
+        # gathers the whole. Those that are still plain tensors are the ones that form this group.
         group = {p for p in module.parameters() if not isinstance(p, DTensor)}
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_unshard_in_backward(bool(group - not_needed_in_backward))
@@ -436,9 +437,9 @@ class Problem(NamedTuple):
     teacher: list  # and of the teacher's
 
 def batch_at(n, step, batch_size, seed):
-    """The indices of the problems of step 0, 1, ...: consecutive slices of one permutation of range(n) after
-    another. It is a pure function, so a resumed run needs no sampler state. With n=3 and batch_size=2, step 1
-    has the last problem of one epoch and the first of the next."""
+    """The indices of the problems of step 0, 1, ...: consecutive slices of an endless row of permutations of
+    range(n), one for each epoch. It is a pure function, so a resumed run needs no sampler state. With n=3 and
+    batch_size=2, step 1 has the last problem of one epoch and the first of the next."""
     positions = range(step * batch_size, (step + 1) * batch_size)
     epochs = {position // n for position in positions}
     orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in epochs}
@@ -475,8 +476,8 @@ class RolloutEngine:
         self.llm = LLM(str(base.folder), distributed_executor_backend="external_launcher", seed=cfg.seed,
                        tensor_parallel_size=cfg.vllm_tp, gpu_memory_utilization=cfg.vllm_memory,
                        max_model_len=length, max_num_seqs=256, max_num_batched_tokens=max(8192, length),
-                       # On a CPU, chunked prefill cannot rewind the random generator of a seeded request, and
-                       # hybrid models with prefix caching would need chunked prefill.
+                       # On a CPU no chunked prefill, which cannot rewind a seeded request's generator. So no
+                       # prefix caching either, for which hybrid models need chunked prefill.
                        enable_chunked_prefill=cuda, enable_prefix_caching=None if cuda else False,
                        load_format=load_format, enable_sleep_mode=self.sleeps, enforce_eager=not cuda,
                        disable_log_stats=True, use_tqdm_on_load=False, dtype=engine_dtype(base.config),
@@ -486,15 +487,15 @@ class RolloutEngine:
         # the process.
         self.llm.llm_engine.engine_core._finalizer.detach()
         dist.barrier()
-        # Memory that engines on CPUs share. All ranks have opened it; a name left here blocks the next start.
+        # Shared memory of engines on CPUs, which all ranks have opened. Its name would block the next start.
         for shared in Path("/dev/shm").glob("-*cpushm*"):
             shared.unlink(missing_ok=True)
         self.sleep()
 
     def sync(self, model):
-        """Copies theta, layer by layer, into the engine's own tensors; so its CUDA graphs stay valid. If its
-        model has a module called lm_head, it gets the head under that name too, even a tied one."""
-        def module_names(engine_model):  # a head that is the embedding's module is a "duplicate"
+        """Copies theta, layer by layer, into the engine's own tensors, so that its CUDA graphs stay valid. If
+        the engine's model has a module lm_head, the head is sent under that name too, even a tied one."""
+        def module_names(engine_model):  # a tied head, the embedding's module again, is not left out
             return [name for name, _ in engine_model.named_modules(remove_duplicate=False)]
         both_names = any(name.endswith("lm_head") for name in self.llm.apply_model(module_names)[0])
         weights = checkpoint_weights(model.lm, self.llm.llm_engine.model_config.dtype, both_names)
@@ -530,7 +531,7 @@ class RolloutEngine:
 
 def sampled(completion):
     """From vLLM's completion: token ids, their log-probabilities before temperature, whether it finished."""
-    logprobs = [of[token].logprob for token, of in zip(completion.token_ids, completion.logprobs)]
+    logprobs = [by_id[token].logprob for token, by_id in zip(completion.token_ids, completion.logprobs)]
     return list(completion.token_ids), logprobs, completion.finish_reason == "stop"
 
 def sample_rollouts(engine, problems, indices, step, tokenizer, cfg):
@@ -562,27 +563,27 @@ def token_weights(rollouts):  # 1 / (B |y|) of each token; B counts the rollouts
     return [[1 / (len(rollouts) * len(r.ids))] * len(r.ids) for r in rollouts]
 
 def plan_micro_batches(lengths, budget, rank, world):
-    """The indices of `lengths` that `rank` computes, one list for each micro-batch. Padded to its longest
-    sequence, a micro-batch has at most `budget` tokens, unless it is a single longer sequence. On rank 0,
-    which gets the longest sequence of each round, at most a twentieth of `budget` is padding. The sequences
-    are dealt to the ranks in rounds, the longest first, so that all ranks have equally many micro-batches.
-    Lengths [9, 3, 9, 8, 8, 3] and world 2 make the rounds [0, 2], [3, 4], [1, 5]. With budget 20 the first
-    two rounds share a micro-batch, and rank 0 gets [[0, 3], [1]]."""
+    """The indices of `lengths` that `rank` computes, one list for each micro-batch. The sequences are dealt
+    in rounds, the longest first, one to each rank, so that all ranks have equally many micro-batches. Padded
+    to its longest sequence, a micro-batch has at most `budget` tokens, unless it is a single longer sequence.
+    On rank 0, which has the longest of each round, at most a twentieth of `budget` is padding. Lengths [9, 3,
+    9, 8, 8, 3] and world 2 make the rounds [0, 2], [3, 4], [1, 5]. With budget 20 the first two rounds share
+    a micro-batch, and rank 0 gets [[0, 3], [1]]."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     rounds = [order[k:k + world] for k in range(0, len(order), world)]  # in each, a rank gets one sequence
 
     def fit(some_rounds):  # into one micro-batch
-        widths = [lengths[of_round[0]] for of_round in some_rounds]  # rank 0's, the longest of their rounds
+        widths = [lengths[one_round[0]] for one_round in some_rounds]  # rank 0's, the longest of their rounds
         padded = widths[0] * len(widths)
         return padded <= budget and padded - sum(widths) <= budget / 20
 
     plan = []  # lists of rounds; each list becomes one micro-batch on every rank
-    for of_round in rounds:
-        if plan and fit([*plan[-1], of_round]):
-            plan[-1].append(of_round)
+    for one_round in rounds:
+        if plan and fit([*plan[-1], one_round]):
+            plan[-1].append(one_round)
         else:
-            plan.append([of_round])
-    return [[of_round[rank] for of_round in together if rank < len(of_round)] for together in plan]
+            plan.append([one_round])
+    return [[one_round[rank] for one_round in batch if rank < len(one_round)] for batch in plan]
 
 def right_pad(prompts, responses, device):
     """From lists of ids, inputs [b, T] and response positions [N]: the positions in the flattened inputs
@@ -627,7 +628,7 @@ def teacher_pass(model, thetabar, batches):
 
 # The trainer-engine mismatch, in nats: engine and trainer are two implementations of one model, and differ in
 # the log-probabilities of the sampled tokens, on average by 1e-2 in bfloat16 and by 3e-7 in float32. With
-# stale weights it is 0.2. A mismatch above MAX_GAP ends the run; the metrics call it logprob_gap.
+# the weights of an earlier step, 0.2 was published. Above MAX_GAP the run ends. Metric: logprob_gap.
 MAX_GAP = {torch.bfloat16: 0.1, torch.float32: 1e-3}
 
 def student_pass(model, batches, hidden, head, cfg):
@@ -743,8 +744,7 @@ def checkpoints(out):  # [(step, folder)] of the finished ones, newest first
 
 def load_newest(out, model, optimizer, thetabar, cfg):
     """Loads theta, Adam's state and thetabar in place from the newest checkpoint that is whole. Returns the
-    number of steps done. Damaged checkpoints that are newer are renamed, so that no later save deletes
-    them."""
+    number of steps done. Newer ones that are damaged are renamed: saves neither count nor delete them."""
     damaged = []
     for step, path in evaluator.from_rank_0(checkpoints, out):  # another node may still see an older list
         state = training_state(model, optimizer, thetabar)
@@ -764,7 +764,7 @@ def load_newest(out, model, optimizer, thetabar, cfg):
     return 0
 
 # What torch says of a file that is truncated, overwritten or missing (errno 2). Anything else, and a text
-# that names another errno, may be the file system's and may pass, so it ends the run.
+# that names another errno, may be a passing fault of the file system: the run ends, nothing is renamed.
 DAMAGE = re.compile(r"EOFError|UnpicklingError|PytorchStreamReader|metadata is None|\[Errno 2\]")
 
 def why_damaged(path, error):
@@ -832,7 +832,7 @@ FILES = ("*config.json", "*token*.json", "*.jinja", "*/*.jinja", "chat_template.
 def open_base(name, to_train):
     """The Base without its weights. Raises ValueError if it is no chat model or cannot be trained rightly."""
     with evaluator.blaming(f"--model {name}: expected a folder with a chat model or its hub id, found"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # None would ask on the terminal
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # the default would ask
         text = config.get_text_config()
         folder = Path(cached_file(name, "config.json")).parent
         if not Path(name).is_dir():
@@ -941,7 +941,7 @@ def read_instruction(name):
     if name.startswith("@"):
         with evaluator.blaming(f"--instruction {name}, expected a text file in the encoding UTF-8"):
             text = Path(name[1:]).expanduser().read_text("utf-8-sig").strip()
-    # A single ASCII word is a mistyped key, which would be trained on unnoticed. (Chinese has no spaces.)
+    # A text without a space or a non-ASCII character is a mistyped key, which would be trained on unnoticed.
     evaluator.check(re.search("[^!-~]", text), f"--instruction {name}: expected "
                     f"{', '.join(INSTRUCTIONS)}, @FILE or a text, found {text!r}")
     return text
@@ -1014,8 +1014,8 @@ def training_bytes(lm, settings):
     layers, T = lm.get_decoder().layers, settings["micro_batch_tokens"]
     layer = sum(p.numel() for p in layers[0].parameters())
     shards = 18 * sum(p.numel() for p in lm.parameters()) * settings["replicas"] / dist.get_world_size()
-    # The factors add up what the command shows to be alive at the two highest moments. In the loss, 8 V d are
-    # both heads and the head's float32 gradient, 8 V a token of the chunk its two float32 rows of logits.
+    # Factors counted by that command at the two peaks: the softmax of the loss, and a layer's backward. 8 V d
+    # are both heads and a float32 gradient, 8 V a token two rows of logits, whose bfloat16 copy comes later.
     loss = 8 * V * (d + settings["loss_chunk"]) + 45 * BLOCK["cuda"] + 24 * d * T
     backward = 4 * V * d + 8 * layer + (4 * layer / d + 22 * d) * T
     return shards + 2 * d * len(layers) * T + max(loss, backward)
