@@ -730,7 +730,7 @@ def refused_early(no_group, monkeypatch):
 
 def evaluation(good, out, **change):
     """The arguments of a small evaluation with eval.py."""
-    settings = dict(model=good["model"], data=good["data"], out=out, samples=2) | {"max-tokens": 60} | change
+    settings = dict(model=good["model"], data=good["data"], out=out, samples=2, max_tokens=60) | change
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 ANY_GAP = dict.fromkeys(opsdc.MAX_GAP, math.inf)  # where no engine sampled what is learned
@@ -836,6 +836,10 @@ def test_only_the_last_turn_of_a_conversation_is_wrapped():
     assert prompt(*four, wrapper="none") == f"{before}text 3{end}"
     assert prompt(*four, wrapper="none", instruction="Be brief.") == f"{before}Be brief.\n\ntext 3{end}"
     assert prompt("system", "user") == system + WRAPPED.replace("1+1?", "text 1") + end
+    with pytest.raises(ValueError, match="it has no place for tools"):
+        prompt("user", tools=[dict(name="add")])
+    tokenizer.chat_template = "{{ tools[0].name }}: {{ messages[0].content }}"
+    assert prompt("user", wrapper="none", tools=[dict(name="add")]) == "add: text 0"
     tokenizer.chat_template = "{{ raise_exception('no system here') }}"
     with pytest.raises(ValueError, match="chat template fails on .*text 0.*: no system here"):
         prompt(*four)
@@ -1070,6 +1074,7 @@ def test_thetabar_is_refreshed_after_every_m_steps():
     for m, kept in ((2, [True, False, True, False]), (0, [True] * 4)):
         cfg = opsdc.Config(refresh_every=m)
         assert [opsdc.refresh(model, thetabar, step, cfg) is thetabar for step in (1, 2, 3, 4)] == kept
+    assert opsdc.Config().refresh_every == 50  # the paper's
 
 # ---- ROLLOUTS
 @pytest.mark.parametrize("n, batch_size", [(12, 4), (10, 4), (3, 8)])
@@ -1241,6 +1246,9 @@ def test_tokens_of_any_weight_count_in_the_means_but_stand_ins_do_not(good, one_
     usual, other = passed(batches), passed(weighed)
     assert usual == passed([*batches, stand_in])
     assert other.pop("loss") != usual.pop("loss") and other == usual
+    assert usual["logprob_gap_max"] == max(passed([batch])["logprob_gap_max"] for batch in batches)
+    with pytest.raises(RuntimeError, match="engine and trainer differ by nan"):
+        passed([stand_in._replace(logprobs=stand_in.logprobs * math.nan, real=True)])
 
 def test_update_clips_the_gradient_and_drops_one_that_is_not_finite(good, one_rank):
     model = loaded(good["model"])
@@ -2010,8 +2018,10 @@ def test_a_row_that_comes_again_is_parsed_once(tmp_path, monkeypatch, capsys):
     chat = [CHAT[0], dict(role="assistant", tool_calls=calls), CHAT[2]]
     tools = [dict(type="function", function=dict(name=name, parameters={name: dict(type="number")}))
              for name in "ab"]
-    rows = [dict(prompt=[dict(role="user", content=f"What is {i}?")], reward_model=dict(ground_truth=str(i)),
-                 extra_info=dict(index=again), tools=None) for again in range(100) for i in range(6)]
+    tools_of = [None] * 5 + [tools[:1]]  # the sixth problem is the first, with a tool
+    rows = [dict(prompt=[dict(role="user", content=f"What is {i % 5}?")], extra_info=dict(index=again),
+                 reward_model=dict(ground_truth=str(i)), tools=tools_of[i])
+            for again in range(100) for i in range(6)]
     rows += [dict(prompt=chat, reward_model=dict(ground_truth="6"), extra_info=None, tools=tools)] * 100
     parsed, parse = [], ev.read_row
     monkeypatch.setattr(ev, "read_row", lambda row, *_: parsed.append(row) or parse(row, *_))
@@ -2020,7 +2030,7 @@ def test_a_row_that_comes_again_is_parsed_once(tmp_path, monkeypatch, capsys):
         parsed.clear()
         found = ev.read_problems(as_file(tmp_path, name, content))
         assert [(p["problem"], p["tools"], p["answer"]) for p in found] == [
-            *[(f"What is {i}?", None, str(i)) for i in range(6)], (chat, tools, "6")]
+            *[(f"What is {i % 5}?", tools_of[i], str(i)) for i in range(6)], (chat, tools, "6")]
         assert name != "x.parquet" or {row["extra_info"] for row in parsed} == {None}
         assert len(parsed) == 7 and [p["number"] for p in found] == [1, 2, 3, 4, 5, 6, 601]
         assert {*found[0]} == {"problem", "tools", "answer", "ids", "number"}
@@ -2383,9 +2393,10 @@ def test_the_id_that_ended_a_response_is_no_text():
     tokenizer.add_tokens(["[STOP]"])  # not special, so it is decoded as text
     ids, stop, eos = tokenizer.encode("Answer: 7"), *tokenizer.encode("[STOP]"), tokenizer.eos_token_id
     for end, finished, text in (([stop], True, "Answer: 7"), ([eos], True, "Answer: 7"),
-                                ([stop], False, "Answer: 7[STOP]"), ([stop, stop], True, "Answer: 7[STOP]")):
+                                ([stop], False, "Answer: 7[STOP]"), ([stop, stop], True, "Answer: 7[STOP]"),
+                                ([], False, "Answer: 7")):
         found, = ev.make_records(tokenizer, [dict(prompt=ids, gold="7")], [(ids + end, None, finished)])
-        assert (found["response"], found["correct"]) == (text, text == "Answer: 7")
+        assert (found["response"], found["correct"]) == (text, finished and text == "Answer: 7")
         assert found["tokens"] == len(ids + end)
 
 def test_records_read_think_blocks_opened_by_the_template():
@@ -2481,13 +2492,15 @@ def test_compare_prints_a_table_and_draws_a_picture(tmp_path, capsys):
     lines = [[cell.strip() for cell in line.strip("|").split("|")]
              for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [line[:2] for line in lines[2:]] == [[run, level] for run in runs[1:] for level in ("all", *"123")]
-    means = [ev.mean(ev.read_run(run)[1]["math500"], "tokens") for run in runs]
+    records = [ev.read_run(run)[1]["math500"] for run in runs]
+    means, shares = ([ev.mean(of_run, name) for of_run in records] for name in ("tokens", "correct"))
     assert lines[2][6].startswith(f"{100 * (1 - means[1] / means[0]):.1f} [")
     reductions = [float(line[6].split()[0]) for line in lines[3:6]]
     assert reductions[0] > reductions[1] > reductions[2] > 15  # easy problems were shortened more
     assert is_picture(tmp_path / "x.png")
     ax, = ev.pyplot().gcf().axes  # through the runs in their order, all and by level
     assert len(ax.containers) == 4 and ax.containers[0][0].get_xdata().tolist() == pytest.approx(means)
+    assert ax.containers[0][0].get_ydata().tolist() == pytest.approx([100 * share for share in shares])
     assert [note.get_text().strip() for note in ax.texts] == ["base", "ours", "more", *"123"]
 
 def test_compare_refuses_runs_that_differ_or_lack_something(tmp_path):
@@ -2604,6 +2617,9 @@ def test_page_of_given_responses_with_another_teacher(tmp_path, no_group, monkey
 def test_an_evaluation_is_refused_before_the_engine_starts(good, refused_early, tmp_path):
     unanswered = as_file(tmp_path, "x.jsonl", '{"problem": "x"}')
     huge = as_file(tmp_path, "huge.jsonl", json.dumps(dict(problem="x " * 3000, answer=1, id="huge")))
+    args, _ = ev.parse_args(["--model", "m"])
+    assert (args.samples, args.temperature, args.top_p, args.top_k) == (8, 0.6, 0.95, 20)
+    assert "arguments: --samp 3" in refusal(lambda: ev.parse_args(["--model", "m", "--samp", "3"]))
     for change, message in (
             (dict(data=unanswered), "expected a field answer, .* found none"),
             (dict(instruction="short"), "--instruction short: expected v1"),
