@@ -610,8 +610,8 @@ def make_tokenizer(texts, template, size=400):
 
 def make_model(directory, name="qwen3", texts=tuple(opsdc.INSTRUCTIONS.values()), vocabulary=400, seed=0,
                **shape):
-    """A random model with its tokenizer in `directory`: "qwen3", "llama" or a name of FAMILIES. Noise is added
-    to all weights of a family, so that a norm, a bias or a sink that is forgotten shows."""
+    """A random model with its tokenizer in `directory`: "qwen3", "llama" or a name of FAMILIES. Noise is
+    added to all weights of a family, so that a norm, a bias or a sink that is forgotten shows."""
     torch.manual_seed(seed)
     kind, changes = (USUAL | FAMILIES | REFUSED)[name]
     tokenizer = make_tokenizer(texts, R1_TEMPLATE if name == "llama" else QWEN_TEMPLATE, vocabulary)
