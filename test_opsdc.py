@@ -20,7 +20,7 @@ CONTENTS
     5. The commands below that are more than tests, each with its tests
     6. Main
 
-    python -m pytest -n 2 test_opsdc.py             all tests, two at a time (pip install pytest-xdist)
+    python -m pytest -n 2 --dist worksteal test_opsdc.py      all tests, two at a time (pytest-xdist)
     python test_opsdc.py quickstart [DIR]           the whole way on a toy: train it, measure, compare, draw
     python test_opsdc.py toy [DIR]                  a tiny reasoning model that overthinks, and its problems
     python test_opsdc.py claims [DIR]               the paper's claims on it, three seeds a row
