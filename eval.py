@@ -177,11 +177,11 @@ def check_settings(settings):
             check(is_enough and math.isfinite(value), f"--{name} {value}: expected {expected}")
             check(value <= most, f"--{name} {value}: expected at most {most}")
     check(torch.cuda.is_available() or not torch.version.cuda,  # else the CPU would be used
-                    "no GPU is seen: expected a driver R580 or newer; without a GPU, see the README")
+          "no GPU is seen: expected a driver R580 or newer; without a GPU, see the README")
     check(importlib.util.find_spec("vllm") or settings.get("given"),  # --given needs no engine
-                    "vllm is not installed: expected the packages of requirements.txt, see the README")
+          "vllm is not installed: expected the packages of requirements.txt, see the README")
     check(os.environ.get("OMP_NUM_THREADS") != "0",  # with which every rank would use all cores
-                    "OMP_NUM_THREADS=0: expected 1 or more")
+          "OMP_NUM_THREADS=0: expected 1 or more")
     for name in ("vllm_tp", "replicas"):  # eval.py has no replicas
         value, world = settings.get(name, 1), dist.get_world_size()
         check(world % value == 0, f"--{name} {value}: expected a divisor of the number of ranks, {world}")
