@@ -809,10 +809,14 @@ RULES = {
 # above. math-verify's own list has single letters (2m would be 2), am and east.
 UNITS = [
     ("|".join(name for name in MEASURES if len(name) > 1 and name != "hr"), "35 cm -> 35", "35 cm -> 35 m"),
-    (r"squared?|cubed|cubic|sq|cu | people|person|children|[wo]*men|way | per\ [a-z]+ | nm|[kM]J|k?cal|k?mol"
-     r"|[kMG]?(?:eV|Hz|Pa) | deg|degree|rad | unit|cup|USD", "7 men -> 7", "60 per cent -> 6"),
-    # one letter, beside a slash or in \text
-    (r"[Jm](?=\ ?/) | (?<=/)[smhK] | (?<=\{)[A-Zmgshl](?=[}/\ ^])", "7 m/s -> 7", "7m -> 7"),
+    ("squared? | cubed | cubic | sq | cu", "5 square units -> 5", "5 square cm -> 5 cm"),
+    ("people | person | children | [wo]*men | way", "7 men -> 7", "7 abdomen -> 7"),
+    (r"per\ [a-z]+", "60 miles per hour -> 60", "60 per cent -> 6"),
+    ("nm | [kM]J | k?cal | k?mol | [kMG]?(?:eV|Hz|Pa)", "6.5 kJ -> 6.5", "6.5 k -> 6.5"),
+    ("deg | degree | rad | unit | cup | USD", "8 deg -> 8", "8 dig -> 8"),
+    # One letter is a unit only beside a slash or in \text.
+    (r"[Jm](?=\ ?/) | (?<=/)[smhK]", "7 m/s -> 7", "7m -> 7"),
+    (r"(?<=\{)[A-Zmgshl](?=[}/\ ^])", r"4\text{ h} -> 4", "4 h -> 4"),
     (r"hr(?!\^)", "4 hrs -> 4", "4 hr^n -> 4"),
     # Any plural, but not of a word that changes the value
     (r"(?!(?:ten|\w+red|thousand|\w+illion|dozen|third|\w+th|halve|quarter|\w+crease|\w+verge|plu|minu|"
