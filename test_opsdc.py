@@ -2328,7 +2328,7 @@ def test_a_long_value_is_not_asked_and_time_grows_with_the_responses(workers):
     def work(n):
         texts = [f"{filler}{i}\nAnswer: \\frac{{{i}}}{{2}}" for i in itertools.islice(numbers, n)]
         assert len(texts[0]) > 19000 and len(ev.grade_all(texts, ["7"] * n, workers=1)) == n
-    assert growth(work, 50, 0.2) < 8 and len(workers.started) == 1
+    assert growth(work, 20, 0.05) < 8 and len(workers.started) == 1
     assert len(workers.asked) == next(numbers)  # each once
 
 def test_grading_loads_neither_torch_nor_vllm_nor_opsdc():
@@ -3456,14 +3456,14 @@ def in_python(*words, **options):
     assert done.returncode == 0, done.stdout[-5000:]
     return done.stdout
 
-def run_commands(folder, *commands):
-    """Worker: these commands, in this folder; torchrun's ranks become two."""
-    os.chdir(folder)
-    for command in commands:
-        words = shlex.split(command)
-        ranks, begin = (2, 3) if words[:2] == ["torchrun", "--nproc_per_node"] else (1, 1)
-        print(f"$ {command}", flush=True)
-        print(launch(Path(words[begin]).resolve(), *words[begin + 1:], ranks=ranks), flush=True)
+def run_commands(commands_of):
+    """Worker: {folder: commands} in JSON: runs the commands there; torchrun's ranks become two."""
+    for folder, commands in json.loads(commands_of).items():
+        os.chdir(folder)
+        for words in map(shlex.split, commands):
+            ranks, begin = (2, 3) if words[:2] == ["torchrun", "--nproc_per_node"] else (1, 1)
+            print("$", *words, flush=True)
+            print(launch(Path(words[begin]).resolve(), *words[begin + 1:], ranks=ranks), flush=True)
 
 def hashes(*models):
     """Worker: {model: [hash, folder], or why it is refused}, as JSON in the last line."""
@@ -3506,20 +3506,20 @@ def test_a_hub_id_its_snapshot_and_a_copy_are_one_model(good, one_rank, tmp_path
 def test_commands_of_the_readme_by_hub_ids_then_offline(tmp_path):
     texts = 2 * [opsdc.STUDENT_PREFIX + opsdc.SUFFIX, *opsdc.INSTRUCTIONS.values()]  # prompts of 160 tokens
     model = make_model(tmp_path / "model", "qwen3", texts, 600, max_position_embeddings=40960)
-    commands_of = {tmp_path / f"clone-{n}": commands for n, commands in enumerate(readme_commands())}
-    for clone in commands_of:
+    commands_of = {str(tmp_path / f"clone-{n}"): commands for n, commands in enumerate(readme_commands())}
+    small, large = map(Path, commands_of)
+    for clone in (small, large):
         shutil.copytree(model, clone / "toy/model")
         write_rows(clone / "toy/eval.jsonl")
         for name in ("opsdc.py", "eval.py"):
             shutil.copy(HERE / name, clone)
     with stand_in_hub(hub_contents(model), tmp_path / "home") as (hub, online):
-        for clone, commands in commands_of.items():
-            said = in_python(HERE / "test_opsdc.py", "run_commands", clone, *commands, env=online)
-            assert "480 rows, 24 problems" in said
+        said = in_python(HERE / "test_opsdc.py", "run_commands", json.dumps(commands_of), env=online)
+        assert said.count("480 rows, 24 problems") == 2
+        for clone in (small, large):
             assert [line["loss"] > 0 for line in metrics_of(clone / "out")] == [True, True]
             config = json.loads((clone / "out/model/config.json").read_text())
             assert config["max_position_embeddings"] == 40960
-        small, large = commands_of
         for run in (small / "eval-Qwen3-1.7B", small / "eval-model", large / "eval-Qwen3-8B"):
             assert evaluated(run) == dict(math500=8, aime24=4, aime25=4)
         assert evaluated(large / "eval-choice") == dict(gpqa_diamond=4, mmlu=4)
@@ -3529,7 +3529,7 @@ def test_commands_of_the_readme_by_hub_ids_then_offline(tmp_path):
                    for name in hub.repositories)
 
         asked, offline = len(hub.asked), dict(env=online | dict(HF_HUB_OFFLINE="1"), cwd=small)
-        train, evaluation, *_ = (shlex.split(command)[1:] for command in commands_of[small])
+        train, evaluation, *_ = (shlex.split(command)[1:] for command in commands_of[str(small)])
         in_python(*train, "--resume", "--steps", 3, **offline)
         in_python(*evaluation, **offline)  # finds the same problems and model
         assert len(hub.asked) == asked
