@@ -12,12 +12,14 @@ if either format is. These rules apply to the text after the last </think> (or a
                empty box hides the boxes before it; \\boxed{2} and \\boxed{3} is a list. A response that has
                neither format or was truncated is wrong.
     text       must agree: 7 million is not 7, nor is 42 because ... equal to 42; 10% loss is not 10% gain.
-    units      may be left out (but 2m is not 2). Where both sides have one, it must agree: 7 cm is not 7 m.
-    numbers    are equal up to 1e-6 where one side is a decimal: 0.333 is not 1/3.
-    percent    10% is 0.1. A percent sign on one side only may also be left out: 10% is 10, but never 1.
-    letters    are compared by case (c is not C), but not within words. A choice must name one letter only.
-    lists      may be in any order, with each item the same number of times. (1, 2), 1, 2 and [1, 2) are three
-               different answers; 1, 2 and {1, 2} are the same.
+    units      may be left out (but 2m is 2 times m). Where both sides have one, they must agree: 7 cm is not
+               7 m.
+    numbers    in plain digits must be equal. A decimal may differ from a fraction or a root by a millionth of
+               its value: 0.333333 is 1/3, but 0.333 is not.
+    percent    10% is 0.1. A percent sign on one side only may also be left out: 10% is 10.
+    letters    are compared with their case (c is not C), words without. A choice must name one letter only.
+    lists      may be in any order, with each item the same number of times. The list 1, 2 is the same as the
+               set {1, 2}, but neither the point (1, 2) nor the interval [1, 2).
 Records also hold the verdicts of three other rules, to compare with published figures: `answer_only`,
 `boxed_only`, and `either_full_text` (the paper's rule: either format, think block included). Left out:
 models as graders, grading of code and proofs, conversion of units and number bases.
@@ -79,7 +81,8 @@ def blaming(where):
 
 def explain(error):
     """Prints why a command failed: one line for what the user can mend before the engine starts, otherwise a
-    traceback, also for a NameError in this code or in a fork that `blaming` turned into a ValueError."""
+    traceback. A bug in this code or in a changed copy of it gets a traceback too, although `blaming` has made
+    a ValueError of it."""
     cause = error
     while isinstance(cause, (ValueError, OSError)) and cause.__cause__:
         cause = cause.__cause__
@@ -89,7 +92,7 @@ def explain(error):
     if isinstance(error, SystemExit):
         print(error)
     elif isinstance(error, KeyboardInterrupt):
-        print("interrupted; what was saved stays: the same command goes on, of opsdc.py with --resume")
+        print("interrupted. What was saved is kept: repeat the command to go on (opsdc.py with --resume)")
     elif isinstance(error, (ValueError, OSError)) and "vllm" not in sys.modules and not is_mistake_in_code:
         print("error: " + " ".join(str(error).split()))
     else:
@@ -99,7 +102,7 @@ def say_once(error):
     """The first rank to fail says why; the others end after that. The store's host may be gone by then."""
     from torch import distributed as dist
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
-    if store is None or within_seconds(10, store.add, "failed", 1) in (None, 1):
+    if store is None or within_seconds(10, store.add, "failed", 1) in (1, None):  # None: no store answers
         explain(error)
         sys.stdout.flush()
         if store:
@@ -107,7 +110,8 @@ def say_once(error):
     else:
         within_seconds(10, store.wait, ["said"])
 
-def within_seconds(seconds, call, *arguments):  # its result, or None if it fails or takes longer
+def within_seconds(seconds, call, *arguments):
+    """The call's result, or None if it fails or takes longer; then its thread goes on until os._exit."""
     try:
         return concurrent.futures.ThreadPoolExecutor(1).submit(call, *arguments).result(seconds)
     except Exception:
@@ -125,17 +129,18 @@ def from_rank_0(function, *arguments):
     return found[0]
 
 def claim_folder(out, mark, files, results=""):
-    """Locks the file `mark` in the folder `out` until this group of processes ends. Without a mark there,
-    nothing may match `files`, the names that a run writes; with one, nothing may match `results`."""
+    """Locks the file `mark` in the folder `out` until this group of processes ends. A folder without the mark
+    is not ours, and is refused if it holds anything that a run would write: names that match `files`. One
+    with the mark is of an earlier run, and is refused if it holds names that match `results`."""
     from torch import distributed as dist
 
     def lock_and_mark():
         token = os.urandom(8).hex()
-        with blaming(f"--out {out}: expected a new or empty folder or, with --resume, a run's, where no "
-                     "other process is at work, found"):
+        with blaming(f"--out {out}: expected a new or empty folder or that of an earlier run (opsdc.py: with "
+                     "--resume), where no other process is at work, found"):
             out.mkdir(parents=True, exist_ok=True)
             names = sorted(path.name for path in out.iterdir())
-            check(out.name, "the present folder")
+            check(out.name, "the present folder")  # "." has no name
             taken = [name for name in names if re.fullmatch(results if mark in names else files, name)]
             check(not taken, ", ".join(taken[:4]))
             file = os.open(out / mark, os.O_CREAT | os.O_RDWR, 0o666)  # never closed: locked until we end
@@ -159,20 +164,22 @@ MAY_BE_0 = "lr", "weight_decay", "clip", "temperature", "refresh_every", "export
 AT_MOST = {"vllm_memory": 1, "top_p": 1, "seed": 2**32 - 1}
 
 def check_settings(settings):
-    """Checks the options {name: value} of both scripts, and expands ~, as no shell does in --out=~/runs."""
+    """Checks the options {name: value} of both scripts, and expands ~, which shells leave in --out=~/runs."""
     import torch
     from torch import distributed as dist
     for name in ("model", "teacher", "data", "out"):
         if settings.get(name):
             settings[name] = os.path.expanduser(settings[name])
-    for name in ("model", "teacher"):  # a path is not looked for on the hub
-        value = settings.get(name) or ""
-        is_path = value.startswith((".", "/")) or (Path(value).parent / "opsdc.lock").exists()
-        check(os.path.isdir(value) or not is_path,
-              f"--{name} {value}: expected a folder with a chat model or its hub id, found no such folder")
+    for name in ("model", "teacher"):
+        value = settings.get(name)
+        if value and not os.path.isdir(value):  # a path, or the export of a run, is not looked for on the hub
+            is_path = value.startswith((".", "/")) or (Path(value).parent / "opsdc.lock").exists()
+            check(not is_path,
+                  f"--{name} {value}: expected a folder with a chat model or its hub id, found no such folder")
     for name, value in settings.items():
         if type(value) in (int, float):
-            expected, most = "0 or more" if name in MAY_BE_0 else "more than 0", AT_MOST.get(name, value)
+            expected = "0 or more" if name in MAY_BE_0 else "more than 0"
+            most = AT_MOST.get(name, math.inf)
             is_enough = value > 0 or value == 0 and name in MAY_BE_0
             check(is_enough and math.isfinite(value), f"--{name} {value}: expected {expected}")
             check(value <= most, f"--{name} {value}: expected at most {most}")
@@ -187,8 +194,9 @@ def check_settings(settings):
         check(world % value == 0, f"--{name} {value}: expected a divisor of the number of ranks, {world}")
 
 def context_of(base, to_train=True):
-    """The largest number of tokens of a sequence. Beyond its original context, LongRoPE has other factors:
-    the engine uses them for all sequences if one may be long, the trainer for the long ones only."""
+    """The largest number of tokens of a sequence. Beyond its original context, LongRoPE has other factors.
+    The engine uses them for all sequences if one may be long, the trainer for the long ones only: as they
+    would disagree, training ends at the original context."""
     text = base.config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     if to_train and rope.get("rope_type") == "longrope":
@@ -202,7 +210,7 @@ def context_of(base, to_train=True):
 # needs no answers. Names of fields are compared in lower case, with _ in place of spaces.
 PROBLEM_FIELDS = "problem", "prompt", "question", "messages"  # the first that is filled holds the problem
 ANSWER_FIELDS = ("answer", "final_answer", "expected_answer", "correct_answer", "ground_truth", "solution",
-                 "reward_model")  # the first that is filled holds the answer; if it has none, it is unknown
+                 "reward_model")  # the first that is filled decides: if it gives no answer, that is unknown
 ID_FIELDS = "unique_id", "id", "level"
 OPTION_LISTS = "options", "choices", "option_list", "choice_list", "answer_choices"
 OPTION_FIELDS = [[start + letter for letter in "abcdefghij"]
@@ -237,7 +245,7 @@ def field_name(field):
 
 @functools.cache
 def is_read(field):
-    """Is this field looked at? Rows that differ in others only are repeats."""
+    """Is this field looked at? Rows that differ only in fields that are not are repeats."""
     name = field_name(field)
     names = {"tools", *PROBLEM_FIELDS, *ANSWER_FIELDS, *ID_FIELDS, *OPTION_LISTS, *sum(OPTION_FIELDS, [])}
     patterns = GOLD_FIELD, WRONG_OPTION_FIELD, MISSED_FIELD
@@ -261,7 +269,7 @@ def read_rows(source, wanted=None):
         name, config, split = (parts + ["", ""])[:3]
         path, split = Path(name).expanduser(), split or "train"
         kind, files, arguments = kind_of(path), [], dict(path=name, name=config or None)
-        if path.is_dir() and name:
+        if name and path.is_dir():  # Path("") would be the present folder
             files, arguments = open_folder(path, config, split)
         elif path.is_file():
             check(kind in KINDS, f"a file {path.suffix}")
@@ -276,12 +284,11 @@ def read_rows(source, wanted=None):
                 yield f"{name}, row {number}", row
 
 def read_text_file(path):
-    """Yields the rows of a .jsonl, .json or .csv file or of a .gz of one. The values of a .csv stay texts, of
-    which `datasets` would make 55 of 055, and let the cells of a row that has too many move to other columns.
-    """
+    """Yields the rows of a .jsonl, .json or .csv file or of a .gz of one. The values of a .csv stay texts:
+    `datasets` would turn 055 into 55, and would shift the cells of a row that has too many."""
     csv.field_size_limit(1 << 30)
     open_as = gzip.open if path.name.lower().endswith(".gz") else open
-    with open_as(path, "rt", encoding="utf-8-sig", newline="\n") as file:  # U+2028 does not end a line
+    with open_as(path, "rt", encoding="utf-8-sig", newline="\n") as file:  # only \n ends a line
         is_array = file.read(4096).lstrip().startswith("[")
         file.seek(0)
         if kind_of(path) == ".csv":
@@ -307,7 +314,8 @@ def open_folder(path, config, split):
     kinds &= KINDS.keys()
     if kinds & {".csv", ".parquet"}:
         kinds.discard(".json")  # such files describe the data
-    check(len(kinds) == 1, f"files {' and '.join(sorted(kinds)) or 'of no such kind'}; name one of them")
+    check(kinds, "no such file in it")
+    check(len(kinds) == 1, f"files {' and '.join(sorted(kinds))}; name one of them")
     kind = kinds.pop()
     arguments = dict(path=str(path), name=config or None)
     if glob.has_magic(str(path.resolve())):  # a name with brackets would be taken for a pattern
@@ -316,7 +324,8 @@ def open_folder(path, config, split):
     name = split.partition("[")[0]
     check(name in found, f"no split {name}, but {', '.join(map(str, found))}; name it: {path}::SPLIT")
     files = [Path(file) for file in found[name] if kind_of(Path(file)) == kind]
-    # By their paths: of a folder with a card, `datasets` would take what it cached under that folder's name.
+    # `datasets` gets their paths: for a folder with a dataset card it returns the copy that it cached under
+    # the folder's name, even if the files have changed since.
     data_files = {name: [glob.escape(str(file)) for file in files]}
     return files if kind != ".parquet" else [], dict(path="parquet", data_files=data_files)
 
@@ -333,16 +342,14 @@ def read_table(arguments, split, wanted):
 
 # ---------- a row's problem
 def without_nulls(value):
-    """In Arrow's tables each tool has the parameters of all the others, with null: such keys are absent."""
+    """In Arrow's tables each tool has the parameters of all the others, as nulls: they are dropped here."""
     if isinstance(value, dict):
         return {name: without_nulls(item) for name, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 def is_filled(value):
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return any(map(is_filled, value))
+    if isinstance(value, dict | list):
+        return any(map(is_filled, value.values() if isinstance(value, dict) else value))
     return bool(value) and value == value and str(value).strip() not in ("", "[]", "{}")  # NaN != NaN
 
 def is_turn(message):
@@ -522,8 +529,7 @@ def find_gold(row, labels, options):
 
 def letter_options(row, problem, question):
     """(problem with its options lettered, letter of the right one or None, why that is unknown, {field: what
-    it is read as}), without such fields if there are no options. The question decides how they are shuffled.
-    """
+    it is read as}). Without options the last is {}. The question decides how options are shuffled."""
     fields, labels, options, is_to_shuffle = read_options(row)
     options = [as_text(option) for option in options]
     padding = ("", "N/A") if options.count("N/A") > 1 else ("",)
@@ -533,9 +539,9 @@ def letter_options(row, problem, question):
         return problem, None, "", {}
     check(1 < len(options) <= len(LETTERS) and all(options),
           f"expected a question and two to ten texts to choose from, found {options!r:.80}")
-    own = [re.match(rf"\(?{letter}[).:]\s*(?=\S)", option) for letter, option in zip(LETTERS, options)]
-    if all(own):  # AQuA: ["A)21", "B)24"]
-        options = [option[letter.end():] for letter, option in zip(own, options)]
+    marks = [re.match(rf"\(?{letter}[).:]\s*(?=\S)", option) for letter, option in zip(LETTERS, options)]
+    if all(marks):  # AQuA: ["A)21", "B)24"]
+        options = [option[mark.end():] for mark, option in zip(marks, options)]
     golds, place, why = ([], 0, "") if is_to_shuffle else find_gold(row, labels, options)
     order = list(range(len(options)))
     if is_to_shuffle:
@@ -573,7 +579,7 @@ def read_problems(source, prefix="", suffix=""):
     for number, (where, row) in enumerate(read_rows(source, is_read), 1):
         fields.update(row)
         row_hash = hash(pickle.dumps([(field, row[field]) for field in row if is_read(field)]))
-        if row_hash in seen:  # 64 bits: of two million rows, two share one once in ten million runs
+        if row_hash in seen:  # 64 bits: two of two million rows share one in a run out of ten million
             continue
         seen.add(row_hash)
         try:
@@ -591,11 +597,11 @@ def read_problems(source, prefix="", suffix=""):
         else:
             others += problem["answer"] not in (None, found[key]["answer"])
     if missed:
-        raise ValueError(f"{missed[0]} ({len(missed)} of {number} rows, repeats aside)")
+        raise ValueError(f"{missed[0]} ({len(missed)} of {number} rows, not counting repeats)")
     unknown = [", ".join(origins[key]) for key in found if found[key]["answer"] is None]
     first = f"the first without an answer: {unknown[0]}; " if unknown else ""
     say(f"{source}: {number} rows, {len(found)} problems, {len(unknown)} without a known answer, {others} "
-        f"again with another; {number - len(found)} rows were repeats; {first}"
+        f"given again with a different answer; {number - len(found)} rows were repeats; {first}"
         f"read: {', '.join(f'{name} as {use}' for name, use in uses.items())}; "
         f"not read: {', '.join(name for name in fields if name not in uses)}")
     formats = [origins[key][0] for key in found if OTHER_FORMAT.search(str(found[key]["problem"]))]
@@ -613,7 +619,7 @@ THINK_TAGS = [  # (opening, closing); what follows the last closing tag counts
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),                             # Cohere
     (r"<\|channel>", r"<channel\|>")]                                             # Gemma 4
 OPENING, CLOSING = (re.compile("|".join(tags)) for tags in zip(*THINK_TAGS))
-SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # as text
+SPECIAL = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|</answer>|<eos>|<pad>|<end_of_turn>")  # written out
 ANSWER_MARKER = re.compile(r"""(?xm)  # what comes before an answer
     (?: ^[ \t>*_#`$-]* (?i: (?:the\ |my\ )?(?:final\ |correct\ )?answer )    # in any case where a line starts
       | \b(?:Answer|ANSWER) ) [ \t*_`]{0,8} [:：]                            # elsewhere only with a capital
@@ -651,7 +657,7 @@ def find_boxes(text):
     stack, boxes = [], []
     for token in re.finditer(r"\\f?box(?:ed)?\s*\{|\\boxed\s*[-+]?\d+(?:[.,/]\d+)*|\\.|[{}]", text):
         start, end = token.span()
-        if token[0][-1].isdigit():  # \boxed 5 needs no braces
+        if token[0].startswith("\\boxed") and token[0][-1].isdigit():  # \boxed 5 needs no braces
             boxes.append((start, start + len("\\boxed"), end, end))
         elif token[0] == "}" and stack:
             opened, content, is_box = stack.pop()
@@ -806,11 +812,11 @@ RULES = {
          r"3 \pm i -> 3 + i")]}
 
 # What may stand behind a number as its unit, as patterns for re.VERBOSE with an example and a near miss as
-# above. math-verify's own list has single letters (2m would be 2), am and east.
+# above. math-verify's own list is not used: it has single letters (2m would be 2) and words as am and east.
 UNITS = [
     ("|".join(name for name in MEASURES if len(name) > 1 and name != "hr"), "35 cm -> 35", "35 cm -> 35 m"),
     ("squared? | cubed | cubic | sq | cu", "5 square units -> 5", "5 square cm -> 5 cm"),
-    ("people | person | children | [wo]*men | way", "7 men -> 7", "7 abdomen -> 7"),
+    ("people | person | children | (?:wo)?men | way", "7 men -> 7", "7 abdomen -> 7"),
     (r"per\ [a-z]+", "60 miles per hour -> 60", "60 per cent -> 6"),
     ("nm | [kM]J | k?cal | k?mol | [kMG]?(?:eV|Hz|Pa)", "6.5 kJ -> 6.5", "6.5 k -> 6.5"),
     ("deg | degree | rad | unit | cup | USD", "8 deg -> 8", "8 dig -> 8"),
@@ -822,7 +828,7 @@ UNITS = [
     (r"(?!(?:ten|\w+red|thousand|\w+illion|dozen|third|\w+th|halve|quarter|\w+crease|\w+verge|plu|minu|"
      r"\w+s)s)[a-z]{3,}s", "14 stamps -> 14", "14 minus -> 14")]
 UNIT = re.compile(r"""(?x)
-    (?: (?<!%) | (?= (?:\\text\{)?per\  ) )    # behind a percent sign only "per year": gains are not losses
+    (?: (?<!%) | (?= (?:\\text\{)?per\  ) )    # behind a percent sign only "per year", not "10% gain"
     (?: (?: (?<=[\d)}\]!%])\ ? | (?<=\\pi)\  ) # a unit without \text stands behind a number or \pi,
         (?= [a-zA-Z]{2} | [Jm]\ ?/ )           # and has two letters, or is that of 5 J/g or 7 m/s
       | (?<=.) \ ?/?\ ? (\\text\{) )           # a unit in \text stands behind anything
@@ -933,7 +939,7 @@ def to_sympy(text):
     if allowed in all_x:  # a list of conditions: x<1, x>3 means "or", but x>1, x<3 means "and"
         allowed = sympy.And(*conditions).as_set()
     if allowed in (sympy.S.EmptySet, *all_x):
-        raise ValueError("all conditions that no x satisfies would be equal, and so would those that all do")
+        raise ValueError("conditions that no x or that every x satisfies cannot be told apart")
     return sympy.Eq(*value.free_symbols, allowed, evaluate=False)
 
 def sympy_equal(a, g):
@@ -943,7 +949,7 @@ def sympy_equal(a, g):
     from math_verify import verify
     if all(getattr(x, "is_number", False) and x.is_finite for x in (a, g)):
         # math-verify's 6 decimals would make .0000672 = .0000674, its 15 digits 1/2^99 = 1/2^98.
-        tolerance = 1e-6 if "." in f"{a}{g}" else 1e-50
+        tolerance = 1.001e-6 if a.has(sympy.Float) or g.has(sympy.Float) else 1e-50  # 0.333333 is 1/3
         a, g = a.evalf(60), g.evalf(60)
         return bool(abs(a - g) <= tolerance * max(abs(a), abs(g)))
     # The set option: -2 <= x <= 7 is the interval [-2, 7].
@@ -969,7 +975,9 @@ IDLE_WORKERS = []
 
 def ask_worker(pair):
     """Are (answer, gold) equal? An answer that takes too long or ends the worker is wrong."""
-    worker = IDLE_WORKERS.pop() if IDLE_WORKERS else None
+    worker = None
+    with contextlib.suppress(IndexError):  # no idle worker; another thread may just have taken the last
+        worker = IDLE_WORKERS.pop()
     if worker is None or worker.poll() is not None:
         worker = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), "worker"], text=True, stdin=subprocess.PIPE,
@@ -1086,7 +1094,8 @@ def make_jobs(tokenizer, problems, samples, seed, instruction=None, thinking=Tru
 
 def make_records(tokenizer, jobs, outputs):
     """A graded record for each job from its output (ids, logprobs, finished)."""
-    # The last id of a finished response ended it. It is no text, even if the tokenizer calls it none special.
+    # The last id of a finished response ended it. It is not text, even if the tokenizer does not list it as
+    # special.
     texts = [readable(tokenizer, job["prompt"], ids[:-1] if finished else ids)
              for job, (ids, _, finished) in zip(jobs, outputs, strict=True)]
     verdicts = grade_all(texts, [job["gold"] for job in jobs], [finished for _, _, finished in outputs])
@@ -1141,7 +1150,8 @@ def mean(records, column):
     return statistics.fmean(record[column] for record in records)
 
 def clustered_error(groups, column):
-    """The standard error of the mean over problems, whose samples depend on each other; None for one."""
+    """The standard error of the mean over problems, whose samples depend on each other; None for a single
+    problem."""
     means = [mean(group, column) for group in groups]
     return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
@@ -1208,15 +1218,17 @@ def read_run(directory):
 
 def refuse_unless_comparable(base, ours, names):
     """Refuses two runs whose settings differ in more than MAY_DIFFER, or which have different problems."""
-    (theirs, base_records), (own, our_records) = base, ours
-    theirs, own = theirs | {"benchmarks": sorted(base_records)}, own | {"benchmarks": sorted(our_records)}
-    differ = [f"{name} is {value!r} and {own.get(name)!r}" for name, value in theirs.items()
-              if name not in MAY_DIFFER and value != own.get(name)]
+    (base_settings, base_records), (our_settings, our_records) = base, ours
+    base_settings = base_settings | {"benchmarks": sorted(base_records)}
+    our_settings = our_settings | {"benchmarks": sorted(our_records)}
+    differ = [f"{name} is {value!r} and {our_settings.get(name)!r}" for name, value in base_settings.items()
+              if name not in MAY_DIFFER and value != our_settings.get(name)]
     for name in base_records.keys() & our_records.keys():
         a, b = ({(record["id"], record["problem_hash"]) for record in records[name]}
                 for records in (base_records, our_records))
         if a != b:
-            differ.append(f"{name} has {len(a - b)} and {len(b - a)} problems of its own: {min(a ^ b)[0]}")
+            differ.append(f"{name} has problems in the first only: {len(a - b)}, in the second only: "
+                          f"{len(b - a)}, for example {min(a ^ b)[0]}")
     check(not differ, f"{names[0]} and {names[1]} cannot be compared: " + "; ".join(differ))
 
 def markdown_table(header, rows):
@@ -1226,7 +1238,7 @@ def markdown_table(header, rows):
     return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows)
 
 def in_percent(value, *interval, sign=""):
-    """"12.3 [11.0, 13.5]" for 0.123 with an interval."""
+    """A share as a percentage, "12.3", or with its interval, "12.3 [11.0, 13.5]"."""
     text = "" if value is None else f"{100 * value:{sign}.1f}"
     return text + (f" [{100 * interval[0]:{sign}.1f}, {100 * interval[1]:{sign}.1f}]" if interval else "")
 
@@ -1306,7 +1318,7 @@ def curves(args):
             ax.set(title=metric, xlabel="step")
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(args.plot, dpi=90)
-    print(f"wrote {args.plot}; dotted lines: thetabar <- theta")
+    print(f"wrote {args.plot}; dotted lines: the teacher was refreshed")
 
 # ----------------------------------------------------------------------------------------------------- TOKENS
 # A page that shows the divergence at every token of some responses, by the trainer's own functions
@@ -1482,7 +1494,8 @@ def merge_parts(out, name, jobs):
     file = out / f"{name}.jsonl"
     paths = [p for p in out.glob("*.jsonl") if re.fullmatch(re.escape(name) + r"(\.rank-\d+)?", p.stem)]
     found = {key_of(record): json.dumps(record) + "\n" for path in paths for record in read_lines(path)}
-    check(found.keys() <= {*map(key_of, jobs)}, f"--out {out}: {file.name} has other problems; give another")
+    check(found.keys() <= {*map(key_of, jobs)}, f"--out {out}: {file.name} has records of other problems; "
+          "give another folder")
     opsdc.replace_file(file, "".join(found[key_of(job)] for job in jobs if key_of(job) in found))
     for part in {*paths} - {file}:
         part.unlink()
@@ -1533,7 +1546,7 @@ def start_engine(base, cfg):
     find none (brackets in the folder's name) or others, it gets a folder of links to the right files."""
     import opsdc
     found = list(base.folder.glob("*.safetensors")) or list(base.folder.glob("*.bin"))
-    if set(found) == set(base.weight_files) and glob.escape(str(base.folder)) == str(base.folder):
+    if set(found) == set(base.weight_files) and not glob.has_magic(str(base.folder)):
         return opsdc.RolloutEngine(base, cfg, load_format="auto")
     with tempfile.TemporaryDirectory() as links:
         for path in [*map(base.folder.joinpath, base.files), *base.weight_files]:
@@ -1635,7 +1648,7 @@ def parse_args(argv):
     return parser.parse_args(words), evaluate
 
 def refuse(error):
-    """Raises an error that every rank found, in a group of processes that prints it once."""
+    """Joins the group of processes, in which an error that all ranks found is printed once; raises it."""
     import opsdc
     opsdc.start_processes()
     raise error

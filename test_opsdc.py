@@ -997,7 +997,9 @@ def sharded_gradients(file, settings):
         loss = opsdc.student_pass(model, batches, *teacher, cfg)["loss"]
         sums = [(collective, torch.distributed.get_world_size(options.get("group")))
                 for collective, _, options in collectives.mock_calls]
-        found[name] = dict(loss=loss, sums=sums, forwards=len(forwards),
+        dtypes = {x.dtype for call in collectives.mock_calls for x in (*call.args, *call.kwargs.values())
+                  if isinstance(x, torch.Tensor)}
+        found[name] = dict(loss=loss, sums=sums, forwards=len(forwards), dtypes=dtypes,
                            grads={key: p.grad.full_tensor().cpu() for key, p in weights.items()},
                            theta_back=all(torch.equal(p.full_tensor(), theta[key].full_tensor())
                                           for key, p in weights.items()))
@@ -1032,6 +1034,7 @@ def check_gradients(folder, model, ranks, **settings):
     for name, result in found.items():
         # bfloat16 is for activations, as on GPUs; the tokens' weights, logits and gradients are float32
         loss_bound, bound = (1e-2, 0.05) if name == "bfloat16" else (1e-5, 1e-4)
+        assert result["dtypes"] <= {torch.float32, torch.float64}  # no sum in bfloat16
         assert result["theta_back"] and result["loss"] == pytest.approx(exact, rel=loss_bound)
         assert result["grads"].keys() == exact_grads.keys()
         for weight, grad in result["grads"].items():
@@ -1680,7 +1683,7 @@ def test_a_runs_folder_is_no_other_runs_until_that_is_resumed(good, one_rank, tm
     def prepare(resume=False):
         opsdc.prepare(opsdc.Config(**good, out=str(tmp_path / "out"), resume=resume))
     prepare()
-    taken = "new or empty folder or, with --resume, a run's, where no other process is at work, found: "
+    taken = "earlier run (opsdc.py: with --resume), where no other process is at work, found: "
     assert taken in refusal(lambda: prepare(resume=True))  # the other is this process
     monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     others = [as_file(tmp_path / "out", name, "") for name in ("log.txt", "lost+found/x")]
@@ -1738,6 +1741,7 @@ def test_an_evaluation_is_named_after_its_model(good, one_rank, tmp_path, monkey
     monkeypatch.setenv("HOME", str(model.parent))
     for place, spelled in ((model.parent, "./m/"), (tmp_path, "~/m"), (model, ".")):
         monkeypatch.chdir(place)
+        as_file(place, "opsdc.lock", "")  # a run's folder
         args, _ = ev.parse_args(evaluation(good, "", model=spelled))
         assert ev.prepare_evaluation(args)[3] == Path("eval-m")
 
@@ -1753,7 +1757,7 @@ def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, cap
     opsdc.check_ids(base, [[rows - 1]])
     assert [p[:2] for p in problems] == [("one", "1"), ("two", "2"), ("three", None), ("four", None)]
     said = capsys.readouterr().out
-    for text in ("8 rows, 5 problems, 2 without a known answer, 1 again with another; 3 rows were repeats; ",
+    for text in ("8 rows, 5 problems, 2 without a known answer, 1 given again with a different answer; 3 rows ",
                  f"the first without an answer: {data}, row 7, no answer; read: problem as problem",
                  "answer as answer", "not read: note", "4 of 5 problems have prompts of at most 512 tokens",
                  "the first teacher's prompt:\n<", "Solve the following math problem correctly using 20%",
@@ -1797,7 +1801,8 @@ def test_one_rank_says_in_one_line_what_is_wrong(tmp_path):
             (["eval.py", "--model", "m", "--samples", "many"],
              "argument --samples: invalid int value: 'many'; see --help"),
             (["opsdc.py", *small_run(model, data, model)], f"--out {model}: expected a new or empty folder "
-             "or, with --resume, a run's, where no other process is at work, found: config.json"),
+             "or that of an earlier run (opsdc.py: with --resume), where no other process is at work, found: "
+             "config.json"),
             (["opsdc.py", *small_run(model, data, "out")], "--out out: expected one folder that all nodes "
              "share, but rank 1 does not see what rank 0 wrote to opsdc.lock there")):
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -2035,8 +2040,9 @@ def test_a_row_that_comes_again_is_parsed_once(tmp_path, monkeypatch, capsys):
         assert len(parsed) == 7 and [p["number"] for p in found] == [1, 2, 3, 4, 5, 6, 601]
         assert {*found[0]} == {"problem", "tools", "answer", "ids", "number"}
         said = capsys.readouterr().out
-        assert "700 rows, 7 problems, 0 without a known answer, 0 again with another; 693 rows were" in said
-        assert "prompt as problem, reward_model as answer, tools as tools; not read: extra_info" in said
+        assert "700 rows, 7 problems, 0 without a known answer, 0 given again with" in said
+        assert "; 693 rows were repeats; read: prompt as problem, reward_model as answer, tools as" in said
+        assert "tools as tools; not read: extra_info" in said
 
 def test_formats_of_their_own_get_a_hint_and_pictures_are_counted(tmp_path, capsys):
     asked = (WRAPPED, 'Write the answer after "####".', "Put it within \\boxed{}.", "Use <answer> tags.")
@@ -2245,7 +2251,7 @@ EXTRACTED = {  # text: what is taken as its answer
     "\\boxed{5}\n\n\\boxed{5}": "5", "\\boxed{1}, \\boxed{2}, and \\boxed{3}": "1, 2 and 3",
     "\\boxed{x<1}\\text{ or }\\boxed{x>3}": "x<1 or x>3", "\\boxed{\\boxed{5}}": "\\boxed{5}",
     "\\boxed{2} \\boxed{} \\boxed{3}": "3", "\\textbf{Answer: 5}": "5", "\\boxed4: \\boxed5": "5",
-    "Correct answer: 5 ✅": "5", "Answer: The correct choice is **5**.": "5", "Answer: 5\nThat was it.": "5",
+    "\\boxed{5} as in (\\1)": "5", "Correct answer: 5 ✅": "5", "Answer: The correct choice is **5**.": "5", "Answer: 5\nThat was it.": "5",
     "Answer: $\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}$\nso": "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
     "Answer: the value is not 5": "the value is not 5", "Answer: $5.00\nand $x$ is free": "5.00",
     "Answer: 5</s>": "5", "Answer: 5<｜end▁of▁sentence｜>": "5", "The result is 5": None, "": None,
@@ -2375,7 +2381,7 @@ def test_problems_are_loaded_with_ids_levels_and_answers(tmp_path, capsys):
     one, other = load(*[leveled] * 32, '{"problem": "a", "answer": 4}', '{"problem": "b"}', choices)
     assert one == {"id": "0", "problem": "a", "tools": None, "answer": "3", "level": "1.5"}
     assert other["answer"] == "B" and [one] == load(leveled, wrapper="none")
-    assert "35 rows, 3 problems, 1 without a known answer, 1 again with" in capsys.readouterr().out
+    assert "35 rows, 3 problems, 1 without a known answer, 1 given again with" in capsys.readouterr().out
     same = row % ', "id": 1'
     assert [p["id"] for p in load(same, same.replace('"a"', '"b"'))] == ["1, row 1", "1, row 2"]
     for line, message in (("", "expected a field answer, final_answer or solution, found none"),
@@ -2405,7 +2411,10 @@ def test_records_read_think_blocks_opened_by_the_template():
         return tokenizer.encode(text, add_special_tokens=False)
 
     def records(expected):
-        jobs = ev.make_jobs(tokenizer, [dict(id="p", problem="a1 b3", answer="4", level=None)], 4, seed=5)
+        problem = dict(id="p", problem="a1 b3", answer="4", level=None)
+        jobs = ev.make_jobs(tokenizer, [problem], 4, seed=5)
+        other, = ev.make_jobs(tokenizer, [problem | dict(answer="5")], 1, seed=6)
+        assert jobs[0]["seed"] != other["seed"] and jobs[0]["problem_hash"] != other["problem_hash"]
         assert len({job["seed"] for job in jobs}) == 4 and len({str(job["prompt"]) for job in jobs}) == 1
         outputs = [([*encode(text), tokenizer.eos_token_id], None, True) for text in expected]
         found = ev.make_records(tokenizer, jobs, outputs)
@@ -2512,7 +2521,7 @@ def test_compare_refuses_runs_that_differ_or_lack_something(tmp_path):
                "with its summary.json, found: .*No such file": str(tmp_path / "absent")}
     for message, change in (("temperature is 0.6 and 1.0", dict(temperature=1.0)),
                             ("max_tokens is 9 and 50; top_k", dict(max_tokens=50, top_k=1)),
-                            ("math500 has 1 and 0 problems of its own: p29", dict(problems=29)),
+                            ("first only: 1, in the second only: 0, for example p29", dict(problems=29)),
                             ("math500.*aime24", dict(name="aime24")), ("version 0", dict(version=0)),
                             ("not finished", dict(finished=False))):
         refused[message] = fake_run(tmp_path / message[:9], **change)
@@ -2593,6 +2602,7 @@ def test_page_of_given_responses_with_another_teacher(tmp_path, no_group, monkey
         return json.dumps(tokenizer.decode([token]), ensure_ascii=False)
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in paths]
     (responses, rows), parts = read_page(tmp_path / "page.html"), collections.defaultdict(float)
+    assert "&#39;" in (tmp_path / "page.html").read_text()  # which an attribute of a token may hold
     for problem, text, tokens in zip(problems, texts, responses, strict=True):
         ids = tokenizer.encode(text)
         p, q = (model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].softmax(-1)
@@ -2617,6 +2627,7 @@ def test_page_of_given_responses_with_another_teacher(tmp_path, no_group, monkey
 def test_an_evaluation_is_refused_before_the_engine_starts(good, refused_early, tmp_path):
     unanswered = as_file(tmp_path, "x.jsonl", '{"problem": "x"}')
     huge = as_file(tmp_path, "huge.jsonl", json.dumps(dict(problem="x " * 3000, answer=1, id="huge")))
+    longest = len(opsdc.prompt_ids(AutoTokenizer.from_pretrained(good["model"]), "What is 39 + 39?"))
     args, _ = ev.parse_args(["--model", "m"])
     assert (args.samples, args.temperature, args.top_p, args.top_k) == (8, 0.6, 0.95, 20)
     assert "arguments: --samp 3" in refusal(lambda: ev.parse_args(["--model", "m", "--samp", "3"]))
@@ -2625,7 +2636,7 @@ def test_an_evaluation_is_refused_before_the_engine_starts(good, refused_early, 
             (dict(instruction="short"), "--instruction short: expected v1"),
             (dict(samples=0), "--samples 0: expected more than 0"),
             ({"vllm-tp": 2}, "--vllm_tp 2: expected a divisor of the number of ranks"),
-            ({"max-tokens": 100000}, "prompt of problem 39 .*lower --max-tokens 100000"),
+            ({"max-tokens": 2049 - longest}, f"of problem 39 has {longest} tokens, .*lower --max-tokens"),
             (dict(data=huge), "prompt of problem huge has .* tokens.*leave that problem out")):
         args, _ = ev.parse_args(evaluation(good, tmp_path / "out", **change))
         assert re.search(message, refusal(lambda: ev.evaluate(args)))
