@@ -174,8 +174,8 @@ def check_settings(settings):
         value = settings.get(name)
         if value and not os.path.isdir(value):  # a path, or the export of a run, is not looked for on the hub
             is_path = value.startswith((".", "/")) or (Path(value).parent / "opsdc.lock").exists()
-            check(not is_path,
-                  f"--{name} {value}: expected a folder with a chat model or its hub id, found no such folder")
+            check(not is_path, f"--{name} {value}: expected a folder with a chat model or its hub id, "
+                  "found no such folder")
     for name, value in settings.items():
         if type(value) in (int, float):
             expected = "0 or more" if name in MAY_BE_0 else "more than 0"
@@ -268,18 +268,21 @@ def read_rows(source, wanted=None):
         parts = [source] if exists else source.rsplit(":", 2)
         name, config, split = (parts + ["", ""])[:3]
         path, split = Path(name).expanduser(), split or "train"
-        kind, files, arguments = kind_of(path), [], dict(path=name, name=config or None)
+        kind, text_files, arguments = kind_of(path), [], dict(path=name, name=config or None)
         if name and path.is_dir():  # Path("") would be the present folder
-            files, arguments = open_folder(path, config, split)
+            text_files, arguments = open_folder(path, config, split)
         elif path.is_file():
             check(kind in KINDS, f"a file {path.suffix}")
-            files = [path] if kind != ".parquet" else []
+            text_files = [path] if kind != ".parquet" else []
+            # The folder without links, the file by its own name, whose suffix tells its kind
             arguments = dict(path="parquet", data_files=glob.escape(str(path.parent.resolve() / path.name)))
         else:
             check(kind not in KINDS and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name),
                   f"No such file or folder: {path}")
-        tables = [(file, read_text_file(file)) for file in files]
-        for name, rows in tables or [(source, read_table(arguments, split, wanted))]:
+        tables = [(file, read_text_file(file)) for file in text_files]
+        if not tables:  # then these are .parquet files, or on the hub
+            tables = [(source, read_table(arguments, split, wanted))]
+        for name, rows in tables:
             for number, row in enumerate(rows, 1):
                 yield f"{name}, row {number}", row
 
@@ -362,6 +365,7 @@ def as_problem(value, prefix="", suffix=""):
     """The problem as a text, or as messages if there are several. The prefix and suffix that the prompts will
     put around it are removed, where it has them already. None if it is blank."""
     if isinstance(value, str):
+        # Messages in JSON. Python's 'role' and ShareGPT's "from" are recognised too, to be refused.
         is_chat = re.fullmatch(r"(?s)\[?\s*\{.*[\"'](role|from)[\"']\s*:.*\}\s*\]?", value.strip())
         value = load_json(value) if is_chat else [{"role": "user", "content": value}]
     messages = [] if value is None or value != value else without_nulls(value)  # NaN: missing in a table
@@ -433,7 +437,7 @@ def gold_text(value):
         try:
             value = json.loads(value)
         except ValueError:
-            value = []
+            return "", f"{value!r:.40} is no text"
     if isinstance(value, dict) and "ground_truth" in value:
         return gold_text(value["ground_truth"])
     if isinstance(value, list) and len(value) == 1:
@@ -456,9 +460,12 @@ def read_answer(row):
         text, why = gold_text(value)
         if field == "reward_model" and value and "ground_truth" not in str(value):
             text, why = "", f"{value!r:.40} has no ground_truth"
-        is_in_words = field == "solution" and " " in text and text == str(value).strip()
-        if (text or why) and not is_in_words:
-            return (None, None, f"{field}: {why}") if why else (field, text, "")
+        if field == "solution" and " " in text and text == str(value).strip():  # in words
+            continue
+        if why:
+            return None, None, f"{field}: {why}"
+        if text:
+            return field, text, ""
     return None, None, "no answer"
 
 # ---------- questions with options
@@ -516,6 +523,7 @@ def places_of(gold, labels, options):
 def find_gold(row, labels, options):
     """(fields that say which option is right, its place, "") or (fields, None, why it is unknown)."""
     fields = [field for field in row if GOLD_FIELD.fullmatch(field) and row[field] not in (None, "", [])]
+    # The place 0 counts as filled. The place -1 stands for a label that is kept secret, as in test splits.
     places = range(len(options))
     for field in fields:
         found, (text, why) = places_of(row[field], labels, options), gold_text(row[field])
@@ -631,7 +639,9 @@ BETWEEN_BOXES = re.compile(r"""(?x)  # what may stand between boxes that are one
     (?: [\s,;$&~*] | \\[\[\]()\\,;:!\ ] | \\q?quad                   # spaces, commas, the ends of formulas
       | \b(and|or)\b                                                 # a word, bare
       | \\(?:text|mathrm)\{ [\s,]{0,9} (and|or)? [\s,]{0,9} \} )*    # or in \text""")
-LONGEST = 1000  # characters; a longer answer is wrong. The longest gold of MATH-500 has 53.
+# A longer answer is wrong, in characters; the longest gold of MATH-500 has 53. What stands in a text may be
+# four times as long, because markup is taken off. And at most as many boxes are joined into a list.
+LONGEST = 1000
 
 class Verdict(NamedTuple):
     correct: bool
@@ -672,20 +682,23 @@ def find_boxes(text):
 def last_box(text):
     """(end of the last \\boxed{}, its content), or (-1, None). Boxes in a row are one list."""
     boxes = find_boxes(text)
-    parts, following = [], None  # value, joint, value, ... from the last box backwards
+    answer, values, following = None, set(), None  # from the last box backwards
     for start, content, end, after in reversed(boxes[-LONGEST:]):
         value = clean(ANSWER_MARKER.sub("", text[content:end][:4 * LONGEST]))
-        between = BETWEEN_BOXES.fullmatch(text, after, following) if parts else None
-        if not value or parts and not between:  # an empty box hides those before it
+        if not value:  # an empty box hides those before it
             break
-        if parts:
+        if answer is None:
+            answer = value
+        elif between := BETWEEN_BOXES.fullmatch(text, after, following):
             word = between[1] or between[2]
-            parts.append(f" {word} " if word else ", ")
-        parts.append(value)
+            answer = f"{value} {word} {answer}" if word else f"{value}, {answer}"
+        else:
+            break
+        values.add(value)
         following = start
-    if len(set(parts[::2])) == 1:  # the same value several times is one value
-        parts = parts[:1]
-    return boxes[-1][3] if boxes else -1, "".join(reversed(parts)) or None
+    if len(values) == 1:  # the same value several times is one value
+        answer = values.pop()
+    return boxes[-1][3] if boxes else -1, answer
 
 def find_answers(text):
     """The answers by three rules: the later of the two formats, the `Answer:` line alone, the box alone."""
@@ -713,7 +726,8 @@ SYMBOLS = str.maketrans({
 ARGUMENT = r" ?(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\w|\\pi|\\theta))"  # of a LaTeX command, in braces or bare
 AND = r"(?:,? ?\\text\{,? ?and,?\} ?|,? ?\band\b ?|, ?)"
 AND_OR = r"(?:,? ?(?:\\text\{,? ?(?:and|or),?\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])|\\&))+"
-# Units by their names: compared where both values have one, but never converted into each other
+# Units by their names: compared where both values have one, but never converted into each other. An s may
+# follow a name; "inche" is for inches.
 MEASURES = {name: names.split()[0] for names in (
     "hour hr h", "minute min", "second sec s", "day", "week", "month", "year yr", "mm millimeter", "meter m",
     "cm centimeter", "km kilometer", "inch in inche", "foot ft feet", "yard yd", "mile mi mph", "gram g",
@@ -890,7 +904,7 @@ def equal(answer, gold):
     if canonical(answer) == canonical(gold):
         return True
     if any(a != g for a, g in zip(dimensions(answer), dimensions(gold))):
-        return False  # cm and m, cm^2 and cm^3
+        return False  # cm and m, cm^2 and cm^3; km and km/h agree as far as both go
     bare_answer, bare_gold = UNIT.sub("", answer).strip(), UNIT.sub("", gold).strip()
     meanings = [r"\\frac{\1}{100}"]
     if (r"\%" in answer) != (r"\%" in gold):  # a sign on one side only may be left out, as a unit may
@@ -931,7 +945,7 @@ def to_sympy(text):
     inequalities = (sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge, sympy.Ne)
     if not isinstance(value, (sympy.FiniteSet, sympy.And, sympy.Or)) or not value.atoms(*inequalities):
         return sympy.expand_log(value, force=True) if isinstance(value, sympy.Expr) else value
-    if len(value.free_symbols) > 1:
+    if len(value.free_symbols) > 1:  # "x<2 and y<3" is a set of conditions, but "x<2 or y<3" stays as it is
         return sympy.FiniteSet(*value.args) if type(value) is sympy.And else value
     conditions = value.args if isinstance(value, sympy.FiniteSet) else [value]
     all_x = sympy.Reals, sympy.UniversalSet
@@ -955,6 +969,7 @@ def sympy_equal(a, g):
     # The set option: -2 <= x <= 7 is the interval [-2, 7].
     if not verify(g, a, numeric_precision=50, allow_set_relation_comp=True, timeout_seconds=None):
         return False
+    # By name, because latex2sympy has a FiniteSet of its own, which keeps items that come several times.
     kinds = {type(x.rhs if isinstance(x, sympy.Eq) else x).__name__ for x in (a, g)}
     if "FiniteSet" not in kinds:
         return True
@@ -983,17 +998,18 @@ def ask_worker(pair):
             [sys.executable, os.path.abspath(__file__), "worker"], text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, start_new_session=True,  # Ctrl-C does not reach workers
             env=os.environ | {"PYTHONHASHSEED": "0"})  # which decides sympy's order, and with it verdicts
-    reply = ""
+    reply, is_ready = "", True
     with contextlib.suppress(OSError):  # killed from outside just now; no reason to end a training run
         print(json.dumps(pair), file=worker.stdin, flush=True)
         is_ready = select.select([worker.stdout], [], [], WALL_SECONDS)[0]
-        reply = worker.stdout.readline() if is_ready else None
+        reply = worker.stdout.readline() if is_ready else ""
     if reply:
         IDLE_WORKERS.append(worker)
         return json.loads(reply)
     worker.kill()
-    if worker.wait() > 0 or reply is None:  # it ended by itself or stands still: not the answer's fault
-        raise RuntimeError("a grading worker did not start (see above); is math-verify installed?")
+    status = worker.wait()  # below 0 if a signal ended it, such as that of the limit: the answer's fault
+    check(is_ready, f"a grading worker did not answer within {WALL_SECONDS} seconds")
+    check(status < 0, "a grading worker did not start (see above); is math-verify installed?")
     return False
 
 def worker_main():
@@ -1397,7 +1413,8 @@ def score_tokens(student, teacher, batch, tokenizer, cfg):
     return found
 
 def token_texts(tokenizer, ids):
-    """The text of each token. Of a character that takes several tokens the last one has it, the others ""."""
+    """The text of each token. Of a character that takes several tokens the last one has it, the others "". A
+    token is decoded with those of the text before it, whose own text is then cut off."""
     found, before, since = [], 0, 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[before:end])[len(tokenizer.decode(ids[before:since])):]
@@ -1452,7 +1469,8 @@ def show_tokens(cfg):
     rollouts, longest = None, cfg.max_prompt_tokens + cfg.max_response_tokens
     if cfg.given:
         rollouts = read_responses(cfg, problems, tokenizer)
-        longest = max(len(prompt) + len(r.ids) for r in rollouts for prompt in problems[r.index][2:])
+        longest = max(len(prompt) + len(r.ids) for r in rollouts
+                      for prompt in (problems[r.index].student, problems[r.index].teacher))
     context = min(map(context_of, bases))
     check(longest <= context, f"expected at most the model's context, {context} tokens, found responses that "
           f"take {longest} with their prompt: lower --max_response_tokens, or leave those in --data out")
@@ -1644,6 +1662,7 @@ def parse_args(argv):
     add("--instruction", help="as for opsdc.py: gives the baseline with a concise prompt")
     add("--wrapper", choices=("math", "none"), default="math", help="as for opsdc.py")
     add("--thinking", action=argparse.BooleanOptionalAction, default=True)
+    # --max_tokens is taken for --max-tokens
     words = [re.sub(r"^--\w+", lambda option: option[0].replace("_", "-"), word) for word in argv]
     return parser.parse_args(words), evaluate
 
