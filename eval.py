@@ -56,7 +56,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-VERSION = 5  # of the grading rules and of the files written; runs of different versions are not compared
+VERSION = 6  # of the grading rules and of the files written; runs of different versions are not compared
 
 # ------------------------------------------------------------------------------------- SHARED BY BOTH SCRIPTS
 def say(text):
