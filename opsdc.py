@@ -18,7 +18,7 @@ prompts, and there are no answers, no rewards and no length budget.
         every M = 50 steps: thetabar <- theta  # the refresh
 
 One process, called a rank, runs on each GPU. Every weight is cut into shards, one for each rank. A rank
-stores only its own: theta's and those of Adam's state in float32, and thetabar's. To compute a layer for its
+stores only its own shards: of theta and Adam's state in float32, and of thetabar. To compute a layer for its
 own sequences, a rank briefly gathers the whole weights of that layer. In backward the ranks' gradients are
 averaged, and each keeps those of its shards. FSDP2 does this in operations that all ranks have to join
 (collectives). The process also runs a vLLM engine, or with --vllm_tp a part of one. A step copies theta into
@@ -235,7 +235,7 @@ def divergence_in_place(raw, teacher_raw, weights, ids, kind, scale, softcap):
     divergence, gradient = divergence_and_gradient(p, log_p, q, log_q, kind)
     student_entropy, teacher_entropy = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
     logprob = log_p.gather(-1, ids[:, None])[:, 0]
-    # a fork changes `weights` here, by the tokens' entropies or divergence
+    # a fork multiplies `weights` here by constants made of the entropies or divergence
     torch.mul(gradient, weights[:, None] * derivative, out=raw)  # d(loss)/d(raw), by the chain rule
     return torch.stack([divergence, student_entropy, teacher_entropy, logprob, weights])
 
@@ -311,7 +311,7 @@ class Base:
     files: dict  # {name: content} of the files besides the weights, as they were at the start
     config: object
     tokenizer: object
-    empty: nn.Module | None = None  # the language model on the meta device, where tensors have no content
+    empty: nn.Module | None = None  # the language model, without content until load_model fills it
     loaded: nn.Module | None = None  # the whole model with its weights, on rank 0 until load_model
 
     @cached_property
@@ -386,26 +386,26 @@ def shard(model, device, replicas):
     shape = replicas, dist.get_world_size() // replicas
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     mesh = mesh if replicas > 1 else mesh["shard"]
-    # Casting the inputs of forward would round the tokens' weights to bfloat16.
+    # Casting the inputs of forward would round the tokens' weights in the loss to bfloat16.
     policy = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=torch.float32, cast_forward_inputs=False)
     decoder, head = model.lm.get_decoder(), model.lm.get_output_embeddings().weight
     others = [module for module in decoder.children()  # last norm, embedding unless tied, RoPE (no weights)
               if not isinstance(module, nn.ModuleList) and all(p is not head for p in module.parameters())]
-    # Backward needs neither the embedding nor the head: an embedding's gradient does not depend on its
-    # weights, and the head's gradient was already computed in forward. A group with no other weights is not
-    # gathered again.
+    # Backward needs neither the embedding, whose gradient does not depend on it, nor the head, whose gradient
+    # was computed in forward. A group with no other weights is not gathered again.
     not_needed_in_backward = {model.lm.get_input_embeddings().weight, head}
     for module in [*decoder.layers, *others, model]:
-        # fully_shard made DTensors of the weights inside, of which each rank stores a shard and full_tensor()
-        # gathers the whole. Those that are still plain tensors are the ones that form this group.
+        # Earlier rounds made DTensors of the weights further inside, of which each rank stores a shard and
+        # full_tensor() gathers the whole. Those that are still plain tensors form this round's group.
         group = {p for p in module.parameters() if not isinstance(p, DTensor)}
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_unshard_in_backward(bool(group - not_needed_in_backward))
     return model
 
 def checkpoint_weights(lm, dtype, both_names=False):
-    """Yields (name, gathered tensor) as in a checkpoint, one layer at a time; a collective. Experts, which
-    transformers fuses, are split again. A tied weight comes once or, with both_names, under each name."""
+    """Yields (name, gathered tensor) as in the files of a model, one layer at a time; all ranks have to run
+    through it. Experts, which transformers fuses, are split again. A tied weight comes once or, with
+    both_names, under each name."""
     def layer_of(item):  # ("model.layers.7.mlp.up_proj.weight", w) -> "model.layers.7."
         return re.sub(r"(\.\d+\.).*", r"\1", item[0])
     tied = lm.all_tied_weights_keys  # {name: the name of the weight that it shares}
@@ -476,8 +476,8 @@ class RolloutEngine:
         self.llm = LLM(str(base.folder), distributed_executor_backend="external_launcher", seed=cfg.seed,
                        tensor_parallel_size=cfg.vllm_tp, gpu_memory_utilization=cfg.vllm_memory,
                        max_model_len=length, max_num_seqs=256, max_num_batched_tokens=max(8192, length),
-                       # On a CPU no chunked prefill, which cannot rewind a seeded request's generator. So no
-                       # prefix caching either, for which hybrid models need chunked prefill.
+                       # Chunked prefill draws from a seeded request's generator and then rewinds it, which
+                       # a CPU's cannot. So it is off there, and prefix caching, which may need it, too.
                        enable_chunked_prefill=cuda, enable_prefix_caching=None if cuda else False,
                        load_format=load_format, enable_sleep_mode=self.sleeps, enforce_eager=not cuda,
                        disable_log_stats=True, use_tqdm_on_load=False, dtype=engine_dtype(base.config),
@@ -487,7 +487,7 @@ class RolloutEngine:
         # the process.
         self.llm.llm_engine.engine_core._finalizer.detach()
         dist.barrier()
-        # Shared memory of engines on CPUs, which all ranks have opened. Its name would block the next start.
+        # All ranks have opened the shared memory of engines on CPUs; its name would block the next start.
         for shared in Path("/dev/shm").glob("-*cpushm*"):
             shared.unlink(missing_ok=True)
         self.sleep()
@@ -495,7 +495,7 @@ class RolloutEngine:
     def sync(self, model):
         """Copies theta, layer by layer, into the engine's own tensors, so that its CUDA graphs stay valid. If
         the engine's model has a module lm_head, the head is sent under that name too, even a tied one."""
-        def module_names(engine_model):  # a tied head, the embedding's module again, is not left out
+        def module_names(engine_model):  # also of a tied head, whose module is the embedding's
             return [name for name, _ in engine_model.named_modules(remove_duplicate=False)]
         both_names = any(name.endswith("lm_head") for name in self.llm.apply_model(module_names)[0])
         weights = checkpoint_weights(model.lm, self.llm.llm_engine.model_config.dtype, both_names)
@@ -523,7 +523,7 @@ class RolloutEngine:
 
     def generate(self, prompts, seeds, **sampling):
         """One sample for each list of prompt ids, as `sampled` returns it. Each has its own seed, so that it
-        does not depend on the rank that makes it."""
+        does not depend on the rank that makes it. logprobs=0: that of the sampled token only."""
         from vllm import SamplingParams
         params = [SamplingParams(**sampling, seed=seed, detokenize=False, logprobs=0) for seed in seeds]
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
@@ -567,8 +567,8 @@ def plan_micro_batches(lengths, budget, rank, world):
     in rounds, the longest first, one to each rank, so that all ranks have equally many micro-batches. Padded
     to its longest sequence, a micro-batch has at most `budget` tokens, unless it is a single longer sequence.
     On rank 0, which has the longest of each round, at most a twentieth of `budget` is padding. Lengths [9, 3,
-    9, 8, 8, 3] and world 2 make the rounds [0, 2], [3, 4], [1, 5]. With budget 20 the first two rounds share
-    a micro-batch, and rank 0 gets [[0, 3], [1]]."""
+    9, 8, 8, 3] and world 2 make the rounds of indices [0, 2], [3, 4], [1, 5]. With budget 20 the first two
+    share a micro-batch, and rank 0 gets [[0, 3], [1]]."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     rounds = [order[k:k + world] for k in range(0, len(order), world)]  # in each, a rank gets one sequence
 
@@ -628,7 +628,7 @@ def teacher_pass(model, thetabar, batches):
 
 # The trainer-engine mismatch, in nats: engine and trainer are two implementations of one model, and differ in
 # the log-probabilities of the sampled tokens, on average by 1e-2 in bfloat16 and by 3e-7 in float32. With
-# the weights of an earlier step, 0.2 was published. Above MAX_GAP the run ends. Metric: logprob_gap.
+# the weights of an earlier step, 0.2 were reported. Above MAX_GAP the run ends. Metric: logprob_gap.
 MAX_GAP = {torch.bfloat16: 0.1, torch.float32: 1e-3}
 
 def student_pass(model, batches, hidden, head, cfg):
@@ -683,7 +683,7 @@ def main():
     thetabar = snapshot(model)
     done = load_newest(out, model, optimizer, thetabar, cfg) if cfg.resume else 0  # steps done earlier
     trim_logs(out, done)
-    skipped = idle = 0  # steps in a row: with a gradient that was not finite; with no rollout to train on
+    skipped = idle = 0  # how many steps in a row had a gradient that was not finite, or no rollout to learn
     for step in range(done + 1, cfg.steps + 1):
         start = time.perf_counter()
         metrics = dict(step=step, lr=optimizer.param_groups[0]["lr"],
@@ -744,7 +744,7 @@ def checkpoints(out):  # [(step, folder)] of the finished ones, newest first
 
 def load_newest(out, model, optimizer, thetabar, cfg):
     """Loads theta, Adam's state and thetabar in place from the newest checkpoint that is whole. Returns the
-    number of steps done. Newer ones that are damaged are renamed: saves neither count nor delete them."""
+    number of steps done. Damaged newer ones are renamed, and so neither counted nor deleted by saves."""
     damaged = []
     for step, path in evaluator.from_rank_0(checkpoints, out):  # another node may still see an older list
         state = training_state(model, optimizer, thetabar)
@@ -782,7 +782,7 @@ def trim_logs(out, step):  # drops later steps, which are done again, and a line
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
             replace_file(log, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
-def remove_unfinished(out):  # what a killed run left
+def remove_unfinished(out):  # folders that a killed run left; files of this name are overwritten
     for path in out.glob(f"{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -793,7 +793,7 @@ def replace_file(path, text):  # a kill never leaves half a file: the text is wr
 def export(model, base, target):
     """Writes the folder `target`: theta in bfloat16, gathered in rank 0's memory, and the base's other files
     as they were at the start of the run."""
-    gathered = checkpoint_weights(model.lm, torch.bfloat16)
+    gathered = checkpoint_weights(model.lm, torch.bfloat16)  # a generator that all ranks have to exhaust
     weights = {name: w.to("cpu", copy=True) for name, w in gathered if dist.get_rank() == 0}
     if dist.get_rank() == 0:
         folder = target.with_name(UNFINISHED)
@@ -890,7 +890,7 @@ def text_config(config):
     return text
 
 def engine_config(config, text_only):
-    """The config as vLLM needs it to compute what the trainer computes, with logits in float32."""
+    """Changes the config that vLLM has loaded, so that it computes what the trainer does."""
     config = text_config(config) if text_only else config
     text = config.get_text_config()
     text.head_dtype = config.head_dtype = "float32"
@@ -941,13 +941,13 @@ def read_instruction(name):
     if name.startswith("@"):
         with evaluator.blaming(f"--instruction {name}, expected a text file in the encoding UTF-8"):
             text = Path(name[1:]).expanduser().read_text("utf-8-sig").strip()
-    # A text without a space or a non-ASCII character is a mistyped key, which would be trained on unnoticed.
+    # A text of ASCII characters without a space is a mistyped key, which would be trained on unnoticed.
     evaluator.check(re.search("[^!-~]", text), f"--instruction {name}: expected "
                     f"{', '.join(INSTRUCTIONS)}, @FILE or a text, found {text!r}")
     return text
 
 def make_problems(cfg, base, instruction):
-    """The problems in the order of the data, each once, without those whose prompts are too long."""
+    """The problems whose prompts are not too long. `read_problems` drops repeats and strips the wrapper."""
     prompt = partial(prompt_ids, base.tokenizer, thinking=cfg.thinking, wrapper=cfg.wrapper)
     problems = [Problem(p["problem"], p["answer"], prompt(p["problem"], tools=p["tools"]),
                         prompt(p["problem"], instruction, tools=p["tools"]))
@@ -964,7 +964,8 @@ def make_problems(cfg, base, instruction):
 # hashes of both, which `prepare` adds to the settings, must stay the same. So must all other settings.
 MAY_CHANGE = ("model data out steps lr weight_decay clip save_every export_every micro_batch_tokens "
               "loss_chunk gradient_checkpointing replicas vllm_tp vllm_memory").split()
-# Names in --out: a new run must find none of RESULTS there, and a folder that is no run's none of RUN_FILES.
+# Names in --out. A new run is refused where there are RESULTS. Any run is refused where there are RUN_FILES
+# unless the folder has the mark of an earlier run, opsdc.lock.
 RESULTS = r"checkpoint-\d+|model(-\d+)?"
 RUN_FILES = rf"{RESULTS}|config\.json|(metrics|samples)\.jsonl|{UNFINISHED}.*|eval\.lock"
 
@@ -974,7 +975,7 @@ def parse_settings():
     return Config(**vars(parser.parse_args()))
 
 def prepare(cfg):
-    """Makes all checks. Returns the base, on rank 0 with its weights, the problems and the run's folder."""
+    """Makes all checks. Returns the base (on rank 0 with its weights), the problems and the run's folder."""
     evaluator.check_settings(vars(cfg))
     instruction, out = read_instruction(cfg.instruction), Path(cfg.out)
     base = open_base(cfg.model, to_train=True)
@@ -985,7 +986,7 @@ def prepare(cfg):
     settings = asdict(cfg) | dict(instruction=instruction, template=hash_of(base.tokenizer.chat_template),
                                   model_hash=model_hash(base),
                                   problems=hash_of([(p.text, p.answer) for p in problems]))
-    evaluator.claim_folder(out, "opsdc.lock", RUN_FILES, "" if cfg.resume else RESULTS)
+    evaluator.claim_folder(out, "opsdc.lock", files=RUN_FILES, results="" if cfg.resume else RESULTS)
     evaluator.from_rank_0(start_run, base, out, settings)
     evaluator.say(f"the first teacher's prompt:\n{base.tokenizer.decode(problems[0].teacher)}")
     return base, problems, out
@@ -997,8 +998,7 @@ def start_run(base, out, settings):
     remove_unfinished(out)
     base.loaded = read_weights(base)
     replace_file(out / "config.json", json.dumps(settings, indent=1))
-    # Billions of parameters; times the bytes of a parameter, this is GB.
-    billions = sum(p.numel() for p in base.empty.parameters()) / 1e9
+    billions = sum(p.numel() for p in base.empty.parameters()) / 1e9  # of parameters; times their bytes: GB
     exports = 1 + (settings["steps"] // settings["export_every"] if settings["export_every"] else 0)
     evaluator.say(f"each of 3 checkpoints takes {(12 + DTYPE.itemsize) * billions:.3g} GB, each of {exports} "
                   f"exports {2 * billions:.3g} GB; {shutil.disk_usage(out).free / 1e9:.3g} GB are free")
@@ -1014,8 +1014,8 @@ def training_bytes(lm, settings):
     layers, T = lm.get_decoder().layers, settings["micro_batch_tokens"]
     layer = sum(p.numel() for p in layers[0].parameters())
     shards = 18 * sum(p.numel() for p in lm.parameters()) * settings["replicas"] / dist.get_world_size()
-    # Factors counted by that command at the two peaks: the softmax of the loss, and a layer's backward. 8 V d
-    # are both heads and a float32 gradient, 8 V a token two rows of logits, whose bfloat16 copy comes later.
+    # At the two peaks, the softmax of the loss and a layer's backward: 8 V d are both heads and a float32
+    # gradient, 8 V a token are two rows of logits. The other factors are fitted to that command's counts.
     loss = 8 * V * (d + settings["loss_chunk"]) + 45 * BLOCK["cuda"] + 24 * d * T
     backward = 4 * V * d + 8 * layer + (4 * layer / d + 22 * d) * T
     return shards + 2 * d * len(layers) * T + max(loss, backward)
