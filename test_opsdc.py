@@ -1757,7 +1757,7 @@ def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, cap
     opsdc.check_ids(base, [[rows - 1]])
     assert [p[:2] for p in problems] == [("one", "1"), ("two", "2"), ("three", None), ("four", None)]
     said = capsys.readouterr().out
-    for text in ("8 rows, 5 problems, 2 without a known answer, 1 given again with a different answer; 3 rows ",
+    for text in ("8 rows, 5 problems, 2 without a known answer, 1 given again with a different answer; 3 ",
                  f"the first without an answer: {data}, row 7, no answer; read: problem as problem",
                  "answer as answer", "not read: note", "4 of 5 problems have prompts of at most 512 tokens",
                  "the first teacher's prompt:\n<", "Solve the following math problem correctly using 20%",
@@ -2251,7 +2251,8 @@ EXTRACTED = {  # text: what is taken as its answer
     "\\boxed{5}\n\n\\boxed{5}": "5", "\\boxed{1}, \\boxed{2}, and \\boxed{3}": "1, 2 and 3",
     "\\boxed{x<1}\\text{ or }\\boxed{x>3}": "x<1 or x>3", "\\boxed{\\boxed{5}}": "\\boxed{5}",
     "\\boxed{2} \\boxed{} \\boxed{3}": "3", "\\textbf{Answer: 5}": "5", "\\boxed4: \\boxed5": "5",
-    "\\boxed{5} as in (\\1)": "5", "Correct answer: 5 ✅": "5", "Answer: The correct choice is **5**.": "5", "Answer: 5\nThat was it.": "5",
+    "\\boxed{5} as in (\\1)": "5", "Correct answer: 5 ✅": "5", "Answer: The correct choice is **5**.": "5",
+    "Answer: 5\nThat was it.": "5",
     "Answer: $\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}$\nso": "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
     "Answer: the value is not 5": "the value is not 5", "Answer: $5.00\nand $x$ is free": "5.00",
     "Answer: 5</s>": "5", "Answer: 5<｜end▁of▁sentence｜>": "5", "The result is 5": None, "": None,
