@@ -1,9 +1,9 @@
 """OPSDC: On-Policy Self-Distillation for Reasoning Compression (arXiv 2603.05433), all of it in one file.
 
 A reasoning model that is told "be concise" reasons in fewer tokens. OPSDC teaches it to do so without being
-told. The model samples responses without the instruction. At every token of them it learns the distribution
-over the next token that it would have if the instruction were in its prompt. So there is one model with two
-prompts, and there are no answers, no rewards and no length budget.
+told. The model samples responses without the instruction. At every token of them it learns to predict what it
+would predict with the instruction in its prompt. So there is one model with two prompts, and there are no
+answers, no rewards and no length budget.
 
     x        a problem                         y        the student's response, y_t its t-th token
     c        the conciseness instruction       V, d     vocabulary size, hidden size
@@ -26,7 +26,7 @@ the engine in place and samples the rollouts. It then swaps thetabar's shards in
 pass, which keeps the teacher's last hidden states. Finally it swaps theta back and trains it.
 
 The axes of tensors are B sequences of a batch, b of a micro-batch, T positions, N response tokens of a
-micro-batch (concatenated without padding), V and d.
+micro-batch (concatenated without padding) or n of them, V and d.
 
 Left out on purpose: rewards and advantages; importance ratios (the loss sums over all next tokens instead of
 using the sampled one, so it needs none); LoRA; learning rate schedules; several rollouts of a prompt;
@@ -38,8 +38,8 @@ This file differs from the authors' code (A) or from the text of the paper (P) a
  3. The sampled token ids are trained on. A tokenises the responses' text again, and has the line "Remember to
     put your answer ..." twice in the teacher's prompt.
  4. thetabar is part of the checkpoint, so that --resume goes on as if the run had not stopped.
- 5. The text that the data set puts around each problem is stripped, and the two prompts put their own there
-    (P leaves the data set's text in place). Problems with long prompts are dropped.
+ 5. The text that the data set puts around each problem is stripped. The student's prompt puts it back, the
+    teacher's puts another there (P leaves it in both). Problems with long prompts are dropped.
 """
 import hashlib
 import itertools
@@ -109,7 +109,7 @@ class Config:
     refresh_every: int = setting(50, "M: thetabar <- theta every M steps; 0 = frozen teacher")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = setting("reverse_kl", "the others are ablations")
     keep: Literal["all", "correct"] = setting("all", "rollouts to train on; correct ones need known answers")
-    micro_batch_tokens: int = setting(16384, "padded tokens of a forward pass; changes memory, not results")
+    micro_batch_tokens: int = setting(16384, "a rank's padded tokens in a pass; for memory, not results")
     loss_chunk: int = setting(1024 if torch.cuda.is_available() else 256, "tokens whose logits exist at once")
     gradient_checkpointing: bool = setting(True, "recompute activations in backward: less memory, more time")
     replicas: int = setting(1, "number of whole copies of the model (HSDP); 1: it is sharded over all ranks")
@@ -132,7 +132,7 @@ TEACHER_PREFIX = f"{FORMAT}\n\n"  # after the instruction
 SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'  # after the problem, in both
 WRAPPERS = {"math": (STUDENT_PREFIX, SUFFIX), "none": ("", "")}  # the choices of --wrapper
 
-INSTRUCTIONS = {  # versions 1 and 2 of the paper, word for word
+INSTRUCTIONS = {  # v1 and v2 are the paper's, word for word
     "v1": "Solve the following math problem concisely and correctly. Be direct: avoid unnecessary "
           "elaboration, redundant steps, or restating the problem. Focus only on the key reasoning steps "
           "needed to reach the answer.",
@@ -147,7 +147,7 @@ INSTRUCTIONS = {  # versions 1 and 2 of the paper, word for word
 
 def prompt_ids(tokenizer, problem, instruction=None, thinking=True, wrapper="math", tools=None):
     """The token ids of the student's prompt or, given the text of c as `instruction`, of the teacher's. If
-    `problem` is a list of messages, the last user turn is wrapped. ValueError: the chat template fails."""
+    `problem` is a list of messages, the last user turn is wrapped. ValueError if the template fails."""
     prefix, suffix = WRAPPERS[wrapper]
     if instruction is not None:
         prefix = f"{instruction}\n\n{TEACHER_PREFIX}" if wrapper == "math" else f"{instruction}\n\n"
@@ -165,12 +165,12 @@ def prompt_ids(tokenizer, problem, instruction=None, thinking=True, wrapper="mat
 # loss = sum over tokens of w KL(p || q), w = 1 / (B |y|). With the student's logits s and a = log p - log q:
 #     KL = sum_v p_v a_v = sum_v p_v (exp(-a_v) - 1 + a_v)
 #     dKL/ds_v = p_v (a_v - sum_u p_u a_u)
-# The two sums are equal because p_v exp(-a_v) = q_v, and p and q each sum to 1. We compute the second. It has
-# the form of the k3 estimator, r - 1 - log r with r = q / p = exp(-a), but summed over the whole vocabulary
-# instead of sampled. None of its terms is negative. The terms of the first sum have both signs and cancel to
-# second order, which in float32 leaves a relative error of 1.5e-4 at a KL of 1e-4 nats/token. Logits are
-# float32 even if hidden states and heads are bfloat16: at a KL of 0.0016 nats/token, bfloat16 logits cause an
-# error of 20 % in the loss and of 63 % in the head's gradient (README, The objective).
+# The two sums are equal because p_v exp(-a_v) = q_v, and p and q each sum to 1. We compute the right one. It
+# has the form of the k3 estimator, r - 1 - log r with r = q / p = exp(-a), but summed over the whole
+# vocabulary instead of sampled. None of its terms is negative. The terms of the left sum have both signs and
+# cancel to second order, which in float32 leaves a relative error of 1.5e-4 at a KL of 1e-4 nats/token.
+# Logits are float32 even if hidden states and heads are bfloat16: at a KL of 0.0017 nats/token, bfloat16
+# logits cause an error of 57 % in the loss and of 54 % in the head's gradient (README, The objective).
 
 def kl_divergence(p, q, a):
     """KL(p || q) [n] in nats, given a = log p - log q [n, V]. Both forms below equal p (exp(-a) - 1 + a). In
@@ -203,8 +203,8 @@ def reverse_kl(student_logits, teacher_logits):
     return divergence_and_gradient(log_p.exp(), log_p, log_q.exp(), log_q, "reverse_kl")[0]
 
 def finish_logits(raw, scale, softcap):
-    """From raw = h W^T [n, V], the logits, softcap * tanh(scale * raw / softcap), and d(logits)/d(raw);
-    without a softcap, scale * raw and the number scale. Overwrites raw with scale * raw."""
+    """Returns (logits, d(logits)/d(raw)) of raw = h W^T [n, V]. With a softcap these are softcap * tanh(scale
+    * raw / softcap) and its slope, otherwise scale * raw and scale. Overwrites raw with scale * raw."""
     logits = raw if scale == 1 else raw.mul_(scale)
     if softcap is None:
         return logits, scale
@@ -214,7 +214,7 @@ def finish_logits(raw, scale, softcap):
 def float32_product(a, b, out, add=False):
     """Writes a [n, k] @ b [k, m] to `out` [n, m], or adds it; summed in float32. On a GPU, if b is bfloat16,
     a is rounded to it too. For logits, a holds hidden states, which are bfloat16 already. For gradients, a is
-    d(loss)/d(logits): an error of 0.17 %, the same as from rounding the result to bfloat16."""
+    d(loss)/d(logits): rounding it changes them by 0.17 %, as much as rounding them to bfloat16 does."""
     if b.is_cuda and b.dtype == torch.bfloat16:
         return torch.addmm(out, a.bfloat16(), b, beta=int(add), out_dtype=torch.float32, out=out)
     return torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)  # with beta 0, `out` is not read
@@ -262,7 +262,7 @@ def chunked_divergence(student_hidden, student_head, teacher_hidden, teacher_hea
         for block in split_together(rows, raw, teacher_raw, chunk_weights, chunk_ids):
             per_token.append(divergence_in_place(*block, kind, scale, softcap))
         grad_raw = raw  # this is what the buffer holds now
-        float32_product(grad_raw, student_head, grad_h)
+        float32_product(grad_raw, student_head, grad_h)  # into this chunk's rows of grad_hidden
         float32_product(grad_raw.T, h, grad_head, add=True)
     return grad_hidden, grad_head, torch.cat(per_token, dim=1)
 
@@ -406,7 +406,7 @@ def checkpoint_weights(lm, dtype, both_names=False):
     """Yields (name, gathered tensor) as in the files of a model, one layer at a time; all ranks have to run
     through it. Experts, which transformers fuses, are split again. A tied weight comes once or, with
     both_names, under each name."""
-    def layer_of(item):  # ("model.layers.7.mlp.up_proj.weight", w) -> "model.layers.7."
+    def layer_of(item):  # ("model.layers.7.mlp.up_proj.weight", w) -> "model.layers.7."; others: the name
         return re.sub(r"(\.\d+\.).*", r"\1", item[0])
     tied = lm.all_tied_weights_keys  # {name: the name of the weight that it shares}
     for _, layer in itertools.groupby(lm.state_dict(keep_vars=True).items(), layer_of):
@@ -437,9 +437,9 @@ class Problem(NamedTuple):
     teacher: list  # and of the teacher's
 
 def batch_at(n, step, batch_size, seed):
-    """The indices of the problems of step 0, 1, ...: consecutive slices of an endless row of permutations of
-    range(n), one for each epoch. It is a pure function, so a resumed run needs no sampler state. With n=3 and
-    batch_size=2, step 1 has the last problem of one epoch and the first of the next."""
+    """The indices of the problems of a step, here counted from 0: consecutive slices of an endless row of
+    permutations of range(n), one for each epoch. It is a pure function, so a resumed run needs no sampler
+    state. With n=3 and batch_size=2, step 1 has the last problem of one epoch and the first of the next."""
     positions = range(step * batch_size, (step + 1) * batch_size)
     epochs = {position // n for position in positions}
     orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in epochs}
@@ -466,7 +466,7 @@ class RolloutEngine:
         defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
         if not cuda:  # a cache of 1 GiB, and no compiler, for which the first request would wait
             defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
-        os.environ.update(defaults | os.environ)
+        os.environ.update(defaults | os.environ)  # what the user has set wins
         from vllm import LLM
         from vllm.model_executor.models.transformers import base as vllm_wrapper
         # For a family that vLLM has no class for, it wraps the class of transformers and decorates that class
