@@ -214,7 +214,7 @@ def finish_logits(raw, scale, softcap):
 def float32_product(a, b, out, add=False):
     """Writes a [n, k] @ b [k, m] to `out` [n, m], or adds it; summed in float32. On a GPU, if b is bfloat16,
     a is rounded to it too. For logits, a holds hidden states, which are bfloat16 already. For gradients, a is
-    d(loss)/d(logits): rounding it changes them by 0.17 %, as much as rounding them to bfloat16 does."""
+    d(loss)/d(logits): its rounding changes the result by 0.17 %, as much as rounding the result would."""
     if b.is_cuda and b.dtype == torch.bfloat16:
         return torch.addmm(out, a.bfloat16(), b, beta=int(add), out_dtype=torch.float32, out=out)
     return torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)  # with beta 0, `out` is not read
@@ -235,7 +235,7 @@ def divergence_in_place(raw, teacher_raw, weights, ids, kind, scale, softcap):
     divergence, gradient = divergence_and_gradient(p, log_p, q, log_q, kind)
     student_entropy, teacher_entropy = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
     logprob = log_p.gather(-1, ids[:, None])[:, 0]
-    # a fork multiplies `weights` here by constants made of the entropies or divergence
+    # a fork multiplies `weights` here by factors of the entropies or divergence, as constants
     torch.mul(gradient, weights[:, None] * derivative, out=raw)  # d(loss)/d(raw), by the chain rule
     return torch.stack([divergence, student_entropy, teacher_entropy, logprob, weights])
 
@@ -285,7 +285,7 @@ def distill_loss(student_hidden, student_head, teacher_hidden, teacher_head, wei
     """sum_n weights[n] D(student_n, teacher_n), exact over the vocabulary, without logits [N, V] in memory.
     student_hidden [N, d] and student_head [V, d] get gradients; teacher_hidden [N, d'] and teacher_head [V,
     d'] do not. weights [N] are float32, tokens [N] the sampled ids; for scale and softcap see finish_logits.
-    Each of the `chunk` tokens takes 8 V bytes (two float32 rows), on a GPU 10 V (and a bfloat16 copy).
+    Each of the `chunk` tokens takes 8 V bytes (two float32 rows), on a GPU 10 V (the gradient in bfloat16).
     Returns the loss (a float32 scalar) and, without gradient, a dict: kl (the divergence), student_entropy
     and teacher_entropy (means over N, nats/token) and, given tokens, logprob [N] = log p(token)."""
     ids = torch.zeros(len(weights), dtype=torch.long, device=weights.device) if tokens is None else tokens
@@ -483,8 +483,7 @@ class RolloutEngine:
                        disable_log_stats=True, use_tqdm_on_load=False, dtype=engine_dtype(base.config),
                        hf_overrides=partial(engine_config, text_only=load_format == "dummy"))
         # At exit vLLM would destroy all process groups, the trainer's too, and after a failure of one rank
-        # NCCL would wait there for the others. The finalizer that does this is taken out; run_and_exit ends
-        # the process.
+        # NCCL would wait there for the others. So its finalizer is taken out: run_and_exit ends the process.
         self.llm.llm_engine.engine_core._finalizer.detach()
         dist.barrier()
         # All ranks have opened the shared memory of engines on CPUs; its name would block the next start.
@@ -616,8 +615,8 @@ def make_micro_batches(rollouts, problems, device, cfg):
     return batches
 
 def teacher_pass(model, thetabar, batches):
-    """The teacher's last hidden states [N, d] of every micro-batch, and its head [V, d]. Logits would be 37
-    times larger for Qwen3-8B. Afterwards theta is back, bit for bit."""
+    """The teacher's last hidden states [N, d] of every micro-batch, and its head [V, d]. Logits in float32
+    would take 74 times as much memory for Qwen3-8B. Afterwards theta is back, bit for bit."""
     theta = snapshot(model, torch.float32)
     copy_into(model, thetabar)
     with torch.no_grad():
@@ -627,8 +626,8 @@ def teacher_pass(model, thetabar, batches):
     return hidden, head.full_tensor()  # gathered by hand, as this is outside of forward
 
 # The trainer-engine mismatch, in nats: engine and trainer are two implementations of one model, and differ in
-# the log-probabilities of the sampled tokens, on average by 1e-2 in bfloat16 and by 3e-7 in float32. With
-# the weights of an earlier step, 0.2 were reported. Above MAX_GAP the run ends. Metric: logprob_gap.
+# the log-probabilities of the sampled tokens, on average by 1e-2 in bfloat16 and by 3e-7 in float32. Of an
+# engine whose weights were old, 0.2 were reported. Above MAX_GAP the run ends. Metric: logprob_gap.
 MAX_GAP = {torch.bfloat16: 0.1, torch.float32: 1e-3}
 
 def student_pass(model, batches, hidden, head, cfg):
@@ -714,7 +713,7 @@ def main():
 
 # ------------------------------------------------------------------------------------------------ CHECKPOINT
 # checkpoint-K/ holds theta, Adam's state and thetabar in shards, which any number of ranks can load. While a
-# file or folder is being written, it is called UNFINISHED. A run replaces nothing but what it wrote itself.
+# file or folder is being written, it is called UNFINISHED. A run replaces only what it wrote itself.
 UNFINISHED = "unfinished"
 
 def training_state(model, optimizer, thetabar):
@@ -751,7 +750,7 @@ def load_newest(out, model, optimizer, thetabar, cfg):
         try:
             dcp.load(state, checkpoint_id=path)
         except dcp.CheckpointException as error:  # all ranks raise it
-            evaluator.say(f"skipping {path}, which is not whole: {why_damaged(path, error)}")
+            evaluator.say(f"skipping {path}, which is not whole: {damage_or_raise(path, error)}")
             damaged.append(path)
             continue
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -767,7 +766,7 @@ def load_newest(out, model, optimizer, thetabar, cfg):
 # that names another errno, may be a passing fault of the file system: the run ends, nothing is renamed.
 DAMAGE = re.compile(r"EOFError|UnpicklingError|PytorchStreamReader|metadata is None|\[Errno 2\]")
 
-def why_damaged(path, error):
+def damage_or_raise(path, error):
     """Why a checkpoint is not whole. RuntimeError: it may be whole, but could not be loaded."""
     for cause, _ in error.failures.values():
         text = f"{type(cause).__name__}: {str(cause).strip():.300}"
@@ -922,6 +921,7 @@ def check_weights(base, lm, missing):
     hidden = ours(ids, positions)  # also in place of the teacher's, as only the student's logprob is used
     _, stats = ours(ids, positions, hidden, head, torch.ones(8), tokens=likeliest)
     error = (stats["logprob"] - own).abs().max().item()
+    # transformers unties weights that the config ties, if the files have two different tensors
     as_configured = bool(lm.all_tied_weights_keys) == bool(base.empty.all_tied_weights_keys)
     evaluator.check(not missing, f"none of {missing[:3]}")
     evaluator.check(as_configured, "two tensors for embedding and head; set tie_word_embeddings to false")
@@ -941,7 +941,7 @@ def read_instruction(name):
     if name.startswith("@"):
         with evaluator.blaming(f"--instruction {name}, expected a text file in the encoding UTF-8"):
             text = Path(name[1:]).expanduser().read_text("utf-8-sig").strip()
-    # A text of ASCII characters without a space is a mistyped key, which would be trained on unnoticed.
+    # A text of printable ASCII without a space is a mistyped key, which would be trained on unnoticed.
     evaluator.check(re.search("[^!-~]", text), f"--instruction {name}: expected "
                     f"{', '.join(INSTRUCTIONS)}, @FILE or a text, found {text!r}")
     return text
@@ -1002,7 +1002,7 @@ def start_run(base, out, settings):
     exports = 1 + (settings["steps"] // settings["export_every"] if settings["export_every"] else 0)
     evaluator.say(f"each of 3 checkpoints takes {(12 + DTYPE.itemsize) * billions:.3g} GB, each of {exports} "
                   f"exports {2 * billions:.3g} GB; {shutil.disk_usage(out).free / 1e9:.3g} GB are free")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and settings["gradient_checkpointing"]:
         evaluator.say(f"training takes about {training_bytes(base.empty, settings) / 1e9:.3g} GB of a GPU's "
                       f"{torch.cuda.mem_get_info()[1] / 1e9:.3g} GB; a sleeping engine takes 3 to 4 GB more")
 

@@ -2792,7 +2792,7 @@ def quickstart(directory="toy"):
 
 # ---- FORKS
 # README says whose ideas these are. A fork is a list of (what stands in opsdc.py once, what takes its place).
-WEIGHT = "# a fork multiplies `weights` here by constants made of the entropies or divergence"
+WEIGHT = "# a fork multiplies `weights` here by factors of the entropies or divergence, as constants"
 FORKS = {
     "egrsd": [(WEIGHT, "weights = weights * torch.exp(-teacher_entropy).clamp(min=0.1)")],
     "tip": [(WEIGHT, "weights = weights * ((student_entropy > 0.1) | (divergence > 0.1))")],
