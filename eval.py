@@ -635,6 +635,10 @@ ANSWER_MARKER = re.compile(r"""(?xm)  # what comes before an answer
   | \b[Ff]inal\ answer\ is\b :? (?= [^\n]{1,400}I\ hope\ it\ is\ correct )  # Minerva's prompt""")
 ANSWER_VALUE = re.compile(r"""(?xs)  # the rest of the line, after a formula that may take several lines
     (?: \$\$.*?\$\$ | \$\n.*?\$ | \\\[.*?\\\] | \\\(.*?\\\) | [^\n]*\\begin\{.*?\\end\{ )? [^\n]*""")
+BRACES = re.compile(r"""(?x)  # the boxes and braces of a text; \{ and \} are none
+    (?P<box> \\f?box(?:ed)?\s*\{ )
+    | (?P<bare> \\boxed\s*[-+]?\d+(?:[.,/]\d+)* )                    # \boxed 5 needs no braces
+    | \\. | (?P<open> \{ ) | (?P<close> \} )""")
 BETWEEN_BOXES = re.compile(r"""(?x)  # what may stand between boxes that are one list
     (?: [\s,;$&~*] | \\[\[\]()\\,;:!\ ] | \\q?quad                   # spaces, commas, the ends of formulas
       | \b(and|or)\b                                                 # a word, bare
@@ -665,18 +669,18 @@ def find_boxes(text):
     """[(start, start of the content, end of the content, end)] of the balanced boxes of a text, without those
     that stand inside another. One pass with a stack of open braces: unbalanced braces cost nothing."""
     stack, boxes = [], []
-    for token in re.finditer(r"\\f?box(?:ed)?\s*\{|\\boxed\s*[-+]?\d+(?:[.,/]\d+)*|\\.|[{}]", text):
-        start, end = token.span()
-        if token[0].startswith("\\boxed") and token[0][-1].isdigit():  # \boxed 5 needs no braces
+    for token in BRACES.finditer(text):
+        kind, (start, end) = token.lastgroup, token.span()
+        if kind == "bare":
             boxes.append((start, start + len("\\boxed"), end, end))
-        elif token[0] == "}" and stack:
+        elif kind == "close" and stack:
             opened, content, is_box = stack.pop()
             if is_box:
                 while boxes and boxes[-1][0] > opened:  # \boxed{\boxed{2}}
                     boxes.pop()
                 boxes.append((opened, content, start, end))
-        elif token[0].endswith("{") and token[0] != "\\{":
-            stack.append((start, end, token[0] != "{"))
+        elif kind in ("box", "open"):
+            stack.append((start, end, kind == "box"))
     return boxes
 
 def last_box(text):

@@ -1757,7 +1757,8 @@ def test_what_will_be_trained_is_said_at_the_start(good, one_rank, tmp_path, cap
     opsdc.check_ids(base, [[rows - 1]])
     assert [p[:2] for p in problems] == [("one", "1"), ("two", "2"), ("three", None), ("four", None)]
     said = capsys.readouterr().out
-    for text in ("8 rows, 5 problems, 2 without a known answer, 1 given again with a different answer; 3 ",
+    for text in ("8 rows, 5 problems, 2 without a known answer, 1 given again with a different answer; "
+                 "3 rows were repeats; ",
                  f"the first without an answer: {data}, row 7, no answer; read: problem as problem",
                  "answer as answer", "not read: note", "4 of 5 problems have prompts of at most 512 tokens",
                  "the first teacher's prompt:\n<", "Solve the following math problem correctly using 20%",
@@ -2040,9 +2041,9 @@ def test_a_row_that_comes_again_is_parsed_once(tmp_path, monkeypatch, capsys):
         assert len(parsed) == 7 and [p["number"] for p in found] == [1, 2, 3, 4, 5, 6, 601]
         assert {*found[0]} == {"problem", "tools", "answer", "ids", "number"}
         said = capsys.readouterr().out
-        assert "700 rows, 7 problems, 0 without a known answer, 0 given again with" in said
-        assert "; 693 rows were repeats; read: prompt as problem, reward_model as answer, tools as" in said
-        assert "tools as tools; not read: extra_info" in said
+        assert ("700 rows, 7 problems, 0 without a known answer, 0 given again with a different answer; "
+                "693 rows were repeats; read: prompt as problem, reward_model as answer, tools as tools; "
+                "not read: extra_info") in said
 
 def test_formats_of_their_own_get_a_hint_and_pictures_are_counted(tmp_path, capsys):
     asked = (WRAPPED, 'Write the answer after "####".', "Put it within \\boxed{}.", "Use <answer> tags.")
@@ -2382,7 +2383,7 @@ def test_problems_are_loaded_with_ids_levels_and_answers(tmp_path, capsys):
     one, other = load(*[leveled] * 32, '{"problem": "a", "answer": 4}', '{"problem": "b"}', choices)
     assert one == {"id": "0", "problem": "a", "tools": None, "answer": "3", "level": "1.5"}
     assert other["answer"] == "B" and [one] == load(leveled, wrapper="none")
-    assert "35 rows, 3 problems, 1 without a known answer, 1 given again with" in capsys.readouterr().out
+    assert "35 rows, 3 problems, 1 without a known answer, 1 given again with a" in capsys.readouterr().out
     same = row % ', "id": 1'
     assert [p["id"] for p in load(same, same.replace('"a"', '"b"'))] == ["1, row 1", "1, row 2"]
     for line, message in (("", "expected a field answer, final_answer or solution, found none"),
@@ -2522,7 +2523,8 @@ def test_compare_refuses_runs_that_differ_or_lack_something(tmp_path):
                "with its summary.json, found: .*No such file": str(tmp_path / "absent")}
     for message, change in (("temperature is 0.6 and 1.0", dict(temperature=1.0)),
                             ("max_tokens is 9 and 50; top_k", dict(max_tokens=50, top_k=1)),
-                            ("first only: 1, in the second only: 0, for example p29", dict(problems=29)),
+                            ("math500 has problems in the first only: 1, in the second only: 0, for "
+                             "example p29", dict(problems=29)),
                             ("math500.*aime24", dict(name="aime24")), ("version 0", dict(version=0)),
                             ("not finished", dict(finished=False))):
         refused[message] = fake_run(tmp_path / message[:9], **change)
@@ -2637,7 +2639,8 @@ def test_an_evaluation_is_refused_before_the_engine_starts(good, refused_early, 
             (dict(instruction="short"), "--instruction short: expected v1"),
             (dict(samples=0), "--samples 0: expected more than 0"),
             ({"vllm-tp": 2}, "--vllm_tp 2: expected a divisor of the number of ranks"),
-            ({"max-tokens": 2049 - longest}, f"of problem 39 has {longest} tokens, .*lower --max-tokens"),
+            ({"max-tokens": 2049 - longest},
+             f"prompt of problem 39 has {longest} tokens, .*lower --max-tokens {2049 - longest}"),
             (dict(data=huge), "prompt of problem huge has .* tokens.*leave that problem out")):
         args, _ = ev.parse_args(evaluation(good, tmp_path / "out", **change))
         assert re.search(message, refusal(lambda: ev.evaluate(args)))
